@@ -1,0 +1,1 @@
+"""Checkpoints on disk: reading them, writing them whole or not at all, without loading weights where that can be."""

@@ -1,0 +1,29 @@
+"""The exceptions that users meet. They live in `runtime.errors`, because checkpoints raise them too."""
+
+from rpb_retrofit.runtime.errors import (
+    AlreadyRetrofittedError,
+    AttentionImplementationError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    MissingTablesError,
+    NotRetrofittedError,
+    PartialMatchError,
+    RetrofitError,
+    RevertError,
+    UnsupportedModelError,
+)
+
+__all__ = [
+    "AlreadyRetrofittedError",
+    "AttentionImplementationError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "MissingTablesError",
+    "NotRetrofittedError",
+    "PartialMatchError",
+    "RetrofitError",
+    "RevertError",
+    "UnsupportedModelError",
+]

@@ -1,0 +1,44 @@
+"""The relative position bias: a learned function of the offset, one row of numbers per head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .buckets import Bucketing, bucket_of
+
+
+class RelativePositionBias(nn.Module):
+    """T5's bucketed bias: one learned scalar per (head, bucket), looked up by offset.
+
+    A module of its own, so that PEFT's ``modules_to_save``, FSDP and tensor-parallel plans can name it. Always read
+    it by calling it: a wrapper (PEFT's, FSDP's) may stand in its place.
+
+    Source: ``relative_attention_bias`` of ``T5Attention``, which stores the transpose, (buckets, heads).
+    """
+
+    def __init__(self, num_heads: int, bucketing: Bucketing) -> None:
+        super().__init__()
+        self.bucketing = bucketing.validate()
+        self.weight = nn.Parameter(torch.zeros(num_heads, bucketing.num_buckets, dtype=torch.float32))
+
+    def forward(self, offset: Tensor) -> Tensor:
+        """Offsets ``i - j``, int64 of shape (n,), to their bias per head, float32 of shape (heads, n)."""
+        return self.weight.index_select(1, bucket_of(offset, self.bucketing))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # ``model.to(torch.bfloat16)`` must not round the tables: they follow to the device and keep their dtype.
+        return super()._apply(lambda tensor: _keep_dtype(fn, tensor), recurse)
+
+    def extra_repr(self) -> str:
+        kind = "bidirectional" if self.bucketing.bidirectional else "causal"
+        heads, buckets = self.weight.shape
+        return f"heads={heads}, buckets={buckets}, max_distance={self.bucketing.max_distance}, {kind}"
+
+
+def _keep_dtype(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    moved = fn(tensor)
+    return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)

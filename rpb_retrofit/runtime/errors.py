@@ -1,0 +1,47 @@
+"""Every error that a user of the toolkit or of a retrofitted checkpoint can meet."""
+
+from __future__ import annotations
+
+
+class RetrofitError(Exception):
+    """Base of all errors of rpb_retrofit: the message names the offender, its value and the remedy."""
+
+
+class ConfigError(RetrofitError, ValueError):
+    """A setting that has no meaning, or that contradicts another one."""
+
+
+class UnsupportedModelError(RetrofitError):
+    """A model whose positional mechanism, format or quantisation the toolkit does not handle."""
+
+
+class PartialMatchError(RetrofitError):
+    """Some layers could not be patched; the message lists them."""
+
+
+class AlreadyRetrofittedError(RetrofitError):
+    """A retrofit of a retrofit."""
+
+
+class NotRetrofittedError(RetrofitError):
+    """An operation that only a retrofit has, asked of a model or checkpoint that is not one."""
+
+
+class RevertError(RetrofitError):
+    """The source's weights are no longer in this process; the message names the source checkpoint."""
+
+
+class AttentionImplementationError(RetrofitError, ValueError):
+    """An attention implementation that would silently drop the bias."""
+
+
+class MissingTablesError(RetrofitError):
+    """A checkpoint without (all) its tables; the message lists them."""
+
+
+class CheckpointError(RetrofitError):
+    """A folder or file that cannot be read, or must not be overwritten."""
+
+
+class DataError(RetrofitError, ValueError):
+    """Text that cannot be evaluated as asked."""

@@ -1,0 +1,126 @@
+"""Neutralising a source's positional mechanism, without touching a single weight.
+
+A token's position reaches the model through a function of its position index. Give every token the same index, or
+the mean over all of them, and the mechanism says nothing any more, whatever its form. The source's weights stay as
+they are, so a retrofit shares them with its source and can be reverted exactly.
+
+=============  =====================================================================================================
+rope           every token gets index 0: each rotation, of any type, partial, interleaved, complex or rescaled by
+               length, becomes the identity times the type's own attention scaling
+learned,       every token gets the mean of the position vectors, so that activations keep their statistics, and a
+sinusoidal     text may be longer than the table was
+alibi          the argument that carries the slopes arrives as zeros (or is replaced by the bias, see modeling.py)
+t5             the module of its own table makes way for the new one
+=============  =====================================================================================================
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .errors import PartialMatchError
+from .families import Family
+
+
+def modules_named(model: nn.Module, ending: str) -> dict[str, nn.Module]:
+    """Modules whose dotted name ends with these components, by name."""
+    return {name: module for name, module in model.named_modules() if f".{name}".endswith(f".{ending}")}
+
+
+def neutralise(model: nn.Module, family: Family) -> None:
+    """Switch the source's mechanism off in place. Raises PartialMatchError where its modules are not found."""
+    if not family.positions:
+        return  # ALiBi and T5 live in the attention modules and their arguments: see modeling.py
+    holders = modules_named(model, family.positions)
+    if not holders:
+        raise PartialMatchError(
+            f"{type(model).__name__}: no module named '{family.positions}' holds its {family.mechanism} positions"
+        )
+    for name, holder in holders.items():
+        if family.mechanism == "rope":
+            holder.register_forward_pre_hook(position_zero, with_kwargs=True)
+        else:
+            holder.__class__ = constant_positions(type(holder))
+            parent = model.get_submodule(name.rpartition(".")[0])
+            if hasattr(parent, "position_ids"):  # a buffer as long as the table, which would bound the length
+                parent.register_forward_pre_hook(unbounded_positions, with_kwargs=True)
+
+
+def restore(model: nn.Module, family: Family) -> None:
+    """Undo `neutralise`."""
+    for module in model.modules():
+        remove_hooks(module, position_zero, unbounded_positions)
+        if isinstance(module, ConstantPositions):
+            module.__class__ = cast(Any, type(module).source_class)
+
+
+def remove_hooks(module: nn.Module, *functions: Any) -> None:
+    """Take these functions off a module's forward pre-hooks."""
+    for key in [key for key, hook in module._forward_pre_hooks.items() if hook in functions]:
+        del module._forward_pre_hooks[key]
+        module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def position_zero(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Forward pre-hook of a rotary module, called as ``(x, position_ids, ...)``: all positions become 0."""
+    if "position_ids" in kwargs:
+        return args, {**kwargs, "position_ids": torch.zeros_like(kwargs["position_ids"])}
+    x, position_ids, *rest = args
+    return (x, torch.zeros_like(position_ids), *rest), kwargs
+
+
+def unbounded_positions(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+    """Forward pre-hook of an embedding layer: its own position index, which ends with the table, is not consulted."""
+    kwargs = {**dict(zip(_parameters(type(module)), args, strict=False)), **kwargs}
+    tokens = kwargs.get("input_ids")
+    if tokens is None:
+        tokens = kwargs["inputs_embeds"]
+    kwargs["position_ids"] = torch.zeros(1, tokens.shape[1], dtype=torch.long, device=tokens.device)
+    return (), kwargs
+
+
+@cache
+def _parameters(cls: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(cls.forward).parameters)[1:]
+
+
+class ConstantPositions(nn.Module):
+    """A position embedding that gives every token the mean of its vectors.
+
+    Mixed into the class of the source's own module, so its weight keeps its name, its initialisation and its gradient.
+    """
+
+    source_class: type[nn.Module]
+    weight: Tensor
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Whatever the source's module is called with -> (1, 1, hidden), which broadcasts over batch and tokens."""
+        # Some tables begin with rows that no position uses: OPT's and BART's offset, RoBERTa's padding row.
+        unused = getattr(self, "offset", 0)
+        padding = getattr(self, "padding_idx", None)
+        if padding is not None:
+            unused = padding + 1
+        return self.weight[unused:].mean(0)[None, None]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _new_constant_positions, (type(self).source_class,), self.__dict__
+
+
+def constant_positions(source: Any) -> Any:
+    """The class of position embeddings ``source``, made constant."""
+    return _constant_positions(source)
+
+
+@cache
+def _constant_positions(source: Any) -> Any:
+    return type(f"Constant{source.__name__}", (ConstantPositions, source), {"source_class": source})
+
+
+def _new_constant_positions(source: Any) -> Any:
+    cls = constant_positions(source)
+    return cls.__new__(cls)

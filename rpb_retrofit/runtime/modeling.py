@@ -1,0 +1,370 @@
+"""A Transformers model with a relative position bias: attaching it, loading it, keeping it.
+
+The attention modules of a retrofit have a child ``relative_attention_bias``. Models that use Transformers' attention
+interface run the implementation registered here as ``rpb_retrofit``, which reads the child; the others get the bias
+through the argument that their family's row names. Importing this module registers that name and does nothing else.
+
+The class of a retrofitted ``LlamaForCausalLM`` is ``RpbLlamaForCausalLM``, made on demand for any class of
+Transformers: ``modeling.RpbLlamaForCausalLM`` is what a checkpoint's ``auto_map`` refers to.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
+from transformers.cache_utils import EncoderDecoderCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .attention import attention, bias_matrix
+from .bias import RelativePositionBias
+from .buckets import Bucketing
+from .errors import (
+    AttentionImplementationError,
+    ConfigError,
+    MissingTablesError,
+    NotRetrofittedError,
+    PartialMatchError,
+)
+from .families import Family, family_of
+from .mechanisms import modules_named, neutralise, remove_hooks, restore
+
+ATTENTION = "rpb_retrofit"
+"""Name of the attention implementation that adds the bias."""
+
+LOCK = (
+    "none: this is an rpb_retrofit checkpoint, which plain classes cannot run. Load it with rpb_retrofit.load(path), "
+    "or with AutoModel...from_pretrained(path, trust_remote_code=True)"
+)
+"""Stands in config.json as the attention and the experts implementation. Every Transformers model checks both when it
+is built and refuses unknown ones with an error that prints them, so no plain class can load a retrofit by mistake."""
+
+TABLE = "relative_attention_bias"
+"""Name of the bias module within its attention module; its table is the parameter ``weight``."""
+
+RUNTIME_FILES = ("errors.py", "buckets.py", "bias.py", "attention.py", "families.py", "mechanisms.py", "modeling.py")
+"""The files that a checkpoint carries, so that it loads where rpb_retrofit is not installed."""
+
+
+# --- running -----------------------------------------------------------------------------------------------------
+
+
+def biased_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    first_offset: int | Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    output_attentions: bool = False,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The attention implementation ``rpb_retrofit``, with the signature of Transformers' attention interface.
+
+    Modules without a table (cross-attention, whose two sides have no offset) run Transformers' own sdpa.
+    Returns (batch, Q, heads, d_v) and the weights (batch, heads, Q, K) if asked for.
+    """
+    bias = getattr(module, TABLE, None)
+    if bias is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    out, weights = attention(
+        query,
+        key,
+        value,
+        bias,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        causal=module.is_causal,
+        mask=attention_mask,
+        first_offset=first_offset,
+        softcap=softcap,
+        sinks=s_aux,
+        dropout=dropout,
+        need_weights=output_attentions,
+    )
+    return out.transpose(1, 2).contiguous(), weights
+
+
+AttentionInterface.register(ATTENTION, biased_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+def pass_offset(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    """Forward pre-hook of an attention module that uses the interface: how far the queries are ahead of the keys.
+
+    Only a cache knows (a static one has unused slots, a sliding one drops old keys), and only before it is updated.
+    """
+    if module.config._attn_implementation != ATTENTION:
+        raise AttentionImplementationError(_dropped(module.config._attn_implementation))
+    cache = _self_attention_cache(args, kwargs)
+    if cache is None:
+        return None
+    hidden = args[0] if args else kwargs["hidden_states"]
+    return args, {**kwargs, "first_offset": _first_offset(cache, hidden.shape[1], module.layer_idx)}
+
+
+def add_to_mask(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Forward pre-hook of an attention module with an additive ``attention_mask``: the bias joins it.
+
+    Allowed entries are taken as 0: Falcon's already hold ALiBi there.
+    """
+    mask = kwargs["attention_mask"]
+    lowest = torch.finfo(mask.dtype).min
+    bias = _bias_argument(module, args, kwargs).to(mask.dtype)
+    return args, {**kwargs, "attention_mask": torch.where(mask > lowest / 2, bias, lowest)}
+
+
+def replace_position_bias(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Forward pre-hook of an attention module with a ``position_bias`` (heads, Q, K): ours takes its place."""
+    bias = _bias_argument(module, args, kwargs)
+    return args, {**kwargs, "position_bias": bias.to(args[0].dtype)}
+
+
+def silence_alibi(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Forward pre-hook of an attention module with an ``alibi`` argument: the slopes arrive as zeros."""
+    return args, {**kwargs, "alibi": torch.zeros_like(kwargs["alibi"])}
+
+
+BIAS_HOOKS = {"": pass_offset, "attention_mask": add_to_mask, "position_bias": replace_position_bias}
+SILENCERS = {"alibi": silence_alibi}
+
+
+def _bias_argument(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    queries, keys = args[0].shape[1], kwargs["attention_mask"].shape[-1]
+    cache = _self_attention_cache(args, kwargs)
+    first = 0 if cache is None else _first_offset(cache, queries, module.layer_idx)
+    return bias_matrix(getattr(module, TABLE), queries, keys, first, args[0].device)
+
+
+def _self_attention_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:
+    for value in (*args, *kwargs.values()):  # families disagree on its name and place
+        if isinstance(value, EncoderDecoderCache):
+            return value.self_attention_cache
+        if isinstance(value, Cache):
+            return value
+    return None
+
+
+def _first_offset(cache: Cache, queries: int, layer: int) -> int | Tensor:
+    _, first_key = cache.get_mask_sizes(queries, layer)
+    return cache.get_query_offset(layer) - first_key
+
+
+# --- attaching ---------------------------------------------------------------------------------------------------
+
+
+def attach(model: PreTrainedModel) -> dict[str, Any]:
+    """Neutralise the mechanism of a plain model and attach zero tables, as its ``config.rpb_retrofit`` says.
+
+    Returns the patched attention modules by name. The model's class and those of the models inside it become the
+    retrofitted ones. Raises UnsupportedModelError or PartialMatchError before anything is changed.
+    """
+    settings, family = model.config.rpb_retrofit, family_of(model.config)
+    modules = attention_modules(model, family)
+    biases: dict[tuple[int, Bucketing], RelativePositionBias] = {}
+    tables = {}
+    for name, module in modules.items():
+        bucketing = Bucketing(
+            settings["relative_attention_num_buckets"],
+            settings["relative_attention_max_distance"],
+            bidirectional=not getattr(module, "is_causal", True),
+        )
+        heads = _num_heads(module, model.config)
+        bias = biases.get((heads, bucketing)) if settings["shared"] else None
+        tables[name] = biases[heads, bucketing] = bias or RelativePositionBias(heads, bucketing)
+    neutralise(model, family)
+    for name, module in modules.items():
+        device = next(module.parameters()).device
+        setattr(module, TABLE, tables[name].to(device))
+        if hasattr(module, "has_relative_attention_bias"):  # T5: no table of its own any more
+            module.has_relative_attention_bias = False
+        module.register_forward_pre_hook(BIAS_HOOKS[family.bias_argument], with_kwargs=True)
+        if family.silenced:
+            module.register_forward_pre_hook(SILENCERS[family.silenced], with_kwargs=True)
+    for submodel in _models(model):
+        submodel.__class__ = retrofit_class(type(submodel))
+        _set_implementation(submodel.config, family)
+        submodel.all_tied_weights_keys = submodel.get_expanded_tied_weights_keys(all_submodels=True)
+    return modules
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Undo `attach`: the plain model with its own mechanism. T5's own tables are the caller's to put back."""
+    family = family_of(model.config)
+    restore(model, family)
+    for module in attention_modules(model, family).values():
+        remove_hooks(module, *BIAS_HOOKS.values(), *SILENCERS.values())
+        delattr(module, TABLE)
+    for submodel in _models(model):
+        submodel.__class__ = cast(Any, type(submodel)).source_class
+        submodel.all_tied_weights_keys = submodel.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+def attention_modules(model: nn.Module, family: Family) -> dict[str, Any]:
+    """The self-attention modules by name, one in every block; PartialMatchError lists the blocks without."""
+    modules = modules_named(model, family.attention)
+    blocks = [name for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)]
+    without = [block for block in blocks if not any(name.startswith(f"{block}.") for name in modules)]
+    if without or not modules:
+        raise PartialMatchError(
+            f"{type(model).__name__}: {len(modules)} of {len(blocks)} layers have a self-attention named "
+            f"'{family.attention}'; without: {', '.join(without) or 'no layers found'}"
+        )
+    return modules
+
+
+def table_names(model: nn.Module) -> list[str]:
+    """Names of the tables' parameters in the model's state dict, a shared table once."""
+    return [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, RelativePositionBias)]
+
+
+def is_table(key: str) -> bool:
+    """Whether a state dict key names a table."""
+    return key.endswith(f"{TABLE}.weight")
+
+
+def _models(model: nn.Module) -> Iterator[PreTrainedModel]:
+    return (module for module in model.modules() if isinstance(module, PreTrainedModel))
+
+
+def _num_heads(module: nn.Module, config: Any) -> int:
+    for owner, name in ((module, "num_heads"), (module, "n_heads"), (config, "num_attention_heads")):
+        if isinstance(heads := getattr(owner, name, None), int):
+            return heads
+    raise PartialMatchError(f"{type(module).__name__}: its number of heads is not known")
+
+
+def _set_implementation(config: Any, family: Family) -> None:
+    # The public attributes only exist to be written to config.json: see LOCK.
+    config.attn_implementation = config.experts_implementation = LOCK
+    config._attn_implementation = ATTENTION if family.uses_interface else "eager"
+    if config._experts_implementation == LOCK:
+        config._experts_implementation = None
+
+
+def _dropped(implementation: Any) -> str:
+    return (
+        f"attn_implementation='{implementation}' would drop the relative position bias; a retrofit runs only its own, "
+        f"'{ATTENTION}': leave the argument out"
+    )
+
+
+# --- the retrofitted classes -------------------------------------------------------------------------------------
+
+
+class RetrofitModel:
+    """Mixed into a Transformers class: ``RpbLlamaForCausalLM`` is ``(RetrofitModel, LlamaForCausalLM)``."""
+
+    source_class: type[PreTrainedModel]
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        if getattr(config, "rpb_retrofit", None) is None:
+            raise NotRetrofittedError(
+                f"{type(self).__name__} needs a retrofit's config; this one, of '{config.name_or_path}', has no "
+                f"'rpb_retrofit': make a retrofit with `rpb retrofit` first"
+            )
+        family = family_of(config)
+        if config._attn_implementation not in (None, LOCK, ATTENTION, "eager" if not family.uses_interface else None):
+            raise AttentionImplementationError(_dropped(config._attn_implementation))
+        _set_implementation(config, family)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        attach(self)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        *args: Any,
+        output_loading_info: bool = False,
+        ignore_mismatched_sizes: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """`PreTrainedModel.from_pretrained`, which leaves missing tables as uninitialised memory: here an error."""
+        model, info = super().from_pretrained(  # type: ignore[misc]
+            path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+        if missing := sorted(filter(is_table, info["missing_keys"])):
+            raise MissingTablesError(f"'{path}' lacks {len(missing)} tables of its retrofit: {', '.join(missing)}")
+        for key, found, expected in sorted(info["mismatched_keys"]):
+            if is_table(key) or not ignore_mismatched_sizes:
+                meaning = " (heads, buckets)" if is_table(key) else ""
+                raise ConfigError(
+                    f"'{path}': {key} has shape {tuple(found)}{meaning}, the config asks for {tuple(expected)}"
+                )
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """`PreTrainedModel.save_pretrained`, with the code that the checkpoint needs to run."""
+        folder = Path(save_directory)
+        if kwargs.get("is_main_process", True):
+            write_runtime(folder)
+            for shard in folder.glob("*.safetensors"):
+                if shard.stat().st_nlink > 1:  # a hard link to the source's shard: never write through it
+                    shard.unlink()
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        """Refuse whatever would drop the bias."""
+        if attn_implementation != self.config._attn_implementation:  # type: ignore[attr-defined]
+            raise AttentionImplementationError(_dropped(attn_implementation))
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """Transformers' map of tied weights, plus the tables that all layers share."""
+        tied = super().get_expanded_tied_weights_keys(all_submodels)  # type: ignore[misc]
+        first: dict[int, str] = {}
+        for name, module in self.named_modules(remove_duplicate=False):  # type: ignore[attr-defined]
+            if name.endswith(f".{TABLE}"):
+                owner = first.setdefault(id(module), f"{name}.weight")
+                if owner != f"{name}.weight":
+                    tied[f"{name}.weight"] = owner
+        return tied
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _new_retrofit, (type(self).source_class,), self.__dict__
+
+
+def retrofit_class(source: Any) -> Any:
+    """``Rpb`` + the name of a Transformers class: that class with a relative position bias."""
+    return source if issubclass(source, RetrofitModel) else _retrofit_class(source)
+
+
+@cache
+def _retrofit_class(source: Any) -> Any:
+    keep = {*(source._keep_in_fp32_modules_strict or ()), TABLE}
+    members = {"source_class": source, "_keep_in_fp32_modules_strict": keep, "__module__": __name__}
+    return type(f"Rpb{source.__name__}", (RetrofitModel, source), members)
+
+
+def __getattr__(name: str) -> Any:
+    source = getattr(transformers, name.removeprefix("Rpb"), None) if name.startswith("Rpb") else None
+    if source is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return retrofit_class(source)
+
+
+def _new_retrofit(source: Any) -> Any:
+    cls = retrofit_class(source)
+    return cls.__new__(cls)
+
+
+def write_runtime(folder: Path) -> None:
+    """Copy this package's files into a checkpoint, so that ``trust_remote_code=True`` finds them."""
+    here = Path(sys.modules[__name__].__file__ or "").parent
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in RUNTIME_FILES:
+        if (target := folder / name).resolve() != (here / name).resolve():
+            shutil.copyfile(here / name, target)
