@@ -1,8 +1,30 @@
 """rpb_retrofit: swap the positional mechanism of a pretrained Transformers model for T5's relative position bias."""
 
-from rpb_retrofit.checkpoint.load import load
-from rpb_retrofit.config import RetrofitConfig
-from rpb_retrofit.inplace import RetrofitReport, retrofit, revert
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from rpb_retrofit.version import __version__
 
+if TYPE_CHECKING:
+    from rpb_retrofit.checkpoint.load import load
+    from rpb_retrofit.config import RetrofitConfig
+    from rpb_retrofit.inplace import RetrofitReport, retrofit, revert
+
 __all__ = ["RetrofitConfig", "RetrofitReport", "__version__", "load", "retrofit", "revert"]
+
+_HOME = {
+    "RetrofitConfig": "rpb_retrofit.config",
+    "RetrofitReport": "rpb_retrofit.inplace",
+    "load": "rpb_retrofit.checkpoint.load",
+    "retrofit": "rpb_retrofit.inplace",
+    "revert": "rpb_retrofit.inplace",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Transformers takes seconds to import: `rpb --help` and `rpb explain` do without it.
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

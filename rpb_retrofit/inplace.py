@@ -11,13 +11,8 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from rpb_retrofit.config import RetrofitConfig
-from rpb_retrofit.errors import (
-    AlreadyRetrofittedError,
-    ConfigError,
-    NotRetrofittedError,
-    RevertError,
-    UnsupportedModelError,
-)
+from rpb_retrofit.eligibility import check_eligible
+from rpb_retrofit.errors import ConfigError, NotRetrofittedError, RevertError, UnsupportedModelError
 from rpb_retrofit.runtime.families import family_of
 from rpb_retrofit.runtime.modeling import TABLE, attach, attention_modules, detach, table_names
 from rpb_retrofit.tables import INITIALISATIONS
@@ -78,8 +73,7 @@ def retrofit(
     config = config or RetrofitConfig()
     if calibration is not None:
         raise ConfigError(f"calibration was given, but init='{config.init}' uses none: leave it out")
-    check_source(model.config)
-    family = family_of(model.config)
+    family = check_eligible(model.config.to_dict(), model.name_or_path or type(model).__name__)
     attentions = attention_modules(model, family)
     parameters = dict(model.named_parameters())
     meta = [name for name, parameter in parameters.items() if parameter.is_meta]
@@ -147,20 +141,6 @@ def revert(model: PreTrainedModel) -> None:
         config._experts_implementation_internal = snapshot.experts_implementation
     model.config.architectures = snapshot.architectures
     delattr(model, _SNAPSHOT)
-
-
-def check_source(config: Any) -> None:
-    """Raise for the config of a model that must not be retrofitted: a retrofit, or a quantised model."""
-    if settings := getattr(config, "rpb_retrofit", None):
-        raise AlreadyRetrofittedError(
-            f"'{config.name_or_path}' is a retrofit already (of '{settings['source']}'): retrofit that source instead"
-        )
-    if quantisation := getattr(config, "quantization_config", None):
-        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
-        raise UnsupportedModelError(
-            f"'{config.name_or_path}' is quantised ({getattr(method, 'value', method)}): dequantise it first "
-            "(model.dequantize(), or the unquantised checkpoint), and quantise the retrofit"
-        )
 
 
 def describe(model: PreTrainedModel, config: RetrofitConfig, mechanism: str) -> dict[str, Any]:

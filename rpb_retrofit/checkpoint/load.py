@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-from rpb_retrofit.errors import NotRetrofittedError, UnsupportedModelError
+from rpb_retrofit.checkpoint.gguf import load_gguf
+from rpb_retrofit.checkpoint.source import find, model_class
+from rpb_retrofit.errors import CheckpointError, DataError, NotRetrofittedError, UnsupportedModelError
 from rpb_retrofit.runtime.modeling import retrofit_class
 
 
@@ -46,3 +49,27 @@ def _source_class(path: str | os.PathLike[str], config: Any, auto_class: Any | N
         raise UnsupportedModelError(f"{auto_class.__name__} has no class for model type '{config.model_type}'")
     served = auto_class._model_mapping[type(config)]
     return served[0] if isinstance(served, tuple | list) else served
+
+
+def open_causal_lm(name: str) -> tuple[Any, Any]:
+    """The model (a retrofit, a plain checkpoint or a GGUF file), in evaluation mode, and its tokenizer.
+
+    Raises CheckpointError for what cannot be found, DataError for a model that does not predict next tokens.
+    """
+    if name.endswith(".gguf"):
+        return load_gguf(Path(name).expanduser())
+    source = find(name)
+    config = source.config()
+    architecture = (config.architectures or ["(none)"])[0]
+    if not architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        raise DataError(f"'{name}' is a {architecture}: only models that predict the next token can be scored")
+    if getattr(config, "rpb_retrofit", None) is not None:
+        model = load(source.folder)
+    else:
+        model = model_class(config).from_pretrained(source.folder)
+    model.name_or_path = name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.folder)
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"'{name}' has no tokenizer that Transformers can read") from error
+    return model.eval(), tokenizer

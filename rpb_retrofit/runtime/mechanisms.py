@@ -76,7 +76,7 @@ def position_zero(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 def unbounded_positions(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
     """Forward pre-hook of an embedding layer: its own position index, which ends with the table, is not consulted."""
-    kwargs = {**dict(zip(_parameters(type(module)), args, strict=False)), **kwargs}
+    kwargs = {**dict(zip(_parameters(module.__class__), args, strict=False)), **kwargs}
     tokens = kwargs.get("input_ids")
     if tokens is None:
         tokens = kwargs["inputs_embeds"]

@@ -1,0 +1,137 @@
+"""Retrofitting a checkpoint on disk. Its weights are placed, not loaded: only config and tables are new."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from rpb_retrofit.checkpoint.folder import check_absent, whole_folder
+from rpb_retrofit.checkpoint.shards import place, place_without, tensor_names
+from rpb_retrofit.checkpoint.source import Source, find, model_class
+from rpb_retrofit.config import RetrofitConfig
+from rpb_retrofit.eligibility import check_eligible
+
+if TYPE_CHECKING:
+    from rpb_retrofit.inplace import RetrofitReport
+
+# Transformers is imported late in this file: its import and the copying of gigabytes overlap.
+
+RENAMED = {"README.md": "README.source.md"}
+"""The source's model card does not describe the retrofit, but its licence and origin must travel."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was written: the report of the retrofit, and how the weights got there."""
+
+    report: RetrofitReport
+    out: Path
+    shards: int
+    weights: str  # "linked", "copied" or "dequantised"
+
+
+def retrofit_checkpoint(source: str, out: str | Path, config: RetrofitConfig, *, link: bool = False) -> Conversion:
+    """Retrofit ``source`` (a folder, a hub id, or a GGUF file) into a new folder ``out``.
+
+    ``out`` appears whole or not at all. With ``link`` the shards are hard links to the source's (instant, no space);
+    else clones where the file system can share blocks, else copies. Saving a model over a link replaces the link,
+    never the source's file. Weights are not loaded, except from a GGUF file, which is dequantised to float32.
+
+    Raises CheckpointError, UnsupportedModelError, AlreadyRetrofittedError, PartialMatchError or ConfigError.
+    """
+    out = Path(out).expanduser()
+    check_absent(out)
+    if source.endswith(".gguf"):
+        return _convert_gguf(Path(source).expanduser(), out, config)
+    found = find(source)
+    check_eligible(found.settings, source)
+    return _convert_folder(found, out, config, link)
+
+
+def _convert_folder(source: Source, out: Path, config: RetrofitConfig, link: bool) -> Conversion:
+    shards, companions, stop = source.shards, source.companions, threading.Event()
+    with whole_folder(out) as folder, ThreadPoolExecutor(1) as pool:
+        placing = pool.submit(_place_weights, shards, folder, link, stop)
+        try:
+            for file in companions:
+                target = folder / RENAMED.get(str(file), file)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source.folder / file, target)
+            report, tables = _write_all_but_weights(source, config, folder, f"model-{_of(len(shards) + 1, shards)}")
+        except BaseException:
+            stop.set()
+            raise
+        weight_map = placing.result()
+        weight_map |= tables
+        total = sum((folder / name).stat().st_size for name in set(weight_map.values()))
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return Conversion(report, out, len(shards) + 1, "linked" if link else "copied")
+
+
+def _place_weights(shards: list[Path], folder: Path, link: bool, stop: threading.Event) -> dict[str, str]:
+    """Place the shards as the first of ``len(shards) + 1``; which tensor is in which."""
+    weight_map: dict[str, str] = {}
+    with tqdm(total=sum(shard.stat().st_size for shard in shards), unit="B", unit_scale=True, desc="weights") as bar:
+
+        def progress(length: int) -> None:
+            bar.update(length)
+            if stop.is_set():
+                raise CancelledError
+
+        for number, shard in enumerate(shards, 1):
+            name, tensors = f"model-{_of(number, shards)}", tensor_names(shard)
+            own = [tensor for tensor in tensors if tensor.endswith("relative_attention_bias.weight")]
+            if own:  # T5's tables make way
+                place_without(shard, folder / name, own, progress)
+            else:
+                place(shard.resolve(), folder / name, link=link, progress=progress)
+            weight_map |= {tensor: name for tensor in tensors if tensor not in own}
+    return weight_map
+
+
+def _write_all_but_weights(
+    source: Source, config: RetrofitConfig, folder: Path, shard: str
+) -> tuple[RetrofitReport, dict[str, str]]:
+    """Write config, runtime and tables; report, and the tables' part of the weight map."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers.initialization import no_init_weights
+
+    from rpb_retrofit.inplace import retrofit
+    from rpb_retrofit.runtime.modeling import write_runtime
+    from rpb_retrofit.tables import INITIALISATIONS
+
+    settings = source.config()
+    with torch.device("meta"), no_init_weights():
+        model = model_class(settings)(settings)
+    report = retrofit(model, config)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    write_runtime(folder)
+    tables = {name: INITIALISATIONS[config.init](*model.get_parameter(name).shape) for name in report.tables}
+    save_file(tables, folder / shard, metadata={"format": "pt"})
+    return report, dict.fromkeys(tables, shard)
+
+
+def _of(number: int, shards: list[Path]) -> str:
+    return f"{number:05d}-of-{len(shards) + 1:05d}.safetensors"
+
+
+def _convert_gguf(file: Path, out: Path, config: RetrofitConfig) -> Conversion:
+    from rpb_retrofit.checkpoint.gguf import load_gguf
+    from rpb_retrofit.inplace import retrofit
+
+    model, tokenizer = load_gguf(file)
+    report = retrofit(model, config)
+    with whole_folder(out) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return Conversion(report, out, 1, "dequantised")

@@ -1,0 +1,47 @@
+"""A folder that appears whole or not at all: written beside its target under another name, then renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rpb_retrofit.errors import CheckpointError
+
+
+def check_absent(out: Path) -> None:
+    """CheckpointError where ``out`` exists."""
+    if out.exists() or out.is_symlink():
+        raise CheckpointError(f"'{out}' exists already: choose another name, or remove it first")
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside ``out`` that becomes ``out`` when the block ends, and vanishes when it fails.
+
+    A process that is killed leaves only the temporary folder, which the next run for the same ``out`` removes.
+    Raises CheckpointError where ``out`` exists, or where writing fails (a full disk, say).
+    """
+    check_absent(out)
+    _remove_leftovers(out)
+    part = out.parent / f".{out.name}.partial-{os.getpid()}"
+    try:
+        part.mkdir(parents=True)
+        yield part
+        part.rename(out)
+    except OSError as error:
+        raise CheckpointError(
+            f"writing '{out}' failed: {error.strerror or error}; nothing was left behind: free some space, or choose "
+            "another place"
+        ) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _remove_leftovers(out: Path) -> None:
+    for leftover in out.parent.glob(f".{out.name}.partial-*"):
+        process = leftover.name.rpartition("-")[2]
+        if not Path(f"/proc/{process}").exists():
+            shutil.rmtree(leftover, ignore_errors=True)

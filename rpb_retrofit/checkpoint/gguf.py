@@ -1,0 +1,36 @@
+"""Reading a GGUF file, the format of llama.cpp: the only source whose weights have to be loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from rpb_retrofit.errors import CheckpointError
+
+
+def load_gguf(file: Path) -> tuple[PreTrainedModel, Any]:
+    """The model, dequantised to float32, and the tokenizer of a GGUF file."""
+    if not file.is_file():
+        raise CheckpointError(f"'{file}': no such file")
+    arguments: dict[str, Any] = {"gguf_file": file.name}
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **arguments)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **arguments)
+    except ImportError as error:
+        raise CheckpointError("reading a GGUF file needs the package gguf: pip install 'rpb_retrofit[gguf]'") from error
+    except (ValueError, KeyError, OSError) as error:
+        raise CheckpointError(f"'{file}' cannot be read as GGUF: {str(error).splitlines()[0]}") from error
+    # What Transformers loaded remembers that it was quantised, and would not be saved as plain weights.
+    settings = loaded.config.to_dict()
+    settings.pop("quantization_config", None)
+    with no_init_weights():
+        model = type(loaded)(type(loaded.config).from_dict(settings))
+    model.load_state_dict(loaded.state_dict(), assign=True)
+    model.tie_weights()
+    model.generation_config = GenerationConfig.from_dict(loaded.generation_config.to_dict())
+    model.name_or_path = model.config.name_or_path = str(file)
+    return model.eval(), tokenizer

@@ -1,0 +1,95 @@
+"""Safetensors files as files: their headers, and copies of them that never pass through tensors.
+
+Format: 8 bytes (little-endian) with the length of a JSON header, the header, then the tensors' bytes, at offsets
+counted from the header's end. https://huggingface.co/docs/safetensors
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Callable, Container
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from rpb_retrofit.errors import CheckpointError
+
+Progress = Callable[[int], object]
+"""Told how many bytes more are written."""
+
+_CLONE = 0x40049409  # FICLONE of linux/fs.h: share the blocks, copy on write
+_CHUNK = 64 << 20
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """Tensor name -> {dtype, shape, data_offsets}, and ``__metadata__`` if there is one."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            if not 0 < length <= path.stat().st_size - 8:
+                raise ValueError("its header does not fit the file")
+            return json.loads(file.read(length))
+        except ValueError as error:
+            raise CheckpointError(f"'{path}' is not a safetensors file ({error}): fetch it again") from error
+
+
+def tensor_names(path: Path) -> list[str]:
+    """Names of the tensors in a file."""
+    return [name for name in read_header(path) if name != "__metadata__"]
+
+
+def place(source: Path, target: Path, *, link: bool, progress: Progress) -> None:
+    """Make ``target`` a file with the content of ``source``: a hard link if asked for, else a clone, else a copy."""
+    if link:
+        try:
+            os.link(source, target)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
+                raise
+            raise CheckpointError(
+                f"cannot link '{source}' to '{target}' ({error.strerror}): leave --link out"
+            ) from error
+        progress(source.stat().st_size)
+        return
+    with source.open("rb") as reader, target.open("wb") as writer:
+        try:
+            fcntl.ioctl(writer.fileno(), _CLONE, reader.fileno())
+            progress(source.stat().st_size)
+        except OSError:  # no copy-on-write here
+            _copy(reader, writer, source.stat().st_size, progress)
+
+
+def place_without(source: Path, target: Path, dropped: Container[str], progress: Progress) -> None:
+    """Copy a safetensors file without the tensors named in ``dropped``, streaming its bytes."""
+    header = read_header(source)
+    start = 8 + int.from_bytes(source.open("rb").read(8), "little")
+    kept = {name: entry for name, entry in header.items() if name != "__metadata__" and name not in dropped}
+    kept = dict(sorted(kept.items(), key=lambda item: item[1]["data_offsets"]))
+    spans, position = [], 0
+    for entry in kept.values():
+        first, last = entry["data_offsets"]
+        spans.append((start + first, last - first))
+        entry["data_offsets"] = [position, position + last - first]
+        position += last - first
+    if "__metadata__" in header:
+        kept["__metadata__"] = header["__metadata__"]
+    text = json.dumps(kept, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with source.open("rb") as reader, target.open("wb") as writer:
+        writer.write(len(text).to_bytes(8, "little") + text)
+        for offset, length in spans:
+            reader.seek(offset)
+            _copy(reader, writer, length, progress)
+
+
+def _copy(reader: BinaryIO, writer: BinaryIO, length: int, progress: Progress) -> None:
+    writer.flush()  # what follows goes past Python's buffers
+    position = reader.tell()
+    while length:
+        copied = os.sendfile(writer.fileno(), reader.fileno(), position, min(length, _CHUNK))
+        if not copied:
+            raise CheckpointError(f"'{reader.name}' ends {length} bytes too early: fetch it again")
+        position, length = position + copied, length - copied
+        progress(copied)

@@ -1,0 +1,35 @@
+"""``rpb demo``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rpb_retrofit.cli.options import Buckets, Json, MaxDistance, show, table
+from rpb_retrofit.config import RetrofitConfig
+
+
+def command(
+    out: Annotated[Path, typer.Option(help="A folder that does not exist yet.")] = Path("demo"),
+    buckets: Buckets = 32,
+    max_distance: MaxDistance = 128,
+    json: Json = None,
+) -> None:
+    """Fetch a small real model, retrofit it, and report what that cost."""
+    from rpb_retrofit.demo.run import QUESTIONS, run_demo
+
+    config = RetrofitConfig(relative_attention_num_buckets=buckets, relative_attention_max_distance=max_distance)
+    demo = run_demo(out, config, lambda line: print(line, flush=True))
+    rows = [
+        [str(source.length), f"{source.nll:.3f}", f"{retrofit.nll:.3f}", f"{cost:+.3f}"]
+        for source, retrofit, cost in zip(*(arm.results for arm in demo.arms), demo.cost, strict=True)
+    ]
+    lines = ["", str(demo.report), "", table(["window", *(arm.name for arm in demo.arms), "cost (nats)"], rows), ""]
+    for number, question in enumerate(QUESTIONS):
+        lines.append(question)
+        lines += [f"  {arm.name}: {' '.join(arm.answers[number].split())}" for arm in demo.arms]
+    lines += ["", f"{sum(demo.seconds.values()):.0f} s. The report: {out / 'report.html'}"]
+    show("\n".join(lines), {**asdict(demo), "cost": demo.cost}, json)

@@ -1,0 +1,71 @@
+"""``rpb evaluate MODEL``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rpb_retrofit.cli.options import Json, show, table
+from rpb_retrofit.errors import ConfigError
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="A retrofit, any causal model's folder or hub id, or a GGUF file.")],
+    data: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Text, JSONL or Parquet (column 'text'). Default: Python's help.")
+    ] = None,
+    lengths: Annotated[str, typer.Option(help="Context lengths, separated by commas.")] = "512,2048",
+    tokens: Annotated[int, typer.Option(help="Tokens of text, the same ones at every length.")] = 8192,
+    stride: Annotated[
+        int, typer.Option(help="Tokens from one window to the next; 0: the length, so that windows do not overlap.")
+    ] = 0,
+    bos: Annotated[str, typer.Option(help="Begin every window with the BOS token: auto, always or never.")] = "auto",
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the loss by position.")] = None,
+    json: Json = None,
+) -> None:
+    """Mean loss by context length and by position."""
+    from rpb_retrofit.checkpoint.load import open_causal_lm
+    from rpb_retrofit.evaluation.nll import Windows, bos_policy, nll_at_length, tokenise
+    from rpb_retrofit.evaluation.text import read_text
+
+    wanted = parse_lengths(lengths)
+    if bos not in ("auto", "always", "never"):
+        raise ConfigError(f"--bos {bos}: choose auto, always or never")
+    if stride < 0 or stride > min(wanted):
+        raise ConfigError(f"--stride {stride}: it must lie between 1 and the shortest length, {min(wanted)}")
+    text = read_text(data)
+    network, tokenizer = open_causal_lm(model)
+    documents, first = tokenise(tokenizer, text.documents), bos_policy(tokenizer, bos)
+    results = [
+        nll_at_length(network, documents, Windows(length, stride or length - (first is not None), first), tokens)
+        for length in wanted
+    ]
+    if plot:
+        from rpb_retrofit.evaluation.plots import loss_by_position
+
+        loss_by_position({Path(model).name: results}).savefig(plot)
+    policy = "no BOS" if first is None else f"BOS ({tokenizer.bos_token!r}) first in every window"
+    cut = f"stride {stride}" if stride else "windows do not overlap"
+    lines = [f"{model}", f"text: {text.name}; {cut}; {policy}; loss in nats a token, each token counting the same", ""]
+    rows = [[str(r.length), f"{r.nll:.4f}", str(r.tokens), str(r.windows)] for r in results]
+    lines += [table(["length", "loss", "tokens", "windows"], rows), "", "by position in the window:"]
+    edges = [f"{b.first}-{b.last}" for b in max(results, key=lambda r: r.length).by_position]
+    by_edge = [{f"{b.first}-{b.last}": f"{b.nll:.3f}" for b in r.by_position} for r in results]
+    lines.append(
+        table(["position", *(str(r.length) for r in results)], [[e, *(b.get(e, "") for b in by_edge)] for e in edges])
+    )
+    settings = {"model": model, "data": text.name, "stride": stride or "length", "bos": policy, "tokens": tokens}
+    show("\n".join(lines), {**settings, "lengths": [asdict(result) for result in results]}, json)
+
+
+def parse_lengths(lengths: str) -> list[int]:
+    """``512,2048`` as numbers, ascending. ConfigError names what is no length."""
+    found = []
+    for item in lengths.split(","):
+        if not item.strip().isdigit() or int(item) < 2:
+            raise ConfigError(f"--lengths {lengths}: '{item}' is not a length of at least 2 tokens")
+        found.append(int(item))
+    return sorted(set(found))

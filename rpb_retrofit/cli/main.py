@@ -1,0 +1,47 @@
+"""The commands, and how a mistake is answered: one line, exit status 2."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import typer
+
+from rpb_retrofit.cli import demo, evaluate, explain, retrofit
+from rpb_retrofit.errors import RetrofitError
+from rpb_retrofit.version import __version__
+
+# Typer carries its own copy of click and exports of its errors only this one: BadParameter, a UsageError.
+UsageError: Any = typer.BadParameter.__base__
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+for module in (retrofit, evaluate, explain, demo):
+    app.command(module.__name__.rpartition(".")[2])(module.command)
+
+
+@app.callback(invoke_without_command=True)
+def about(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
+    """Swap the positional mechanism of a pretrained model for T5's relative position bias, and see what it cost."""
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run ``rpb``. Exit status 0: done; 2: a mistake of the user's, named in one line; 130: interrupted."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        sys.exit(app(standalone_mode=False) or 0)
+    except RetrofitError as error:
+        _fail(str(error))
+    except UsageError as error:
+        _fail(error.format_message())
+    except (typer.Abort, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _fail(message: str) -> None:
+    print(f"rpb: {message}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,45 @@
+"""Options that several commands share, and how their results are shown."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rpb_retrofit.errors import ConfigError
+
+Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write what is printed, as JSON.")]
+Buckets = Annotated[
+    int,
+    typer.Option(
+        "--buckets", "--relative-attention-num-buckets", metavar="N", help="Scalars per head; T5's default is 32."
+    ),
+]
+MaxDistance = Annotated[
+    int,
+    typer.Option(
+        "--max-distance",
+        "--relative-attention-max-distance",
+        metavar="N",
+        help="Offsets from here on share the last bucket.",
+    ),
+]
+
+
+def show(text: str, result: Any, json_file: Path | None) -> None:
+    """Print a result, and write it as JSON where asked."""
+    print(text)
+    if json_file is not None:
+        try:
+            json_file.write_text(json.dumps(result, indent=2) + "\n")
+        except OSError as error:
+            raise ConfigError(f"--json '{json_file}' cannot be written: {error.strerror}") from error
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Columns of text, numbers to the right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

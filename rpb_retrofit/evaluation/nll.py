@@ -1,0 +1,140 @@
+"""Negative log-likelihood of the next token, by context length and by position inside the window."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from rpb_retrofit.errors import DataError
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How text is cut: windows of ``length`` tokens, one every ``stride`` tokens, never across two documents.
+
+    With ``stride`` below ``length`` windows overlap, and each token is scored once, with the longer context. With
+    ``bos`` every window begins with that token, which counts towards ``length`` and is not scored.
+    """
+
+    length: int
+    stride: int
+    bos: int | None
+
+    def cut(self, documents: Sequence[Tensor], budget: int) -> Iterator[tuple[Tensor, int]]:
+        """Windows (length,) and how many of their last tokens count, until ``budget`` tokens of text are used."""
+        room = self.length - (self.bos is not None)
+        for document in documents:
+            for start in range(0, len(document) - room + 1, self.stride):
+                if budget < room:
+                    return
+                budget -= min(self.stride, room) if start else room
+                ids = document[start : start + room]
+                if self.bos is not None:
+                    ids = torch.cat([torch.tensor([self.bos]), ids])
+                yield ids, self.length - 1 if start == 0 else min(self.stride, self.length - 1)
+
+
+@dataclass(frozen=True)
+class PositionBin:
+    """Tokens whose position in the window (their context, in tokens) is ``first`` to ``last``."""
+
+    first: int
+    last: int
+    nll: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class LengthResult:
+    """Mean negative log-likelihood, in nats a token, each token counting the same."""
+
+    length: int
+    nll: float
+    tokens: int
+    windows: int
+    by_position: list[PositionBin]
+
+
+def tokenise(tokenizer: Any, documents: Sequence[str]) -> list[Tensor]:
+    """Documents as token ids, without special tokens."""
+    encoded = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
+    return [torch.tensor(ids) for ids in encoded]
+
+
+def bos_policy(tokenizer: Any, policy: str) -> int | None:
+    """The id that begins every window: ``always``, ``never``, or ``auto``: where the tokenizer itself adds it."""
+    bos = tokenizer.bos_token_id
+    if policy == "never" or (policy == "auto" and tokenizer("a")["input_ids"][:1] != [bos]):
+        return None
+    if bos is None:
+        raise DataError("--bos always: this tokenizer has no beginning-of-sequence token")
+    return bos
+
+
+@torch.inference_mode()
+def nll_at_length(
+    model: PreTrainedModel, documents: Sequence[Tensor], windows: Windows, budget: int, label: str = ""
+) -> LengthResult:
+    """Score up to ``budget`` tokens of text in windows of one length.
+
+    Bins of positions are powers of two: 1, 2-3, 4-7, ... Raises DataError where no document fills a window, or the
+    model cannot take one.
+    """
+    check_length(model, windows.length)
+    cut = list(windows.cut(documents, budget))
+    if not cut:
+        longest = max(map(len, documents))
+        raise DataError(
+            f"length {windows.length}: no window fits (longest document {longest} tokens, budget {budget} tokens): "
+            "give longer text, a shorter length, or more --tokens"
+        )
+    total = torch.zeros(windows.length, dtype=torch.float64)
+    count = torch.zeros(windows.length, dtype=torch.long)
+    device = next(model.parameters()).device
+    with tqdm(total=len(cut) * windows.length, unit="tok", desc=f"{label}{windows.length}", leave=False) as bar:
+        for ids, scored in cut:
+            losses = token_losses(model, ids.to(device))[-scored:].double().cpu()
+            positions = torch.arange(windows.length - scored, windows.length)
+            total[positions] += losses
+            count[positions] += 1
+            bar.update(windows.length)
+    return LengthResult(
+        length=windows.length,
+        nll=(total.sum() / count.sum()).item(),
+        tokens=int(count.sum()),
+        windows=len(cut),
+        by_position=_bins(total, count),
+    )
+
+
+def token_losses(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Losses (n - 1,) of the tokens 1 .. n-1 of ``ids`` (n,), float32, in nats."""
+    logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
+    return torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
+
+
+def check_length(model: PreTrainedModel, length: int) -> None:
+    """DataError where a source's position table ends before ``length``."""
+    config = model.config
+    learned = any("position" in name or name.endswith("wpe.weight") for name, _ in model.named_parameters())
+    longest = getattr(config, "max_position_embeddings", None)
+    if learned and longest and length > longest and getattr(config, "rpb_retrofit", None) is None:
+        raise DataError(
+            f"length {length}: '{model.name_or_path}' has a table of {longest} positions and cannot take it"
+        )
+
+
+def _bins(total: Tensor, count: Tensor) -> list[PositionBin]:
+    bins = []
+    for power in range(math.ceil(math.log2(len(total)))):
+        first, last = 2**power, min(2 ** (power + 1), len(total)) - 1
+        if tokens := int(count[first : last + 1].sum()):
+            bins.append(PositionBin(first, last, (total[first : last + 1].sum() / tokens).item(), tokens))
+    return bins

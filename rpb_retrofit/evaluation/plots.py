@@ -1,0 +1,95 @@
+"""The pictures of an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import torch
+from transformers import PreTrainedModel
+
+from rpb_retrofit.evaluation.nll import LengthResult
+from rpb_retrofit.runtime.bias import RelativePositionBias
+from rpb_retrofit.runtime.buckets import Bucketing, bucket_of
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+_STYLE: Any = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "font.size": 10,
+    "figure.dpi": 130,
+    "legend.frameon": False,
+}
+
+
+def loss_by_position(results: Mapping[str, Sequence[LengthResult]]) -> Any:
+    """A figure: loss against position in the window, one line per model and length, positions on a log scale."""
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(figsize=(6.4, 4))
+        for number, (name, lengths) in enumerate(results.items()):
+            for shade, result in enumerate(lengths):
+                centre = [(b.first * b.last) ** 0.5 for b in result.by_position]
+                fade = 0.35 + 0.65 * (shade + 1) / len(lengths)
+                label = f"{name}, windows of {result.length}"
+                axes.plot(
+                    centre, [b.nll for b in result.by_position], "o-", ms=3, color=f"C{number}", alpha=fade, label=label
+                )
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+        axes.set_xlabel("position in the window (tokens of context)")
+        axes.set_ylabel("loss (nats a token)")
+        axes.legend(fontsize=8)
+        figure.tight_layout()
+    return figure
+
+
+@torch.no_grad()
+def bias_by_offset(model: PreTrainedModel) -> Any:
+    """A figure: the bias of every layer against the offset, averaged over heads, with the heads' range of one layer."""
+    modules = {name: m for name, m in model.named_modules() if isinstance(m, RelativePositionBias)}
+    bucketing: Bucketing = next(iter(modules.values())).bucketing
+    reach = 2 * bucketing.max_distance
+    first = -reach if bucketing.bidirectional else 0
+    offset = torch.arange(first, reach + 1)
+    curves = torch.stack([m(offset.to(m.weight.device)).cpu().mean(0) for m in modules.values()])
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(figsize=(6.4, 4))
+        colours = plt.colormaps["viridis"](torch.linspace(0, 0.9, len(curves)).numpy())
+        for curve, colour in zip(curves, colours, strict=True):
+            axes.plot(offset, curve, color=colour, lw=1, drawstyle="steps-post")
+        axes.set_xscale("symlog", linthresh=bucketing.num_exact, base=2)
+        axes.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+        axes.axvline(bucketing.max_distance, color="grey", ls=":", lw=1)
+        axes.text(
+            bucketing.max_distance, 0.98, " last bucket", transform=axes.get_xaxis_transform(), va="top", fontsize=8
+        )
+        axes.set_xlabel("offset (query position minus key position)")
+        axes.set_ylabel("bias, mean over heads")
+        axes.set_title(f"{len(curves)} tables, first layer dark, last light", fontsize=10)
+        figure.tight_layout()
+    return figure
+
+
+def bucket_map(bucketing: Bucketing) -> Any:
+    """A figure: bucket against offset, to twice the maximum distance, with its three parts named."""
+    reach = 2 * bucketing.max_distance
+    offset = torch.arange(-reach if bucketing.bidirectional else 0, reach + 1)
+    bucket = bucket_of(offset, bucketing)
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(figsize=(6.4, 4))
+        axes.plot(offset, bucket, drawstyle="steps-post", lw=1.5)
+        axes.axvspan(
+            -bucketing.num_exact + 1 if bucketing.bidirectional else 0, bucketing.num_exact, color="C1", alpha=0.15
+        )
+        for sign in (1, -1) if bucketing.bidirectional else (1,):
+            axes.axvline(sign * bucketing.max_distance, color="grey", ls=":", lw=1)
+        axes.set_xlabel("offset (query position minus key position)")
+        axes.set_ylabel("bucket")
+        axes.set_title("shaded: one to one; dotted: maximum distance, constant beyond", fontsize=10)
+        figure.tight_layout()
+    return figure
