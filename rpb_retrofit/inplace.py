@@ -93,8 +93,7 @@ def retrofit(
     try:
         attach(model)
     except Exception:
-        for submodel in _models(model):
-            del submodel.config.rpb_retrofit, submodel.config.auto_map
+        _forget(model)
         raise
     initialise(model, config)
     setattr(model, _SNAPSHOT, snapshot)
@@ -133,10 +132,9 @@ def revert(model: PreTrainedModel) -> None:
         attention: Any = model.get_submodule(name)
         setattr(attention, TABLE, module)
         attention.has_relative_attention_bias = True
+    _forget(model)
     for submodel in _models(model):
         config = submodel.config
-        if hasattr(config, "rpb_retrofit"):  # submodels may share one config
-            del config.rpb_retrofit, config.auto_map, config.attn_implementation, config.experts_implementation
         config._attn_implementation_internal = snapshot.attn_implementations[id(config)]
         config._experts_implementation_internal = snapshot.experts_implementation
     model.config.architectures = snapshot.architectures
@@ -192,3 +190,10 @@ def report(model: PreTrainedModel, config: RetrofitConfig) -> RetrofitReport:
 
 def _models(model: nn.Module) -> list[PreTrainedModel]:
     return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+
+
+def _forget(model: nn.Module) -> None:
+    """Take off the configs (submodels may share one) what the retrofit wrote there."""
+    for submodel in _models(model):
+        for name in ("rpb_retrofit", "auto_map", "attn_implementation", "experts_implementation"):
+            vars(submodel.config).pop(name, None)

@@ -30,9 +30,13 @@ def read_header(path: Path) -> dict[str, Any]:
         try:
             if not 0 < length <= path.stat().st_size - 8:
                 raise ValueError("its header does not fit the file")
-            return json.loads(file.read(length))
+            header = json.loads(file.read(length))
         except ValueError as error:
             raise CheckpointError(f"'{path}' is not a safetensors file ({error}): fetch it again") from error
+    end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    if path.stat().st_size < 8 + length + end:
+        raise CheckpointError(f"'{path}' is shorter than its header says: fetch it again")
+    return header
 
 
 def tensor_names(path: Path) -> list[str]:

@@ -23,6 +23,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
 from transformers.cache_utils import EncoderDecoderCache
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -316,6 +317,13 @@ class RetrofitModel:
                 if shard.stat().st_nlink > 1:  # a hard link to the source's shard: never write through it
                     shard.unlink()
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        if kwargs.get("is_main_process", True) and (folder / "model.safetensors").exists():
+            (folder / "model.safetensors.index.json").unlink(missing_ok=True)  # of shards that it replaced
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: names and initialisation of the weights are the source class's, and so are their conversions."""
+        return False
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         """Refuse whatever would drop the bias."""
@@ -345,8 +353,12 @@ def retrofit_class(source: Any) -> Any:
 @cache
 def _retrofit_class(source: Any) -> Any:
     keep = {*(source._keep_in_fp32_modules_strict or ()), TABLE}
+    name = f"Rpb{source.__name__}"
+    if (conversion := get_checkpoint_conversion_mapping(source.__name__)) is not None:
+        # Some classes (GPTNeoXForCausalLM) have weight names of their own in checkpoints.
+        register_checkpoint_conversion_mapping(name, conversion, overwrite=True)
     members = {"source_class": source, "_keep_in_fp32_modules_strict": keep, "__module__": __name__}
-    return type(f"Rpb{source.__name__}", (RetrofitModel, source), members)
+    return type(name, (RetrofitModel, source), members)
 
 
 def __getattr__(name: str) -> Any:
