@@ -19,7 +19,7 @@ def command(
     json: Json = None,
 ) -> None:
     """Fetch a small real model, retrofit it, and report what that cost."""
-    from rpb_retrofit.demo.run import QUESTIONS, run_demo
+    from rpb_retrofit.demo.run import BEGINNINGS, run_demo
 
     config = RetrofitConfig(relative_attention_num_buckets=buckets, relative_attention_max_distance=max_distance)
     demo = run_demo(out, config, lambda line: print(line, flush=True))
@@ -28,8 +28,8 @@ def command(
         for source, retrofit, cost in zip(*(arm.results for arm in demo.arms), demo.cost, strict=True)
     ]
     lines = ["", str(demo.report), "", table(["window", *(arm.name for arm in demo.arms), "cost (nats)"], rows), ""]
-    for number, question in enumerate(QUESTIONS):
-        lines.append(question)
-        lines += [f"  {arm.name}: {' '.join(arm.answers[number].split())}" for arm in demo.arms]
+    for number, beginning in enumerate(BEGINNINGS):
+        lines.append(beginning)
+        lines += [f"  {arm.name}: {' '.join(arm.continuations[number].split())}" for arm in demo.arms]
     lines += ["", f"{sum(demo.seconds.values()):.0f} s. The report: {out / 'report.html'}"]
     show("\n".join(lines), {**asdict(demo), "cost": demo.cost}, json)

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from rpb_retrofit.demo.run import Demo
 
 
-def write_report(demo: Demo, questions: Sequence[str], folder: Path) -> None:
+def write_report(demo: Demo, beginnings: Sequence[str], folder: Path) -> None:
     """Write ``report.html`` into ``folder``, which holds the pictures."""
     loader = PackageLoader("rpb_retrofit.demo", "templates")
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    page = environment.get_template("report.html").render(demo=demo, questions=questions, version=__version__)
+    page = environment.get_template("report.html").render(demo=demo, beginnings=beginnings, version=__version__)
     (folder / "report.html").write_text(page)

@@ -26,7 +26,7 @@ from rpb_retrofit.inplace import RetrofitReport
 
 LENGTHS = (128, 512, 2048)
 TOKENS = 2048
-QUESTIONS = ("Name three colours of the rainbow.", "What is the capital of France?")
+BEGINNINGS = ("Water boils at a temperature of", "Once upon a time, a young farmer found")
 NEW_TOKENS = 40
 
 
@@ -36,7 +36,7 @@ class Arm:
 
     name: str
     results: list[LengthResult]
-    answers: list[str]
+    continuations: list[str]
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class Demo:
     report: RetrofitReport
     arms: list[Arm]
     seconds: dict[str, float]
+    new_tokens: int = NEW_TOKENS
 
     @property
     def cost(self) -> list[float]:
@@ -82,13 +83,13 @@ def run_demo(out: Path, config: RetrofitConfig, say: Callable[[str], None]) -> D
             with step(f"evaluate the {name}"):
                 results = _evaluate(model, documents, bos, name)
             with step(f"generate with the {name}"):
-                answers = [_answer(model, tokenizer, question) for question in QUESTIONS]
-            arms.append(Arm(name, results, answers))
+                continuations = [_continue(model, tokenizer, beginning) for beginning in BEGINNINGS]
+            arms.append(Arm(name, results, continuations))
         policy = "no BOS" if bos is None else "BOS first in every window"
         loss_by_position({arm.name: arm.results for arm in arms}).savefig(folder / "loss_by_position.png")
         bias_by_offset(model).savefig(folder / "bias_by_offset.png")
         demo = Demo("SmolLM2-135M-Instruct (4-bit weights, dequantised)", text.name, policy, done.report, arms, seconds)
-        write_report(demo, QUESTIONS, folder)
+        write_report(demo, BEGINNINGS, folder)
         (folder / "report.json").write_text(json.dumps({**asdict(demo), "cost": demo.cost}, indent=2) + "\n")
     return demo
 
@@ -104,8 +105,7 @@ def _evaluate(
     ]
 
 
-def _answer(model: Any, tokenizer: Any, question: str) -> str:
-    chat = [{"role": "user", "content": question}]
-    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    ids = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
-    return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+def _continue(model: Any, tokenizer: Any, beginning: str) -> str:
+    inputs = tokenizer(beginning, return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
+    return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

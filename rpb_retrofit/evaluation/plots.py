@@ -68,6 +68,9 @@ def bias_by_offset(model: PreTrainedModel) -> Any:
         axes.text(
             bucketing.max_distance, 0.98, " last bucket", transform=axes.get_xaxis_transform(), va="top", fontsize=8
         )
+        if not curves.any():
+            axes.set_ylim(-1, 1)
+            axes.text(0.5, 0.55, "all tables are zero", transform=axes.transAxes, ha="center")
         axes.set_xlabel("offset (query position minus key position)")
         axes.set_ylabel("bias, mean over heads")
         axes.set_title(f"{len(curves)} tables, first layer dark, last light", fontsize=10)

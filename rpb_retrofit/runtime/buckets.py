@@ -61,6 +61,7 @@ class Bucketing(NamedTuple):
         return self
 
 
+@torch.compiler.assume_constant_result
 @cache
 def first_distances(bucketing: Bucketing) -> tuple[int, ...]:
     """The smallest distance that each bucket of one direction holds, ascending.
