@@ -41,10 +41,10 @@ def read_text(file: str | None) -> Text:
     options: dict[str, Any] = {"sample_by": "document"} if kind == "text" else {}
     try:
         rows = load_dataset(kind, data_files=str(path), split="train", **options)
-    except UnicodeDecodeError as error:
-        raise DataError(f"--data '{file}' is not UTF-8: {error.reason} at byte {error.start}") from error
     except (DatasetGenerationError, ValueError, OSError) as error:
         cause = error.__cause__ or error
+        if isinstance(cause, UnicodeDecodeError):
+            raise DataError(f"--data '{file}' is not UTF-8: {cause.reason} at byte {cause.start}") from error
         raise DataError(f"--data '{file}' cannot be read as {kind}: {str(cause).splitlines()[0]}") from error
     if _COLUMN not in rows.column_names:
         raise DataError(f"--data '{file}' has no column '{_COLUMN}', only {', '.join(rows.column_names) or 'none'}")

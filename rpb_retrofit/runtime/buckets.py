@@ -61,8 +61,8 @@ class Bucketing(NamedTuple):
         return self
 
 
-@torch.compiler.assume_constant_result
 @cache
+@torch.compiler.assume_constant_result  # torch.compile runs it instead of tracing it
 def first_distances(bucketing: Bucketing) -> tuple[int, ...]:
     """The smallest distance that each bucket of one direction holds, ascending.
 

@@ -27,6 +27,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .attention import attention, bias_matrix
 from .bias import RelativePositionBias
