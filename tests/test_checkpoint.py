@@ -274,6 +274,22 @@ def test_no_such_source(
     assert answer in capsys.readouterr().err
 
 
+def test_a_hub_id(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub id is fetched by huggingface_hub, without pickles, and is what the retrofit calls its source."""
+    asked: dict[str, object] = {}
+
+    def snapshot(name: str, ignore_patterns: list[str]) -> str:
+        asked.update(name=name, ignore=ignore_patterns)
+        return str(source)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    retrofit_checkpoint("someone/llama", tmp_path / "out", CONFIG)
+    assert asked["name"] == "someone/llama"
+    assert "*.bin" in asked["ignore"]
+    assert "*.safetensors" not in asked["ignore"]
+    assert rpb.load(tmp_path / "out").config.rpb_retrofit["source"] == "someone/llama"
+
+
 def test_an_out_that_exists_is_kept(source: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("precious")

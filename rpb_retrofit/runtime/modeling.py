@@ -359,7 +359,10 @@ def _retrofit_class(source: Any) -> Any:
         # Some classes (GPTNeoXForCausalLM) have weight names of their own in checkpoints.
         register_checkpoint_conversion_mapping(name, conversion, overwrite=True)
     members = {"source_class": source, "_keep_in_fp32_modules_strict": keep, "__module__": __name__}
-    return type(name, (RetrofitModel, source), members)
+    cls = type(name, (RetrofitModel, source), members)
+    # output_attentions and output_hidden_states look up here what to record; only __init__ would enter the class.
+    _CAN_RECORD_REGISTRY[cls.__new__(cls)] = cls._can_record_outputs
+    return cls
 
 
 def __getattr__(name: str) -> Any:
