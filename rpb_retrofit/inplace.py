@@ -52,6 +52,9 @@ class _Snapshot:
     own_tables: dict[str, nn.Module]  # T5's
     versions: dict[str, int]  # of the source's parameters: in-place changes raise them
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # versions start anew in a copied or pickled model, so it has no snapshot
+
 
 def retrofit(
     model: PreTrainedModel, config: RetrofitConfig | None = None, calibration: Any | None = None
@@ -113,7 +116,7 @@ def revert(model: PreTrainedModel) -> None:
     snapshot: _Snapshot | None = getattr(model, _SNAPSHOT, None)
     if snapshot is None:
         raise RevertError(
-            f"this {type(model).__name__} was not retrofitted in this process, so its source cannot be restored "
+            f"this {type(model).__name__} was loaded or copied after its retrofit, so its source cannot be restored "
             f"from it: load the source again from '{settings['source']}'"
         )
     now = dict(model.named_parameters())

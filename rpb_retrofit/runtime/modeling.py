@@ -27,7 +27,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, _active_collector
 
 from .attention import attention, bias_matrix
 from .bias import RelativePositionBias
@@ -96,9 +96,14 @@ def biased_attention(
         softcap=softcap,
         sinks=s_aux,
         dropout=dropout,
-        need_weights=output_attentions,
+        need_weights=output_attentions or _records_attentions(),
     )
     return out.transpose(1, 2).contiguous(), weights
+
+
+def _records_attentions() -> bool:
+    """Whether the model's caller asked for the weights, which some families (GPT-2, OPT) do not pass on."""
+    return any(name.endswith("attentions") for name in _active_collector.get() or ())
 
 
 AttentionInterface.register(ATTENTION, biased_attention)
@@ -124,9 +129,8 @@ def add_to_mask(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 
     Allowed entries are taken as 0: Falcon's already hold ALiBi there.
     """
-    mask = kwargs["attention_mask"]
-    lowest = torch.finfo(mask.dtype).min
-    bias = _bias_argument(module, args, kwargs).to(mask.dtype)
+    bias, mask = _bias_argument(module, args, kwargs), kwargs["attention_mask"]
+    lowest, bias = torch.finfo(mask.dtype).min, bias.to(mask.dtype)
     return args, {**kwargs, "attention_mask": torch.where(mask > lowest / 2, bias, lowest)}
 
 
@@ -146,6 +150,11 @@ SILENCERS = {"alibi": silence_alibi}
 
 
 def _bias_argument(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    if kwargs["attention_mask"] is None:
+        raise AttentionImplementationError(
+            f"{type(module).__name__} got no attention mask, to which its relative position bias is added: this family "
+            "runs attn_implementation='eager' only; leave the setting alone"
+        )
     queries, keys = args[0].shape[1], kwargs["attention_mask"].shape[-1]
     cache = _self_attention_cache(args, kwargs)
     first = 0 if cache is None else _first_offset(cache, queries, module.layer_idx)
@@ -218,7 +227,8 @@ def detach(model: PreTrainedModel) -> None:
 
 def attention_modules(model: nn.Module, family: Family) -> dict[str, Any]:
     """The self-attention modules by name, one in every block; PartialMatchError lists the blocks without."""
-    modules = modules_named(model, family.attention)
+    named = modules_named(model, family.attention)
+    modules = {name: module for name, module in named.items() if "Attention" in type(module).__name__}
     blocks = [name for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)]
     without = [block for block in blocks if not any(name.startswith(f"{block}.") for name in modules)]
     if without or not modules:
@@ -317,6 +327,9 @@ class RetrofitModel:
             for shard in folder.glob("*.safetensors"):
                 if shard.stat().st_nlink > 1:  # a hard link to the source's shard: never write through it
                     shard.unlink()
+        if shared := self._shared_tables():  # a file holds each tensor once
+            state = kwargs.get("state_dict") or self.state_dict()  # type: ignore[attr-defined]
+            kwargs["state_dict"] = {name: tensor for name, tensor in state.items() if name not in shared}
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if kwargs.get("is_main_process", True) and (folder / "model.safetensors").exists():
             (folder / "model.safetensors.index.json").unlink(missing_ok=True)  # of shards that it replaced
@@ -332,15 +345,15 @@ class RetrofitModel:
             raise AttentionImplementationError(_dropped(attn_implementation))
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
-        """Transformers' map of tied weights, plus the tables that all layers share."""
-        tied = super().get_expanded_tied_weights_keys(all_submodels)  # type: ignore[misc]
-        first: dict[int, str] = {}
-        for name, module in self.named_modules(remove_duplicate=False):  # type: ignore[attr-defined]
-            if name.endswith(f".{TABLE}"):
-                owner = first.setdefault(id(module), f"{name}.weight")
-                if owner != f"{name}.weight":
-                    tied[f"{name}.weight"] = owner
-        return tied
+        """Transformers' map of tied weights, plus the tables that all layers share, whatever the embeddings do."""
+        return super().get_expanded_tied_weights_keys(all_submodels) | self._shared_tables()  # type: ignore[misc]
+
+    def _shared_tables(self) -> dict[str, str]:
+        """Each further name of a table, and its first."""
+        owners: dict[int, str] = {}
+        names = [n for n, _ in self.named_parameters(remove_duplicate=False) if is_table(n)]  # type: ignore[attr-defined]
+        tied = {name: owners.setdefault(id(self.get_parameter(name)), name) for name in names}  # type: ignore[attr-defined]
+        return {name: owner for name, owner in tied.items() if name != owner}
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _new_retrofit, (type(self).source_class,), self.__dict__
@@ -359,7 +372,7 @@ def _retrofit_class(source: Any) -> Any:
         # Some classes (GPTNeoXForCausalLM) have weight names of their own in checkpoints.
         register_checkpoint_conversion_mapping(name, conversion, overwrite=True)
     members = {"source_class": source, "_keep_in_fp32_modules_strict": keep, "__module__": __name__}
-    cls = type(name, (RetrofitModel, source), members)
+    cls: Any = type(name, (RetrofitModel, source), members)
     # output_attentions and output_hidden_states look up here what to record; only __init__ would enter the class.
     _CAN_RECORD_REGISTRY[cls.__new__(cls)] = cls._can_record_outputs
     return cls

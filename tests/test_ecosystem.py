@@ -1,0 +1,262 @@
+"""The tools around Transformers, unmodified: heads, pipelines, PEFT, Trainer, TRL, the hub."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
+from trl import SFTConfig, SFTTrainer
+
+import rpb_retrofit as rpb
+from rpb_retrofit.runtime.modeling import LOCK, RUNTIME_FILES
+from tests.families.cases import CASES, Case
+from tests.families.test_contract import AUTO, VOCAB, build, closeness, inputs_of, retrofitted, saved_config, tokens
+from tests.hub_stub import Hub
+
+LLAMA, BERT, GPT2, T5 = (case for name in ("llama", "bert", "gpt2", "t5") for case in CASES if str(case) == name)
+TABLE = "relative_attention_bias"
+
+
+def tables(model: Any) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if f"{TABLE}." in name}
+
+
+def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys() and len(first) > 0
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], msg=name)
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> Tensor:
+    return model.eval()(tokens()).logits
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(3, VOCAB))]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w3"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left"
+    )
+
+
+# --- Transformers --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [LLAMA, BERT, GPT2, T5], ids=str)
+def test_every_head(case: Case, tmp_path: Path) -> None:
+    """A head finds in a retrofit what it would find in the source, and the tables besides."""
+    build(case).save_pretrained(tmp_path / "source")
+    model = retrofitted(case)
+    model.save_pretrained(tmp_path / "out")
+    heads, inputs = model.config.auto_map, inputs_of(case, tokens())
+    with torch.no_grad():
+        states = model(**inputs, output_hidden_states=True)
+    want = states.get("encoder_hidden_states", states.get("hidden_states"))[1]
+    assert AUTO[case.kind] in heads and "AutoModel" in heads and len(heads) >= 5
+    for name, reference in heads.items():
+        if reference == "modeling.RpbLlamaForQuestionAnswering":
+            continue  # its weights have another prefix: Transformers finds none of them, in the source either
+        auto = getattr(transformers, name)
+        _, plain = auto.from_pretrained(tmp_path / "source", output_loading_info=True)
+        loaded, info = rpb.load(tmp_path / "out", auto, output_loading_info=True)
+        assert f"modeling.{type(loaded).__name__}" == reference
+        assert set(info["missing_keys"]) == set(plain["missing_keys"]), name
+        base, own = loaded.base_model.eval(), tables(model.base_model)
+        assert tables(base) and all(torch.equal(values, own[table]) for table, values in tables(base).items())
+        sides = inputs if base.config.is_encoder_decoder else {"input_ids": inputs["input_ids"]}
+        with torch.no_grad():
+            states = base(**sides, output_hidden_states=True)
+        assert torch.equal(states.get("encoder_hidden_states", states.get("hidden_states"))[1], want), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("device_map", ["auto", {"model": "cpu", "lm_head": "disk"}])
+def test_device_map(device_map: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = retrofitted(LLAMA)
+    model.save_pretrained(tmp_path / "out")
+    loaded = rpb.load(tmp_path / "out", device_map=device_map, dtype=dtype, offload_folder=tmp_path / "offload")
+    assert loaded.lm_head.weight.is_meta == (device_map != "auto")
+    assert loaded.dtype == dtype
+    assert_same(tables(loaded), tables(model))
+    assert closeness(logits(loaded).float(), logits(model)) < (1e-6 if dtype == torch.float32 else 0.05)
+
+
+def test_pipelines(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    model = retrofitted(LLAMA)
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    settings = {"max_new_tokens": 24, "do_sample": False, "return_tensors": True}
+    prompts = ["w7 w8 w9 w10 w11", "w20 w21 w22"]
+    by_object = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    by_folder = pipeline("text-generation", model=str(tmp_path), trust_remote_code=True, device="cpu")
+    assert type(by_folder.model).__name__ == "RpbLlamaForCausalLM"
+    for batch_size in (1, 2):
+        for pipe in (by_object, by_folder):
+            for prompt, answer in zip(prompts, pipe(prompts, batch_size=batch_size, **settings), strict=True):
+                ids = tokenizer(prompt, return_tensors="pt").input_ids
+                want = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
+                assert answer[0]["generated_token_ids"][-24:] == want[0, -24:].tolist()
+
+
+# --- PEFT ----------------------------------------------------------------------------------------------------------
+
+
+def train(model: Any, steps: int = 2) -> None:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(steps):
+        model(input_ids=tokens(), labels=tokens()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("with_tables", [False, True])
+def test_peft(with_tables: bool, tmp_path: Path) -> None:
+    base = retrofitted(LLAMA)
+    base.save_pretrained(tmp_path / "base")
+    before, plain = tables(base), logits(base)
+    lora = LoraConfig(
+        r=4,
+        target_modules=["q_proj", "v_proj"],
+        modules_to_save=[TABLE] if with_tables else None,
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(base, lora)
+    train(model)
+    trained = logits(model)
+    assert closeness(trained, plain) > 1e-2
+    model.save_pretrained(tmp_path / "adapter")
+
+    again = PeftModel.from_pretrained(rpb.load(tmp_path / "base"), tmp_path / "adapter")
+    assert torch.equal(logits(again), trained)
+
+    merged = again.merge_and_unload()
+    assert type(merged).__name__ == "RpbLlamaForCausalLM"
+    assert closeness(logits(merged), trained) < 1e-5
+    merged.save_pretrained(tmp_path / "merged")
+    loaded = rpb.load(tmp_path / "merged")
+    assert torch.equal(logits(loaded), logits(merged))
+    assert tables(loaded).keys() == before.keys()
+    for name, values in tables(loaded).items():
+        assert torch.equal(values, before[name]) != with_tables, name
+
+
+# --- Trainer and TRL -----------------------------------------------------------------------------------------------
+
+RECIPE: dict[str, Any] = {
+    "max_steps": 4,
+    "save_steps": 2,
+    "learning_rate": 1e-2,
+    "per_device_train_batch_size": 2,
+    "report_to": [],
+    "use_cpu": True,
+    "bf16": False,
+    "disable_tqdm": True,
+}
+
+
+def transformers_trainer(model: Any, folder: Path, tokenizer: Any) -> Trainer:
+    rows = [{"input_ids": row, "labels": row} for row in tokens(8)]
+    return Trainer(model=model, args=TrainingArguments(output_dir=str(folder), **RECIPE), train_dataset=rows)
+
+
+def trl_trainer(model: Any, folder: Path, tokenizer: Any) -> Trainer:
+    rows = Dataset.from_dict({"text": [tokenizer.decode(row) for row in tokens(8)]})
+    return SFTTrainer(
+        model=model, args=SFTConfig(output_dir=str(folder), **RECIPE), train_dataset=rows, processing_class=tokenizer
+    )
+
+
+@pytest.mark.parametrize("make", [transformers_trainer, trl_trainer])
+@pytest.mark.parametrize("shared", [False, True])
+def test_trainers(make: Any, shared: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Tables and weights train; an interrupted run continues to where an uninterrupted one ends."""
+
+    def model() -> PreTrainedModel:
+        model = build(LLAMA)
+        rpb.retrofit(model, rpb.RetrofitConfig(shared=shared))
+        return model
+
+    trainer = make(model(), tmp_path / "run", tokenizer)
+    start = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    trained = trainer.model
+    for name, parameter in trained.named_parameters():
+        assert not torch.equal(parameter, start[name]), name
+
+    loaded = rpb.load(tmp_path / "run" / "checkpoint-4")
+    assert len(tables(loaded)) == (1 if shared else 2)
+    assert_same(tables(loaded), tables(trained))
+    assert closeness(logits(loaded), logits(trained)) < 1e-6
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-4", trust_remote_code=True)
+    assert closeness(logits(saved), logits(trained)) < 1e-6
+
+    resumed = make(model(), tmp_path / "run", tokenizer)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert resumed.state.global_step == 4
+    assert_same(dict(resumed.model.named_parameters()), dict(trained.named_parameters()))
+
+
+# --- the hub -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """A server that speaks as much of the hub's protocol as an upload needs: its address, and where the files go."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.folder = tmp_path / "hub"
+    server.folder.mkdir()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", server.folder
+    server.shutdown()
+    server.server_close()
+
+
+def test_push_to_hub(hub: tuple[str, Path], tmp_path: Path) -> None:
+    address, uploaded = hub
+    model = retrofitted(LLAMA)
+    model.save_pretrained(tmp_path / "out")
+    script = "import sys, rpb_retrofit as rpb; rpb.load(sys.argv[1]).push_to_hub('someone/retrofit')"
+    environment = {
+        "HF_ENDPOINT": address,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_TOKEN": "hf_stub",
+        "HF_HOME": str(tmp_path / "home"),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "out"],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert {"config.json", "model.safetensors", *RUNTIME_FILES} <= {path.name for path in uploaded.iterdir()}
+    assert saved_config(uploaded)["attn_implementation"] == LOCK
+    assert torch.equal(logits(rpb.load(uploaded)), logits(model))
+    for name in RUNTIME_FILES:
+        assert (uploaded / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
