@@ -14,7 +14,8 @@ from rpb_retrofit.config import RetrofitConfig
 from rpb_retrofit.eligibility import check_eligible
 from rpb_retrofit.errors import ConfigError, NotRetrofittedError, RevertError, UnsupportedModelError
 from rpb_retrofit.runtime.families import family_of
-from rpb_retrofit.runtime.modeling import TABLE, attach, attention_modules, detach, table_names
+from rpb_retrofit.runtime.interface import TABLE
+from rpb_retrofit.runtime.modeling import attach, attention_modules, detach, table_names
 from rpb_retrofit.tables import INITIALISATIONS
 from rpb_retrofit.version import __version__
 

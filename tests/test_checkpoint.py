@@ -25,6 +25,7 @@ import rpb_retrofit as rpb
 from rpb_retrofit.checkpoint.convert import retrofit_checkpoint
 from rpb_retrofit.cli import main
 from rpb_retrofit.errors import CheckpointError, ConfigError, NotRetrofittedError, UnsupportedModelError
+from rpb_retrofit.runtime import modeling
 from tests.families.cases import CASES
 from tests.families.test_contract import AUTO, CONFIG, build, inputs_of, tokens
 
@@ -308,6 +309,11 @@ def test_a_table_whose_heads_do_not_match(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as refused:
         rpb.load(tmp_path / "out")
     assert f"{name} has shape (3, 8) (heads, buckets), the config asks for (4, 8)" in str(refused.value)
+
+
+def test_the_runtime_travels_whole() -> None:
+    folder = Path(modeling.__file__).parent
+    assert sorted(modeling.RUNTIME_FILES) == sorted(p.name for p in folder.glob("*.py") if p.name != "__init__.py")
 
 
 def test_unknown_keys_are_refused() -> None:

@@ -1,9 +1,5 @@
 """A Transformers model with a relative position bias: attaching it, loading it, keeping it.
 
-The attention modules of a retrofit have a child ``relative_attention_bias``. Models that use Transformers' attention
-interface run the implementation registered here as ``rpb_retrofit``, which reads the child; the others get the bias
-through the argument that their family's row names. Importing this module registers that name and does nothing else.
-
 The class of a retrofitted ``LlamaForCausalLM`` is ``RpbLlamaForCausalLM``, made on demand for any class of
 Transformers: ``modeling.RpbLlamaForCausalLM`` is what a checkpoint's ``auto_map`` refers to.
 """
@@ -18,18 +14,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 import transformers
-from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
-from transformers.cache_utils import EncoderDecoderCache
+from torch import nn
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, _active_collector
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from .attention import attention, bias_matrix
 from .bias import RelativePositionBias
 from .buckets import Bucketing
 from .errors import (
@@ -40,10 +31,8 @@ from .errors import (
     PartialMatchError,
 )
 from .families import Family, family_of
+from .interface import ATTENTION, BIAS_HOOKS, SILENCERS, TABLE, would_drop
 from .mechanisms import modules_named, neutralise, remove_hooks, restore
-
-ATTENTION = "rpb_retrofit"
-"""Name of the attention implementation that adds the bias."""
 
 LOCK = (
     "none: this is an rpb_retrofit checkpoint, which plain classes cannot run. Load it with rpb_retrofit.load(path), "
@@ -52,127 +41,17 @@ LOCK = (
 """Stands in config.json as the attention and the experts implementation. Every Transformers model checks both when it
 is built and refuses unknown ones with an error that prints them, so no plain class can load a retrofit by mistake."""
 
-TABLE = "relative_attention_bias"
-"""Name of the bias module within its attention module; its table is the parameter ``weight``."""
-
-RUNTIME_FILES = ("errors.py", "buckets.py", "bias.py", "attention.py", "families.py", "mechanisms.py", "modeling.py")
+RUNTIME_FILES = (
+    "errors.py",
+    "buckets.py",
+    "bias.py",
+    "attention.py",
+    "families.py",
+    "mechanisms.py",
+    "interface.py",
+    "modeling.py",
+)
 """The files that a checkpoint carries, so that it loads where rpb_retrofit is not installed."""
-
-
-# --- running -----------------------------------------------------------------------------------------------------
-
-
-def biased_attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    first_offset: int | Tensor | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    output_attentions: bool = False,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """The attention implementation ``rpb_retrofit``, with the signature of Transformers' attention interface.
-
-    Modules without a table (cross-attention, whose two sides have no offset) run Transformers' own sdpa.
-    Returns (batch, Q, heads, d_v) and the weights (batch, heads, Q, K) if asked for.
-    """
-    bias = getattr(module, TABLE, None)
-    if bias is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    out, weights = attention(
-        query,
-        key,
-        value,
-        bias,
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        causal=module.is_causal,
-        mask=attention_mask,
-        first_offset=first_offset,
-        softcap=softcap,
-        sinks=s_aux,
-        dropout=dropout,
-        need_weights=output_attentions or _records_attentions(),
-    )
-    return out.transpose(1, 2).contiguous(), weights
-
-
-def _records_attentions() -> bool:
-    """Whether the model's caller asked for the weights, which some families (GPT-2, OPT) do not pass on."""
-    return any(name.endswith("attentions") for name in _active_collector.get() or ())
-
-
-AttentionInterface.register(ATTENTION, biased_attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-
-
-def pass_offset(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-    """Forward pre-hook of an attention module that uses the interface: how far the queries are ahead of the keys.
-
-    Only a cache knows (a static one has unused slots, a sliding one drops old keys), and only before it is updated.
-    """
-    if module.config._attn_implementation != ATTENTION:
-        raise AttentionImplementationError(_dropped(module.config._attn_implementation))
-    cache = _self_attention_cache(args, kwargs)
-    if cache is None:
-        return None
-    hidden = args[0] if args else kwargs["hidden_states"]
-    return args, {**kwargs, "first_offset": _first_offset(cache, hidden.shape[1], module.layer_idx)}
-
-
-def add_to_mask(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Forward pre-hook of an attention module with an additive ``attention_mask``: the bias joins it.
-
-    Allowed entries are taken as 0: Falcon's already hold ALiBi there.
-    """
-    bias, mask = _bias_argument(module, args, kwargs), kwargs["attention_mask"]
-    lowest, bias = torch.finfo(mask.dtype).min, bias.to(mask.dtype)
-    return args, {**kwargs, "attention_mask": torch.where(mask > lowest / 2, bias, lowest)}
-
-
-def replace_position_bias(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Forward pre-hook of an attention module with a ``position_bias`` (heads, Q, K): ours takes its place."""
-    bias = _bias_argument(module, args, kwargs)
-    return args, {**kwargs, "position_bias": bias.to(args[0].dtype)}
-
-
-def silence_alibi(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Forward pre-hook of an attention module with an ``alibi`` argument: the slopes arrive as zeros."""
-    return args, {**kwargs, "alibi": torch.zeros_like(kwargs["alibi"])}
-
-
-BIAS_HOOKS = {"": pass_offset, "attention_mask": add_to_mask, "position_bias": replace_position_bias}
-SILENCERS = {"alibi": silence_alibi}
-
-
-def _bias_argument(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    if kwargs["attention_mask"] is None:
-        raise AttentionImplementationError(
-            f"{type(module).__name__} got no attention mask, to which its relative position bias is added: this family "
-            "runs attn_implementation='eager' only; leave the setting alone"
-        )
-    queries, keys = args[0].shape[1], kwargs["attention_mask"].shape[-1]
-    cache = _self_attention_cache(args, kwargs)
-    first = 0 if cache is None else _first_offset(cache, queries, module.layer_idx)
-    return bias_matrix(getattr(module, TABLE), queries, keys, first, args[0].device)
-
-
-def _self_attention_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:
-    for value in (*args, *kwargs.values()):  # families disagree on its name and place
-        if isinstance(value, EncoderDecoderCache):
-            return value.self_attention_cache
-        if isinstance(value, Cache):
-            return value
-    return None
-
-
-def _first_offset(cache: Cache, queries: int, layer: int) -> int | Tensor:
-    _, first_key = cache.get_mask_sizes(queries, layer)
-    return cache.get_query_offset(layer) - first_key
 
 
 # --- attaching ---------------------------------------------------------------------------------------------------
@@ -268,13 +147,6 @@ def _set_implementation(config: Any, family: Family) -> None:
         config._experts_implementation = None
 
 
-def _dropped(implementation: Any) -> str:
-    return (
-        f"attn_implementation='{implementation}' would drop the relative position bias; a retrofit runs only its own, "
-        f"'{ATTENTION}': leave the argument out"
-    )
-
-
 # --- the retrofitted classes -------------------------------------------------------------------------------------
 
 
@@ -291,7 +163,7 @@ class RetrofitModel:
             )
         family = family_of(config)
         if config._attn_implementation not in (None, LOCK, ATTENTION, "eager" if not family.uses_interface else None):
-            raise AttentionImplementationError(_dropped(config._attn_implementation))
+            raise AttentionImplementationError(would_drop(config._attn_implementation))
         _set_implementation(config, family)
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         attach(self)  # type: ignore[arg-type]
@@ -342,7 +214,7 @@ class RetrofitModel:
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         """Refuse whatever would drop the bias."""
         if attn_implementation != self.config._attn_implementation:  # type: ignore[attr-defined]
-            raise AttentionImplementationError(_dropped(attn_implementation))
+            raise AttentionImplementationError(would_drop(attn_implementation))
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
         """Transformers' map of tied weights, plus the tables that all layers share, whatever the embeddings do."""

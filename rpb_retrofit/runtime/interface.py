@@ -1,0 +1,148 @@
+"""How the bias enters a running model: through Transformers' attention interface, or an argument of the attention.
+
+The attention modules of a retrofit have a child ``relative_attention_bias``. Models that use Transformers' attention
+interface run the implementation registered here as ``rpb_retrofit``, which reads the child; the others get the bias
+through the argument that their family's row names. Importing this module registers that name and does nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, Cache
+from transformers.cache_utils import EncoderDecoderCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.utils.output_capturing import _active_collector
+
+from .attention import attention, bias_matrix
+from .errors import AttentionImplementationError
+
+ATTENTION = "rpb_retrofit"
+"""Name of the attention implementation that adds the bias."""
+
+TABLE = "relative_attention_bias"
+"""Name of the bias module within its attention module; its table is the parameter ``weight``."""
+
+
+def biased_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    first_offset: int | Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    output_attentions: bool = False,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The attention implementation ``rpb_retrofit``, with the signature of Transformers' attention interface.
+
+    Modules without a table (cross-attention, whose two sides have no offset) run Transformers' own sdpa.
+    Returns (batch, Q, heads, d_v) and the weights (batch, heads, Q, K) if asked for.
+    """
+    bias = getattr(module, TABLE, None)
+    if bias is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    out, weights = attention(
+        query,
+        key,
+        value,
+        bias,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        causal=module.is_causal,
+        mask=attention_mask,
+        first_offset=first_offset,
+        softcap=softcap,
+        sinks=s_aux,
+        dropout=dropout,
+        need_weights=output_attentions or _records_attentions(),
+    )
+    return out.transpose(1, 2).contiguous(), weights
+
+
+def _records_attentions() -> bool:
+    """Whether the model's caller asked for the weights, which some families (GPT-2, OPT) do not pass on."""
+    return any(name.endswith("attentions") for name in _active_collector.get() or ())
+
+
+AttentionInterface.register(ATTENTION, biased_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+def pass_offset(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    """Forward pre-hook of an attention module that uses the interface: how far the queries are ahead of the keys.
+
+    Only a cache knows (a static one has unused slots, a sliding one drops old keys), and only before it is updated.
+    """
+    if module.config._attn_implementation != ATTENTION:
+        raise AttentionImplementationError(would_drop(module.config._attn_implementation))
+    cache = _self_attention_cache(args, kwargs)
+    if cache is None:
+        return None
+    hidden = args[0] if args else kwargs["hidden_states"]
+    return args, {**kwargs, "first_offset": _first_offset(cache, hidden.shape[1], module.layer_idx)}
+
+
+def add_to_mask(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Forward pre-hook of an attention module with an additive ``attention_mask``: the bias joins it.
+
+    Allowed entries are taken as 0: Falcon's already hold ALiBi there.
+    """
+    bias, mask = _bias_argument(module, args, kwargs), kwargs["attention_mask"]
+    lowest, bias = torch.finfo(mask.dtype).min, bias.to(mask.dtype)
+    return args, {**kwargs, "attention_mask": torch.where(mask > lowest / 2, bias, lowest)}
+
+
+def replace_position_bias(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Forward pre-hook of an attention module with a ``position_bias`` (heads, Q, K): ours takes its place."""
+    bias = _bias_argument(module, args, kwargs)
+    return args, {**kwargs, "position_bias": bias.to(args[0].dtype)}
+
+
+def silence_alibi(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Forward pre-hook of an attention module with an ``alibi`` argument: the slopes arrive as zeros."""
+    return args, {**kwargs, "alibi": torch.zeros_like(kwargs["alibi"])}
+
+
+BIAS_HOOKS = {"": pass_offset, "attention_mask": add_to_mask, "position_bias": replace_position_bias}
+SILENCERS = {"alibi": silence_alibi}
+
+
+def _bias_argument(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    if kwargs["attention_mask"] is None:
+        raise AttentionImplementationError(
+            f"{type(module).__name__} got no attention mask, to which its relative position bias is added: this family "
+            "runs attn_implementation='eager' only; leave the setting alone"
+        )
+    queries, keys = args[0].shape[1], kwargs["attention_mask"].shape[-1]
+    cache = _self_attention_cache(args, kwargs)
+    first = 0 if cache is None else _first_offset(cache, queries, module.layer_idx)
+    return bias_matrix(getattr(module, TABLE), queries, keys, first, args[0].device)
+
+
+def _self_attention_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:
+    for value in (*args, *kwargs.values()):  # families disagree on its name and place
+        if isinstance(value, EncoderDecoderCache):
+            return value.self_attention_cache
+        if isinstance(value, Cache):
+            return value
+    return None
+
+
+def _first_offset(cache: Cache, queries: int, layer: int) -> int | Tensor:
+    _, first_key = cache.get_mask_sizes(queries, layer)
+    return cache.get_query_offset(layer) - first_key
+
+
+def would_drop(implementation: Any) -> str:
+    """Why an attention implementation is refused."""
+    return (
+        f"attn_implementation='{implementation}' would drop the relative position bias; a retrofit runs only its own, "
+        f"'{ATTENTION}': leave the argument out"
+    )
