@@ -17,15 +17,14 @@ def check_eligible(settings: Mapping[str, Any], name: str) -> Family:
     not known, CheckpointError for a config that is not a model's.
     """
     if retrofit := settings.get("rpb_retrofit"):
-        raise AlreadyRetrofittedError(
-            f"'{name}' is a retrofit already (of '{retrofit['source']}'): retrofit that source instead"
-        )
+        source = retrofit.get("source", "?") if isinstance(retrofit, dict) else "?"
+        raise AlreadyRetrofittedError(f"'{name}' is a retrofit already (of '{source}'): retrofit that source instead")
     if quantisation := settings.get("quantization_config"):
-        method = quantisation.get("quant_method", "unknown method")
+        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
         raise UnsupportedModelError(
             f"'{name}' is quantised ({getattr(method, 'value', method)}): take the unquantised checkpoint (or "
             "model.dequantize()), and quantise the retrofit"
         )
-    if "model_type" not in settings:
+    if not isinstance(settings.get("model_type"), str):
         raise CheckpointError(f"'{name}': its config.json names no model_type: not a Transformers checkpoint")
     return family_of(SimpleNamespace(**settings))

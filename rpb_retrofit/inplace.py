@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,9 +14,8 @@ from transformers.models.auto import modeling_auto
 from rpb_retrofit.config import RetrofitConfig
 from rpb_retrofit.eligibility import check_eligible
 from rpb_retrofit.errors import ConfigError, NotRetrofittedError, RevertError, UnsupportedModelError
-from rpb_retrofit.runtime.families import family_of
-from rpb_retrofit.runtime.interface import TABLE
-from rpb_retrofit.runtime.modeling import attach, attention_modules, detach, table_names
+from rpb_retrofit.runtime.families import TABLE, family_of, is_table
+from rpb_retrofit.runtime.modeling import attach, attention_modules, block_names, detach, submodels, table_names
 from rpb_retrofit.tables import INITIALISATIONS
 from rpb_retrofit.version import __version__
 
@@ -43,18 +43,26 @@ class RetrofitReport:
         )
 
 
+_WRITTEN = (
+    *("rpb_retrofit", "auto_map", "attn_implementation", "experts_implementation", "architectures"),
+    *("_attn_implementation_internal", "_experts_implementation_internal"),
+)
+"""What a retrofit, or saving it, writes into a config."""
+
+Fingerprint = tuple[torch.dtype, torch.Size, int]
+"""Of a parameter: dtype, shape, and the sum of its bits read as integers."""
+
+
 @dataclass
 class _Snapshot:
     """What `revert` needs and the retrofitted model no longer holds."""
 
-    attn_implementations: dict[int, Any]
-    experts_implementation: Any
-    architectures: list[str] | None
+    configs: list[tuple[Any, dict[str, Any]]]  # each config, and its attributes as they were
     own_tables: dict[str, nn.Module]  # T5's
-    versions: dict[str, int]  # of the source's parameters: in-place changes raise them
+    fingerprints: dict[str, Fingerprint]  # of the source's parameters
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(None), ()  # versions start anew in a copied or pickled model, so it has no snapshot
+        return type(None), ()  # a copied or pickled model has configs of its own, so it has no snapshot
 
 
 def retrofit(
@@ -77,6 +85,8 @@ def retrofit(
     config = config or RetrofitConfig()
     if calibration is not None:
         raise ConfigError(f"calibration was given, but init='{config.init}' uses none: leave it out")
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(f"{type(model).__name__} is not a Transformers model: retrofit first, then wrap it")
     family = check_eligible(model.config.to_dict(), model.name_or_path or type(model).__name__)
     attentions = attention_modules(model, family)
     parameters = dict(model.named_parameters())
@@ -84,20 +94,18 @@ def retrofit(
     if 0 < len(meta) < len(parameters):
         raise UnsupportedModelError(f"{len(meta)} parameters are offloaded ({meta[0]}, ...): retrofit, then dispatch")
     snapshot = _Snapshot(
-        attn_implementations={id(m.config): m.config._attn_implementation for m in _models(model)},
-        experts_implementation=model.config._experts_implementation,
-        architectures=model.config.architectures,
+        configs=[(config, dict(vars(config))) for config in _distinct(m.config for m in submodels(model))],
         own_tables={name: getattr(module, TABLE) for name, module in attentions.items() if hasattr(module, TABLE)},
-        versions={name: parameter._version for name, parameter in parameters.items()},
+        fingerprints={name: _fingerprint(parameter) for name, parameter in parameters.items()},
     )
     settings = describe(model, config, family.mechanism)
-    for submodel in _models(model):
+    for submodel in submodels(model):
         submodel.config.rpb_retrofit = settings
         submodel.config.auto_map = auto_map(submodel.config)
     try:
         attach(model)
     except Exception:
-        _forget(model)
+        _restore_configs(snapshot)
         raise
     initialise(model, config)
     setattr(model, _SNAPSHOT, snapshot)
@@ -107,9 +115,9 @@ def retrofit(
 def revert(model: PreTrainedModel) -> None:
     """Undo `retrofit` in place: the source's class, mechanism and, bit for bit, its logits.
 
-    Raises RevertError where this is not the process that retrofitted the model, or its weights changed since: then
-    they are no longer the source's, and the message names the checkpoint that has them. NotRetrofittedError for
-    a plain model.
+    Raises RevertError where this is not the process that retrofitted the model, or its weights (compared by dtype,
+    shape and a checksum of their bits) are no longer the source's: the message names the checkpoint that has them.
+    NotRetrofittedError for a plain model.
     """
     settings = getattr(model.config, "rpb_retrofit", None)
     if settings is None:
@@ -120,13 +128,9 @@ def revert(model: PreTrainedModel) -> None:
             f"this {type(model).__name__} was loaded or copied after its retrofit, so its source cannot be restored "
             f"from it: load the source again from '{settings['source']}'"
         )
-    now = dict(model.named_parameters())
-    changed = [
-        name
-        for name, version in snapshot.versions.items()
-        if not name.endswith(f"{TABLE}.weight") and (name not in now or now[name]._version != version)
-    ]
-    if changed:
+    now = {name: _fingerprint(parameter) for name, parameter in model.named_parameters() if not is_table(name)}
+    before = {name: value for name, value in snapshot.fingerprints.items() if not is_table(name)}
+    if changed := [name for name in before if now.get(name) != before[name]]:
         raise RevertError(
             f"{len(changed)} of the source's parameters changed since the retrofit ({changed[0]}"
             f"{', ...' if len(changed) > 1 else ''}): load the source again from '{settings['source']}'"
@@ -134,15 +138,31 @@ def revert(model: PreTrainedModel) -> None:
     detach(model)
     for name, module in snapshot.own_tables.items():
         attention: Any = model.get_submodule(name)
-        setattr(attention, TABLE, module)
+        setattr(attention, TABLE, module.to(next(attention.parameters()).device))
         attention.has_relative_attention_bias = True
-    _forget(model)
-    for submodel in _models(model):
-        config = submodel.config
-        config._attn_implementation_internal = snapshot.attn_implementations[id(config)]
-        config._experts_implementation_internal = snapshot.experts_implementation
-    model.config.architectures = snapshot.architectures
+    _restore_configs(snapshot)
     delattr(model, _SNAPSHOT)
+
+
+def _restore_configs(snapshot: _Snapshot) -> None:
+    """What the retrofit wrote into the configs goes; what it replaced comes back."""
+    for config, before in snapshot.configs:
+        for name in _WRITTEN:
+            vars(config).pop(name, None)
+            if name in before:
+                vars(config)[name] = before[name]
+
+
+def _distinct(configs: Iterable[Any]) -> list[Any]:
+    return list({id(config): config for config in configs}.values())
+
+
+def _fingerprint(parameter: torch.Tensor) -> Fingerprint:
+    if parameter.is_meta:
+        return parameter.dtype, parameter.shape, 0
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = parameter.detach().contiguous().view(integers[parameter.element_size()])
+    return parameter.dtype, parameter.shape, int(bits.sum(dtype=torch.int64))
 
 
 def describe(model: PreTrainedModel, config: RetrofitConfig, mechanism: str) -> dict[str, Any]:
@@ -182,7 +202,7 @@ def report(model: PreTrainedModel, config: RetrofitConfig) -> RetrofitReport:
     tables = table_names(model)
     return RetrofitReport(
         mechanism=family.mechanism,
-        layers_expected=len(attentions),
+        layers_expected=len(block_names(model)),
         layers_patched=[name for name, module in attentions.items() if hasattr(module, TABLE)],
         tables=tables,
         parameters_added=sum(model.get_parameter(name).numel() for name in tables),
@@ -190,14 +210,3 @@ def report(model: PreTrainedModel, config: RetrofitConfig) -> RetrofitReport:
         max_distance=config.relative_attention_max_distance,
         init=config.init,
     )
-
-
-def _models(model: nn.Module) -> list[PreTrainedModel]:
-    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-
-
-def _forget(model: nn.Module) -> None:
-    """Take off the configs (submodels may share one) what the retrofit wrote there."""
-    for submodel in _models(model):
-        for name in ("rpb_retrofit", "auto_map", "attn_implementation", "experts_implementation"):
-            vars(submodel.config).pop(name, None)

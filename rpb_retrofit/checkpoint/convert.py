@@ -17,6 +17,7 @@ from rpb_retrofit.checkpoint.shards import place, place_without, tensor_names
 from rpb_retrofit.checkpoint.source import Source, find, model_class
 from rpb_retrofit.config import RetrofitConfig
 from rpb_retrofit.eligibility import check_eligible
+from rpb_retrofit.runtime.families import is_table
 
 if TYPE_CHECKING:
     from rpb_retrofit.inplace import RetrofitReport
@@ -68,17 +69,18 @@ def _convert_folder(source: Source, out: Path, config: RetrofitConfig, link: boo
         except BaseException:
             stop.set()
             raise
-        weight_map = placing.result()
+        weight_map, linked = placing.result()
         weight_map |= tables
         total = sum((folder / name).stat().st_size for name in set(weight_map.values()))
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    return Conversion(report, out, len(shards) + 1, "linked" if link else "copied")
+    return Conversion(report, out, len(shards) + 1, "linked" if linked else "copied")
 
 
-def _place_weights(shards: list[Path], folder: Path, link: bool, stop: threading.Event) -> dict[str, str]:
-    """Place the shards as the first of ``len(shards) + 1``; which tensor is in which."""
+def _place_weights(shards: list[Path], folder: Path, link: bool, stop: threading.Event) -> tuple[dict[str, str], bool]:
+    """Place the shards as the first of ``len(shards) + 1``; which tensor is in which, and whether all are links."""
     weight_map: dict[str, str] = {}
+    linked = link
     with tqdm(total=sum(shard.stat().st_size for shard in shards), unit="B", unit_scale=True, desc="weights") as bar:
 
         def progress(length: int) -> None:
@@ -88,13 +90,14 @@ def _place_weights(shards: list[Path], folder: Path, link: bool, stop: threading
 
         for number, shard in enumerate(shards, 1):
             name, tensors = f"model-{_of(number, shards)}", tensor_names(shard)
-            own = [tensor for tensor in tensors if tensor.endswith("relative_attention_bias.weight")]
+            own = [tensor for tensor in tensors if is_table(tensor)]
             if own:  # T5's tables make way
+                linked = False
                 place_without(shard, folder / name, own, progress)
             else:
                 place(shard.resolve(), folder / name, link=link, progress=progress)
             weight_map |= {tensor: name for tensor in tensors if tensor not in own}
-    return weight_map
+    return weight_map, linked
 
 
 def _write_all_but_weights(

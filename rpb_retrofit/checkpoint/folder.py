@@ -13,7 +13,11 @@ from rpb_retrofit.errors import CheckpointError
 
 def check_absent(out: Path) -> None:
     """CheckpointError where ``out`` exists."""
-    if out.exists() or out.is_symlink():
+    try:
+        taken = out.exists() or out.is_symlink()
+    except OSError as error:
+        raise CheckpointError(f"'{out}' cannot be written: {error.strerror}") from error
+    if taken:
         raise CheckpointError(f"'{out}' exists already: choose another name, or remove it first")
 
 
@@ -33,8 +37,8 @@ def whole_folder(out: Path) -> Iterator[Path]:
         part.rename(out)
     except OSError as error:
         raise CheckpointError(
-            f"writing '{out}' failed: {error.strerror or error}; nothing was left behind: free some space, or choose "
-            "another place"
+            f"writing '{out}' failed: {error.strerror or error}; nothing was left behind (is there space, and may "
+            "you write there?)"
         ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -10,8 +10,8 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from rpb_retrofit.checkpoint.gguf import load_gguf
-from rpb_retrofit.checkpoint.source import find, model_class
-from rpb_retrofit.errors import CheckpointError, DataError, NotRetrofittedError, UnsupportedModelError
+from rpb_retrofit.checkpoint.source import find, model_class, one_line
+from rpb_retrofit.errors import CheckpointError, DataError, NotRetrofittedError, RetrofitError, UnsupportedModelError
 from rpb_retrofit.runtime.modeling import retrofit_class
 
 
@@ -27,14 +27,19 @@ def load(path: str | os.PathLike[str], auto_class: Any | None = None, **kwargs: 
     Raises:
         NotRetrofittedError for any other checkpoint, MissingTablesError and ConfigError for a damaged one.
     """
-    config = AutoConfig.from_pretrained(path, **{k: v for k, v in kwargs.items() if k in _HUB_ARGUMENTS})
+    config = kwargs.pop("config", None)
+    if config is None:
+        config = AutoConfig.from_pretrained(path, **{k: v for k, v in kwargs.items() if k in _HUB_ARGUMENTS})
     if getattr(config, "rpb_retrofit", None) is None:
         raise NotRetrofittedError(f"'{path}' is not a retrofit: make one with `rpb retrofit {path} OUT`")
+    for name in [name for name in kwargs if name not in _MODEL_ARGUMENTS and hasattr(config, name)]:
+        setattr(config, name, kwargs.pop(name))  # num_labels=3 and the like, as from_pretrained takes them
     source = _source_class(path, config, auto_class)
     return retrofit_class(source).from_pretrained(path, config=config, **kwargs)
 
 
 _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "subfolder")
+_MODEL_ARGUMENTS = ("dtype", "torch_dtype", "attn_implementation", "experts_implementation", "quantization_config")
 
 
 def _source_class(path: str | os.PathLike[str], config: Any, auto_class: Any | None) -> type[PreTrainedModel]:
@@ -63,10 +68,16 @@ def open_causal_lm(name: str) -> tuple[Any, Any]:
     architecture = (config.architectures or ["(none)"])[0]
     if not architecture.endswith(("ForCausalLM", "LMHeadModel")):
         raise DataError(f"'{name}' is a {architecture}: only models that predict the next token can be scored")
-    if getattr(config, "rpb_retrofit", None) is not None:
-        model = load(source.folder)
-    else:
-        model = model_class(config).from_pretrained(source.folder)
+    retrofitted = getattr(config, "rpb_retrofit", None) is not None
+    opener: Any = load if retrofitted else model_class(config).from_pretrained
+    try:
+        model, info = opener(source.folder, output_loading_info=True)
+    except RetrofitError:
+        raise
+    except Exception as error:  # whatever a damaged file makes Transformers raise
+        raise CheckpointError(f"'{name}' cannot be loaded: {one_line(error)}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise CheckpointError(f"'{name}' lacks {len(missing)} of its weights ({missing[0]}, ...): a damaged checkpoint")
     model.name_or_path = name
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.folder)

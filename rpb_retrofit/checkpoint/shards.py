@@ -25,15 +25,17 @@ _CHUNK = 64 << 20
 
 def read_header(path: Path) -> dict[str, Any]:
     """Tensor name -> {dtype, shape, data_offsets}, and ``__metadata__`` if there is one."""
+    if not path.is_file():
+        raise CheckpointError(f"'{path}' is not a file")
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         try:
             if not 0 < length <= path.stat().st_size - 8:
                 raise ValueError("its header does not fit the file")
             header = json.loads(file.read(length))
-        except ValueError as error:
+            end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"'{path}' is not a safetensors file ({error}): fetch it again") from error
-    end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
     if path.stat().st_size < 8 + length + end:
         raise CheckpointError(f"'{path}' is shorter than its header says: fetch it again")
     return header

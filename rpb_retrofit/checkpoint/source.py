@@ -13,7 +13,12 @@ from rpb_retrofit.errors import CheckpointError, UnsupportedModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".npz")
+WEIGHT_SUFFIXES = (
+    *(".safetensors", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".npy", ".npz"),
+    *(".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill", ".pdparams"),  # pickles
+)
+"""Files that hold weights, none of which travels as it is."""
+
 _INDEX = "model.safetensors.index.json"
 
 
@@ -38,7 +43,11 @@ class Source:
         if (single := self.folder / "model.safetensors").exists():
             return [single]
         if (index := self.folder / _INDEX).exists():
-            shards = [self.folder / name for name in sorted(set(_read_json(index)["weight_map"].values()))]
+            weight_map = _read_json(index).get("weight_map")
+            files = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+            if not files or not all(isinstance(file, str) for file in files):
+                raise CheckpointError(f"'{self.name}': its {_INDEX} has no weight_map from tensors to files")
+            shards = [self.folder / file for file in sorted(files)]
             if missing := [shard.name for shard in shards if not shard.exists()]:
                 raise CheckpointError(
                     f"'{self.name}' lacks {len(missing)} of {len(shards)} shards: {', '.join(missing)}"
@@ -54,6 +63,10 @@ class Source:
     @property
     def companions(self) -> list[Path]:
         """All other files that travel: tokenizer, generation config, chat template, ... relative to the folder."""
+        if (self.folder / "adapter_config.json").exists():
+            raise CheckpointError(
+                f"'{self.name}' holds an adapter (adapter_config.json): merge it into its model, then retrofit that"
+            )
         files = (path.relative_to(self.folder) for path in sorted(self.folder.rglob("*")) if path.is_file())
         return [
             file
@@ -72,7 +85,7 @@ class Source:
         try:
             config = AutoConfig.from_pretrained(self.folder)
         except Exception as error:  # whatever a config's own validation raises
-            raise CheckpointError(f"'{self.name}': its config.json cannot be read: {_one_line(error)}") from error
+            raise CheckpointError(f"'{self.name}': its config.json cannot be read: {one_line(error)}") from error
         config.name_or_path = self.name
         return config
 
@@ -95,15 +108,15 @@ def find(name: str) -> Source:
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise CheckpointError(f"'{name}': no such folder, and no such model on the hub") from error
     except Exception as error:  # anything that a network can do
-        raise CheckpointError(f"'{name}': no such folder, and the hub did not answer: {_one_line(error)}") from error
+        raise CheckpointError(f"'{name}': no such folder, and the hub did not answer: {one_line(error)}") from error
 
 
 def model_class(config: Any) -> type[PreTrainedModel]:
     """The class of Transformers that a config names as its architecture."""
     import transformers
 
-    name = (config.architectures or ["(none)"])[0]
-    found = getattr(transformers, name, None)
+    name = config.architectures[0] if isinstance(config.architectures, list) and config.architectures else "(none)"
+    found = getattr(transformers, str(name), None)
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         raise UnsupportedModelError(
             f"'{config.name_or_path}': its architecture '{name}' is not a class of Transformers "
@@ -115,6 +128,8 @@ def model_class(config: Any) -> type[PreTrainedModel]:
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text())
+    except OSError as error:
+        raise CheckpointError(f"'{file}' cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise CheckpointError(f"'{file}' is not JSON: {error}") from error
     if not isinstance(content, dict):
@@ -122,5 +137,6 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """An error's message without its line breaks."""
     return " ".join(str(error).split())

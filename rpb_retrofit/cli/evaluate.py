@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from rpb_retrofit.cli.options import Json, show, table
+from rpb_retrofit.cli.options import Json, check_writable, show, table
 from rpb_retrofit.errors import ConfigError
 
 
@@ -36,6 +36,8 @@ def command(
         raise ConfigError(f"--bos {bos}: choose auto, always or never")
     if stride < 0 or stride > min(wanted):
         raise ConfigError(f"--stride {stride}: it must lie between 1 and the shortest length, {min(wanted)}")
+    check_writable("--plot", plot, (".png", ".pdf", ".svg"))
+    check_writable("--json", json)
     text = read_text(data)
     network, tokenizer = open_causal_lm(model)
     documents, first = tokenise(tokenizer, text.documents), bos_policy(tokenizer, bos)
@@ -44,9 +46,9 @@ def command(
         for length in wanted
     ]
     if plot:
-        from rpb_retrofit.evaluation.plots import loss_by_position
+        from rpb_retrofit.evaluation.plots import loss_by_position, save
 
-        loss_by_position({Path(model).name: results}).savefig(plot)
+        save(loss_by_position({Path(model).name: results}), plot)
     policy = "no BOS" if first is None else f"BOS ({tokenizer.bos_token!r}) first in every window"
     cut = f"stride {stride}" if stride else "windows do not overlap"
     lines = [f"{model}", f"text: {text.name}; {cut}; {policy}; loss in nats a token, each token counting the same", ""]
@@ -65,7 +67,7 @@ def parse_lengths(lengths: str) -> list[int]:
     """``512,2048`` as numbers, ascending. ConfigError names what is no length."""
     found = []
     for item in lengths.split(","):
-        if not item.strip().isdigit() or int(item) < 2:
+        if not item.strip().isdecimal() or int(item) < 2:
             raise ConfigError(f"--lengths {lengths}: '{item}' is not a length of at least 2 tokens")
         found.append(int(item))
     return sorted(set(found))

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from rpb_retrofit.cli.options import Buckets, Json, MaxDistance, show
+from rpb_retrofit.cli.options import Buckets, Json, MaxDistance, check_writable, show
 from rpb_retrofit.errors import ConfigError
 from rpb_retrofit.runtime.buckets import Bucketing, OffsetRange, bucket_of, offsets_of
 
@@ -24,6 +24,10 @@ def command(
     json: Json = None,
 ) -> None:
     """Say which bucket an offset is in; without --query and --key, print and draw the whole map."""
+    check_writable("--plot", plot, (".png", ".pdf", ".svg"))
+    check_writable("--json", json)
+    if plot and query is not None:
+        raise ConfigError("--plot draws the whole map: leave --query and --key out")
     if (query is None) != (key is None):
         raise ConfigError(f"--{'key' if key is None else 'query'} is missing: give both, or none for the whole map")
     if query is not None and key is not None:
@@ -32,17 +36,17 @@ def command(
         bucketing = Bucketing(buckets, max_distance, bidirectional).validate()
         text, result = explain_map(bucketing)
         if plot:
-            from rpb_retrofit.evaluation.plots import bucket_map
+            from rpb_retrofit.evaluation.plots import bucket_map, save
 
-            bucket_map(bucketing).savefig(plot)
+            save(bucket_map(bucketing), plot)
     show(text, result, json)
 
 
 def explain_pair(query: int, key: int, buckets: int, max_distance: int) -> tuple[str, dict[str, Any]]:
     """The offset of two positions, and its bucket in a causal and in a bidirectional table."""
     for name, position in (("query", query), ("key", key)):
-        if position < 0:
-            raise ConfigError(f"--{name} {position}: positions count from 0")
+        if not 0 <= position < 2**62:
+            raise ConfigError(f"--{name} {position}: positions count from 0, and fit 62 bits")
     offset = query - key
     side = f"{offset} before" if offset > 0 else f"{-offset} after"
     where = "the key is the query itself" if offset == 0 else f"the key lies {side} the query"

@@ -28,14 +28,21 @@ MaxDistance = Annotated[
 ]
 
 
+def check_writable(option: str, file: Path | None, suffixes: tuple[str, ...] = ()) -> None:
+    """ConfigError where a file cannot be written, before hours of work end in it."""
+    if file is None:
+        return
+    if suffixes and file.suffix not in suffixes:
+        raise ConfigError(f"{option} '{file}': its ending is none of {', '.join(suffixes)}")
+    if file.is_dir() or not file.absolute().parent.is_dir():
+        raise ConfigError(f"{option} '{file}' is a folder, or lies in none that exists")
+
+
 def show(text: str, result: Any, json_file: Path | None) -> None:
     """Print a result, and write it as JSON where asked."""
     print(text)
     if json_file is not None:
-        try:
-            json_file.write_text(json.dumps(result, indent=2) + "\n")
-        except OSError as error:
-            raise ConfigError(f"--json '{json_file}' cannot be written: {error.strerror}") from error
+        json_file.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

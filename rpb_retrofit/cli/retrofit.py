@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from rpb_retrofit.cli.options import Buckets, Json, MaxDistance, show
+from rpb_retrofit.cli.options import Buckets, Json, MaxDistance, check_writable, show
 from rpb_retrofit.config import RetrofitConfig
 
 
@@ -27,6 +27,7 @@ def command(
     """Swap the positional mechanism of a checkpoint; write a checkpoint that plain Transformers can load."""
     from rpb_retrofit.checkpoint.convert import retrofit_checkpoint
 
+    check_writable("--json", json)
     config = RetrofitConfig(
         relative_attention_num_buckets=buckets,
         relative_attention_max_distance=max_distance,

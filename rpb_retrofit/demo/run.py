@@ -20,7 +20,7 @@ from rpb_retrofit.config import RetrofitConfig
 from rpb_retrofit.demo.fetch import SMOLLM2, fetch
 from rpb_retrofit.demo.report import write_report
 from rpb_retrofit.evaluation.nll import LengthResult, Windows, bos_policy, nll_at_length, tokenise
-from rpb_retrofit.evaluation.plots import bias_by_offset, loss_by_position
+from rpb_retrofit.evaluation.plots import bias_by_offset, loss_by_position, save
 from rpb_retrofit.evaluation.text import read_text
 from rpb_retrofit.inplace import RetrofitReport
 
@@ -86,8 +86,8 @@ def run_demo(out: Path, config: RetrofitConfig, say: Callable[[str], None]) -> D
                 continuations = [_continue(model, tokenizer, beginning) for beginning in BEGINNINGS]
             arms.append(Arm(name, results, continuations))
         policy = "no BOS" if bos is None else "BOS first in every window"
-        loss_by_position({arm.name: arm.results for arm in arms}).savefig(folder / "loss_by_position.png")
-        bias_by_offset(model).savefig(folder / "bias_by_offset.png")
+        save(loss_by_position({arm.name: arm.results for arm in arms}), folder / "loss_by_position.png")
+        save(bias_by_offset(model), folder / "bias_by_offset.png")
         demo = Demo("SmolLM2-135M-Instruct (4-bit weights, dequantised)", text.name, policy, done.report, arms, seconds)
         write_report(demo, BEGINNINGS, folder)
         (folder / "report.json").write_text(json.dumps({**asdict(demo), "cost": demo.cost}, indent=2) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -25,6 +26,12 @@ _STYLE: Any = {
     "figure.dpi": 130,
     "legend.frameon": False,
 }
+
+
+def save(figure: Any, file: Path) -> None:
+    """Write a figure and forget it."""
+    figure.savefig(file)
+    plt.close(figure)
 
 
 def loss_by_position(results: Mapping[str, Sequence[LengthResult]]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data import topics
@@ -36,11 +37,13 @@ def read_text(file: str | None) -> Text:
     path = Path(file).expanduser()
     if not path.is_file():
         raise DataError(f"--data '{file}': no such file")
-    if (kind := _FORMATS.get(path.suffix)) is None:
+    if (kind := _FORMATS.get(path.suffix.lower())) is None:
         raise DataError(f"--data '{file}': its ending '{path.suffix}' is none of {', '.join(_FORMATS)}")
     options: dict[str, Any] = {"sample_by": "document"} if kind == "text" else {}
     try:
-        rows = load_dataset(kind, data_files=str(path), split="train", **options)
+        rows = load_dataset(kind, data_files=glob.escape(str(path)), split="train", **options)
+    except StopIteration as error:
+        raise DataError(f"--data '{file}' holds no text") from error
     except (DatasetGenerationError, ValueError, OSError) as error:
         cause = error.__cause__ or error
         if isinstance(cause, UnicodeDecodeError):
@@ -48,7 +51,10 @@ def read_text(file: str | None) -> Text:
         raise DataError(f"--data '{file}' cannot be read as {kind}: {str(cause).splitlines()[0]}") from error
     if _COLUMN not in rows.column_names:
         raise DataError(f"--data '{file}' has no column '{_COLUMN}', only {', '.join(rows.column_names) or 'none'}")
-    documents = [document for document in rows[_COLUMN] if document and document.strip()]
+    documents = [document for document in rows[_COLUMN] if document]
+    if odd := next((document for document in documents if not isinstance(document, str)), None):
+        raise DataError(f"--data '{file}': its column '{_COLUMN}' holds {type(odd).__name__}, not text")
+    documents = [document for document in documents if document.strip()]
     if not documents:
         raise DataError(f"--data '{file}' holds no text")
     return Text(path.name, documents)

@@ -18,6 +18,9 @@ from torch import Tensor
 
 from .errors import ConfigError
 
+MAX_DISTANCE = 2**24
+"""Float32 counts without gaps up to here, and T5's formula is evaluated in it."""
+
 
 class Bucketing(NamedTuple):
     """How offsets fall into buckets.
@@ -53,6 +56,8 @@ class Bucketing(NamedTuple):
                 f"relative_attention_num_buckets={self.num_buckets}: a bidirectional table splits its buckets evenly "
                 f"between the two directions; use {self.num_buckets - 1} or {self.num_buckets + 1}"
             )
+        if self.max_distance > MAX_DISTANCE:
+            raise ConfigError(f"relative_attention_max_distance={self.max_distance}: it can be {MAX_DISTANCE} at most")
         if self.max_distance <= self.num_exact:
             raise ConfigError(
                 f"relative_attention_max_distance={self.max_distance}: with {self.num_buckets} {kind} buckets, "

@@ -10,6 +10,14 @@ from typing import Any
 
 from .errors import UnsupportedModelError
 
+TABLE = "relative_attention_bias"
+"""Name of the bias module within its attention module; its table is the parameter ``weight``. T5's own has it too."""
+
+
+def is_table(key: str) -> bool:
+    """Whether a state dict key names a table."""
+    return key.endswith(f"{TABLE}.weight")
+
 
 @dataclass(frozen=True)
 class Family:

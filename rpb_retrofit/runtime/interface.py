@@ -19,12 +19,13 @@ from transformers.utils.output_capturing import _active_collector
 
 from .attention import attention, bias_matrix
 from .errors import AttentionImplementationError
+from .families import TABLE
 
 ATTENTION = "rpb_retrofit"
 """Name of the attention implementation that adds the bias."""
 
-TABLE = "relative_attention_bias"
-"""Name of the bias module within its attention module; its table is the parameter ``weight``."""
+WITHOUT_TABLE = "rpb_without_table"
+"""Attribute of the attention modules of a retrofit that rightly have no table."""
 
 
 def biased_attention(
@@ -39,23 +40,35 @@ def biased_attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     output_attentions: bool = False,
+    is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The attention implementation ``rpb_retrofit``, with the signature of Transformers' attention interface.
 
-    Modules without a table (cross-attention, whose two sides have no offset) run Transformers' own sdpa.
-    Returns (batch, Q, heads, d_v) and the weights (batch, heads, Q, K) if asked for.
+    Modules that `attach` left without a table (cross-attention, whose two sides have no offset) run Transformers' own
+    sdpa. Returns (batch, Q, heads, d_v) and the weights (batch, heads, Q, K) if asked for.
     """
     bias = getattr(module, TABLE, None)
     if bias is None:
+        if not getattr(module, WITHOUT_TABLE, False):
+            raise AttentionImplementationError(
+                f"{type(module).__name__} has a retrofit's config but no table: load a retrofit with "
+                "rpb_retrofit.load(path), and give every other model a config of its own"
+            )
+        kwargs["is_causal"] = is_causal
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    causal = is_causal_module(module)
+    if is_causal is not None and is_causal != causal:
+        raise AttentionImplementationError(
+            f"is_causal={is_causal}: the tables of this retrofit are {'causal' if causal else 'bidirectional'}"
+        )
     out, weights = attention(
         query,
         key,
         value,
         bias,
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        causal=module.is_causal,
+        causal=causal,
         mask=attention_mask,
         first_offset=first_offset,
         softcap=softcap,
@@ -64,6 +77,12 @@ def biased_attention(
         need_weights=output_attentions or _records_attentions(),
     )
     return out.transpose(1, 2).contiguous(), weights
+
+
+def is_causal_module(module: Any) -> bool:
+    """Whether an attention module hides the keys after the query: by its class, unless its config says otherwise."""
+    config = getattr(module, "config", None)
+    return bool(getattr(module, "is_causal", True) and getattr(config, "is_causal", True))
 
 
 def _records_attentions() -> bool:
@@ -90,13 +109,10 @@ def pass_offset(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 
 
 def add_to_mask(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Forward pre-hook of an attention module with an additive ``attention_mask``: the bias joins it.
-
-    Allowed entries are taken as 0: Falcon's already hold ALiBi there.
-    """
+    """Forward pre-hook of an attention module with an additive ``attention_mask``: the bias is added to it."""
     bias, mask = _bias_argument(module, args, kwargs), kwargs["attention_mask"]
-    lowest, bias = torch.finfo(mask.dtype).min, bias.to(mask.dtype)
-    return args, {**kwargs, "attention_mask": torch.where(mask > lowest / 2, bias, lowest)}
+    biased = (mask.float() + bias).clamp(min=torch.finfo(mask.dtype).min)
+    return args, {**kwargs, "attention_mask": biased.to(mask.dtype)}
 
 
 def replace_position_bias(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -106,8 +122,15 @@ def replace_position_bias(module: Any, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def silence_alibi(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Forward pre-hook of an attention module with an ``alibi`` argument: the slopes arrive as zeros."""
-    return args, {**kwargs, "alibi": torch.zeros_like(kwargs["alibi"])}
+    """Forward pre-hook of an attention module with an ``alibi`` argument: the slopes arrive as zeros.
+
+    So do the allowed entries of the mask, where Falcon's model has put them already.
+    """
+    kwargs = {**kwargs, "alibi": torch.zeros_like(kwargs["alibi"])}
+    if (mask := kwargs["attention_mask"]) is not None:
+        lowest = torch.finfo(mask.dtype).min
+        kwargs["attention_mask"] = torch.where(mask > lowest / 2, torch.zeros_like(mask), lowest)
+    return args, kwargs
 
 
 BIAS_HOOKS = {"": pass_offset, "attention_mask": add_to_mask, "position_bias": replace_position_bias}

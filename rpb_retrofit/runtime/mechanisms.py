@@ -51,7 +51,7 @@ def neutralise(model: nn.Module, family: Family) -> None:
                 parent.register_forward_pre_hook(unbounded_positions, with_kwargs=True)
 
 
-def restore(model: nn.Module, family: Family) -> None:
+def restore(model: nn.Module) -> None:
     """Undo `neutralise`."""
     for module in model.modules():
         remove_hooks(module, position_zero, unbounded_positions)

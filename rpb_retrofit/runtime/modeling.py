@@ -30,8 +30,8 @@ from .errors import (
     NotRetrofittedError,
     PartialMatchError,
 )
-from .families import Family, family_of
-from .interface import ATTENTION, BIAS_HOOKS, SILENCERS, TABLE, would_drop
+from .families import TABLE, Family, family_of, is_table
+from .interface import ATTENTION, BIAS_HOOKS, SILENCERS, WITHOUT_TABLE, is_causal_module, would_drop
 from .mechanisms import modules_named, neutralise, remove_hooks, restore
 
 LOCK = (
@@ -71,23 +71,27 @@ def attach(model: PreTrainedModel) -> dict[str, Any]:
         bucketing = Bucketing(
             settings["relative_attention_num_buckets"],
             settings["relative_attention_max_distance"],
-            bidirectional=not getattr(module, "is_causal", True),
+            bidirectional=not is_causal_module(module),
         )
         heads = _num_heads(module, model.config)
         bias = biases.get((heads, bucketing)) if settings["shared"] else None
         tables[name] = biases[heads, bucketing] = bias or RelativePositionBias(heads, bucketing)
+    _check_directions(settings, {table.bucketing.bidirectional for table in tables.values()})
     neutralise(model, family)
+    for module in model.modules():
+        if "Attention" in type(module).__name__ and module not in modules.values():
+            setattr(module, WITHOUT_TABLE, True)
     for name, module in modules.items():
         device = next(module.parameters()).device
         setattr(module, TABLE, tables[name].to(device))
         if hasattr(module, "has_relative_attention_bias"):  # T5: no table of its own any more
             module.has_relative_attention_bias = False
-        module.register_forward_pre_hook(BIAS_HOOKS[family.bias_argument], with_kwargs=True)
         if family.silenced:
             module.register_forward_pre_hook(SILENCERS[family.silenced], with_kwargs=True)
-    for submodel in _models(model):
+        module.register_forward_pre_hook(BIAS_HOOKS[family.bias_argument], with_kwargs=True)
+    for submodel in submodels(model):
         submodel.__class__ = retrofit_class(type(submodel))
-        _set_implementation(submodel.config, family)
+        _lock(submodel, family)
         submodel.all_tied_weights_keys = submodel.get_expanded_tied_weights_keys(all_submodels=True)
     return modules
 
@@ -95,11 +99,13 @@ def attach(model: PreTrainedModel) -> dict[str, Any]:
 def detach(model: PreTrainedModel) -> None:
     """Undo `attach`: the plain model with its own mechanism. T5's own tables are the caller's to put back."""
     family = family_of(model.config)
-    restore(model, family)
+    restore(model)
+    for module in model.modules():
+        vars(module).pop(WITHOUT_TABLE, None)
     for module in attention_modules(model, family).values():
         remove_hooks(module, *BIAS_HOOKS.values(), *SILENCERS.values())
         delattr(module, TABLE)
-    for submodel in _models(model):
+    for submodel in submodels(model):
         submodel.__class__ = cast(Any, type(submodel)).source_class
         submodel.all_tied_weights_keys = submodel.get_expanded_tied_weights_keys(all_submodels=True)
 
@@ -108,7 +114,7 @@ def attention_modules(model: nn.Module, family: Family) -> dict[str, Any]:
     """The self-attention modules by name, one in every block; PartialMatchError lists the blocks without."""
     named = modules_named(model, family.attention)
     modules = {name: module for name, module in named.items() if "Attention" in type(module).__name__}
-    blocks = [name for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)]
+    blocks = block_names(model)
     without = [block for block in blocks if not any(name.startswith(f"{block}.") for name in modules)]
     if without or not modules:
         raise PartialMatchError(
@@ -123,13 +129,25 @@ def table_names(model: nn.Module) -> list[str]:
     return [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, RelativePositionBias)]
 
 
-def is_table(key: str) -> bool:
-    """Whether a state dict key names a table."""
-    return key.endswith(f"{TABLE}.weight")
+def block_names(model: nn.Module) -> list[str]:
+    """Names of the model's layers, each of which has a self-attention."""
+    return [name for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def _models(model: nn.Module) -> Iterator[PreTrainedModel]:
+def submodels(model: nn.Module) -> Iterator[PreTrainedModel]:
+    """The model and all models inside it."""
     return (module for module in model.modules() if isinstance(module, PreTrainedModel))
+
+
+def _check_directions(settings: dict[str, Any], needed: set[bool]) -> None:
+    """A checkpoint's tables serve the directions that they were made for: a table's shape would not tell."""
+    made_for = settings.setdefault("bidirectional", sorted(needed))
+    if not needed <= set(made_for):
+        kinds = {True: "bidirectional", False: "causal"}
+        raise ConfigError(
+            f"the tables of '{settings['source']}''s retrofit are {' and '.join(kinds[b] for b in made_for)}, and this "
+            f"model's attention is {kinds[(needed - set(made_for)).pop()]}: leave is_decoder and is_causal as they were"
+        )
 
 
 def _num_heads(module: nn.Module, config: Any) -> int:
@@ -139,12 +157,19 @@ def _num_heads(module: nn.Module, config: Any) -> int:
     raise PartialMatchError(f"{type(module).__name__}: its number of heads is not known")
 
 
-def _set_implementation(config: Any, family: Family) -> None:
-    # The public attributes only exist to be written to config.json: see LOCK.
-    config.attn_implementation = config.experts_implementation = LOCK
+def _unlock(config: Any, family: Family) -> None:
     config._attn_implementation = ATTENTION if family.uses_interface else "eager"
     if config._experts_implementation == LOCK:
         config._experts_implementation = None
+
+
+def _lock(model: PreTrainedModel, family: Family) -> None:
+    config = model.config
+    _unlock(config, family)
+    # The public attributes only exist to be written to config.json.
+    config.attn_implementation = config.experts_implementation = LOCK
+    if not cast(Any, type(model)).source_class._can_set_experts_implementation():
+        config._experts_implementation_internal = LOCK  # nothing reads it, but a plain class would check it
 
 
 # --- the retrofitted classes -------------------------------------------------------------------------------------
@@ -164,7 +189,7 @@ class RetrofitModel:
         family = family_of(config)
         if config._attn_implementation not in (None, LOCK, ATTENTION, "eager" if not family.uses_interface else None):
             raise AttentionImplementationError(would_drop(config._attn_implementation))
-        _set_implementation(config, family)
+        _unlock(config, family)
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         attach(self)  # type: ignore[arg-type]
 
@@ -199,12 +224,19 @@ class RetrofitModel:
             for shard in folder.glob("*.safetensors"):
                 if shard.stat().st_nlink > 1:  # a hard link to the source's shard: never write through it
                     shard.unlink()
-        if shared := self._shared_tables():  # a file holds each tensor once
+        shared = self._shared_tables()
+        settings = self.config.rpb_retrofit  # type: ignore[attr-defined]
+        if settings["shared"] and not shared and len(table_names(self)) > len(settings["bidirectional"]):  # type: ignore[arg-type]
+            self.config.rpb_retrofit = {**settings, "shared": False}  # type: ignore[attr-defined]  # PEFT trained copies
+        if shared:  # a file holds each tensor once
             state = kwargs.get("state_dict") or self.state_dict()  # type: ignore[attr-defined]
             kwargs["state_dict"] = {name: tensor for name, tensor in state.items() if name not in shared}
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-        if kwargs.get("is_main_process", True) and (folder / "model.safetensors").exists():
-            (folder / "model.safetensors.index.json").unlink(missing_ok=True)  # of shards that it replaced
+        if kwargs.get("is_main_process", True):
+            # One file wins over shards when both are there, whichever is older: only what was just saved may stay.
+            whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+            if whole.exists() and index.exists():
+                min(whole, index, key=lambda file: file.stat().st_mtime_ns).unlink()
 
     @classmethod
     def is_custom_code(cls) -> bool:
