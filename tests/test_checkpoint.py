@@ -206,6 +206,48 @@ def missing_shard(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "x.safetensors"}}')
 
 
+def config_is_a_folder(folder: Path) -> None:
+    no_config(folder)
+    (folder / "config.json").mkdir()
+
+
+def config_is_a_list(folder: Path) -> None:
+    (folder / "config.json").write_text("[]")
+
+
+def odd_model_type(folder: Path) -> None:
+    edit_config(folder, model_type=[1])
+
+
+def odd_architectures(folder: Path) -> None:
+    edit_config(folder, architectures=[5])
+
+
+def odd_retrofit(folder: Path) -> None:
+    edit_config(folder, rpb_retrofit=True)
+
+
+def odd_quantisation(folder: Path) -> None:
+    edit_config(folder, quantization_config="int3")
+
+
+def odd_index(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": 5}}')
+
+
+def odd_header(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"[]")
+
+
+def empty_header(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+
+
+def adapter(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+
+
 def gptq(folder: Path) -> None:
     edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
 
@@ -236,6 +278,18 @@ def nothing(folder: Path) -> None:
         (gptq, [], "is quantised (gptq)"),
         (retrofitted_already, [], "is a retrofit already (of 'somewhere')"),
         (own_code, [], "architecture 'MyLlama' is not a class of Transformers"),
+        (config_is_a_folder, [], "config.json' cannot be read: Is a directory"),
+        (config_is_a_list, [], "is not a JSON object"),
+        (odd_model_type, [], "its config.json names no model_type"),
+        (odd_architectures, [], "architecture '5' is not a class of Transformers"),
+        (odd_retrofit, [], "is a retrofit already"),
+        (odd_quantisation, [], "is quantised (int3)"),
+        (odd_index, [], "has no weight_map"),
+        (odd_header, [], "is not a safetensors file"),
+        (empty_header, [], "is not a safetensors file"),
+        (adapter, [], "holds an adapter"),
+        (nothing, ["--max-distance", str(10**30)], "it can be 16777216 at most"),
+        (nothing, ["--json", "/nowhere/report.json"], "--json '/nowhere/report.json' is a folder, or lies in none"),
         (nothing, ["--buckets", "1"], "relative_attention_num_buckets=1: a causal table needs at least 2"),
         (nothing, ["--max-distance", "16"], "relative_attention_max_distance=16"),
         (nothing, ["--init", "ones"], "init='ones': choose one of zeros"),

@@ -118,6 +118,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     (base / "text.txt").write_text(" ".join(WORDS[(7 * i) % VOCAB] for i in range(300)))
     (base / "empty.txt").write_text(" \n")
     (base / "latin.txt").write_bytes("café ".encode("latin-1") * 50)
+    (base / "numbers.jsonl").write_text('{"text": 5}\n')
+    (base / "nothing.jsonl").write_text("")
     (base / "other.jsonl").write_text('{"body": "w1 w2"}\n')
     return {path.name: path for path in base.iterdir()}
 
@@ -145,6 +147,10 @@ def test_evaluate_prints_what_it_writes(
         ("bert", [], "is a BertForMaskedLM: only models that predict the next token"),
         ("gpt2", ["--lengths", "128"], "has a table of 64 positions and cannot take it"),
         ("retrofit", ["--lengths", "16,x"], "'x' is not a length"),
+        ("retrofit", ["--lengths", "²"], "'²' is not a length"),
+        ("retrofit", ["--plot", "loss.xyz"], "--plot 'loss.xyz': its ending is none of"),
+        ("retrofit", ["--data", "numbers.jsonl"], "its column 'text' holds int, not text"),
+        ("retrofit", ["--data", "nothing.jsonl"], "holds no text"),
         ("retrofit", ["--lengths", "4000"], "length 4000: no window fits (longest document 300 tokens"),
         ("retrofit", ["--lengths", "16", "--stride", "17"], "--stride 17"),
         ("retrofit", ["--bos", "maybe"], "--bos maybe"),

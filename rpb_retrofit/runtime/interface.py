@@ -24,6 +24,9 @@ from .families import TABLE
 ATTENTION = "rpb_retrofit"
 """Name of the attention implementation that adds the bias."""
 
+CAUSAL = "rpb_causal"
+"""Attribute of the attention modules with a table: whether it is a causal one."""
+
 WITHOUT_TABLE = "rpb_without_table"
 """Attribute of the attention modules of a retrofit that rightly have no table."""
 
@@ -57,10 +60,10 @@ def biased_attention(
             )
         kwargs["is_causal"] = is_causal
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    causal = is_causal_module(module)
-    if is_causal is not None and is_causal != causal:
+    causal = getattr(module, CAUSAL)
+    if causal != (is_causal_module(module) if is_causal is None else is_causal):
         raise AttentionImplementationError(
-            f"is_causal={is_causal}: the tables of this retrofit are {'causal' if causal else 'bidirectional'}"
+            f"is_causal={not causal}: the tables of this retrofit are {'causal' if causal else 'bidirectional'}"
         )
     out, weights = attention(
         query,

@@ -31,7 +31,7 @@ from .errors import (
     PartialMatchError,
 )
 from .families import TABLE, Family, family_of, is_table
-from .interface import ATTENTION, BIAS_HOOKS, SILENCERS, WITHOUT_TABLE, is_causal_module, would_drop
+from .interface import ATTENTION, BIAS_HOOKS, CAUSAL, SILENCERS, WITHOUT_TABLE, is_causal_module, would_drop
 from .mechanisms import modules_named, neutralise, remove_hooks, restore
 
 LOCK = (
@@ -39,7 +39,8 @@ LOCK = (
     "or with AutoModel...from_pretrained(path, trust_remote_code=True)"
 )
 """Stands in config.json as the attention and the experts implementation. Every Transformers model checks both when it
-is built and refuses unknown ones with an error that prints them, so no plain class can load a retrofit by mistake."""
+is built and refuses unknown ones with an error that prints them, so no plain class loads a retrofit by mistake. (Both
+arguments given by hand override both locks.)"""
 
 RUNTIME_FILES = (
     "errors.py",
@@ -84,6 +85,7 @@ def attach(model: PreTrainedModel) -> dict[str, Any]:
     for name, module in modules.items():
         device = next(module.parameters()).device
         setattr(module, TABLE, tables[name].to(device))
+        setattr(module, CAUSAL, not tables[name].bucketing.bidirectional)
         if hasattr(module, "has_relative_attention_bias"):  # T5: no table of its own any more
             module.has_relative_attention_bias = False
         if family.silenced:
@@ -102,6 +104,7 @@ def detach(model: PreTrainedModel) -> None:
     restore(model)
     for module in model.modules():
         vars(module).pop(WITHOUT_TABLE, None)
+        vars(module).pop(CAUSAL, None)
     for module in attention_modules(model, family).values():
         remove_hooks(module, *BIAS_HOOKS.values(), *SILENCERS.values())
         delattr(module, TABLE)
