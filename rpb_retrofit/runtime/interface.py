@@ -27,8 +27,27 @@ ATTENTION = "rpb_retrofit"
 CAUSAL = "rpb_causal"
 """Attribute of the attention modules with a table: whether it is a causal one."""
 
-WITHOUT_TABLE = "rpb_without_table"
-"""Attribute of the attention modules of a retrofit that rightly have no table."""
+RUN = "rpb_run"
+"""Attribute of the attention modules of a retrofit: the function that `dispatch` calls for them."""
+
+
+def dispatch(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """What is registered as the attention implementation ``rpb_retrofit``: run what the module's model came with.
+
+    The installed package and the code of each checkpoint register the same name, and the last one wins; this line
+    keeps every model on its own code.
+    """
+    run = getattr(module, RUN, None)
+    if run is None:
+        raise AttentionImplementationError(
+            f"{type(module).__name__} has a retrofit's config but no table: load a retrofit with "
+            "rpb_retrofit.load(path), and give every other model a config of its own"
+        )
+    return run(module, *args, **kwargs)
+
+
+AttentionInterface.register(ATTENTION, dispatch)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 def biased_attention(
@@ -46,20 +65,10 @@ def biased_attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention implementation ``rpb_retrofit``, with the signature of Transformers' attention interface.
+    """Attention of a module with a table; the signature is that of Transformers' attention interface.
 
-    Modules that `attach` left without a table (cross-attention, whose two sides have no offset) run Transformers' own
-    sdpa. Returns (batch, Q, heads, d_v) and the weights (batch, heads, Q, K) if asked for.
+    Returns (batch, Q, heads, d_v) and the weights (batch, heads, Q, K) if asked for.
     """
-    bias = getattr(module, TABLE, None)
-    if bias is None:
-        if not getattr(module, WITHOUT_TABLE, False):
-            raise AttentionImplementationError(
-                f"{type(module).__name__} has a retrofit's config but no table: load a retrofit with "
-                "rpb_retrofit.load(path), and give every other model a config of its own"
-            )
-        kwargs["is_causal"] = is_causal
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     causal = getattr(module, CAUSAL)
     if causal != (is_causal_module(module) if is_causal is None else is_causal):
         raise AttentionImplementationError(
@@ -69,7 +78,7 @@ def biased_attention(
         query,
         key,
         value,
-        bias,
+        getattr(module, TABLE),
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         causal=causal,
         mask=attention_mask,
@@ -82,6 +91,11 @@ def biased_attention(
     return out.transpose(1, 2).contiguous(), weights
 
 
+def plain_attention(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """Attention of a module without a table (cross-attention: its two sides have no offset): Transformers' own sdpa."""
+    return sdpa_attention_forward(module, *args, **kwargs)
+
+
 def is_causal_module(module: Any) -> bool:
     """Whether an attention module hides the keys after the query: by its class, unless its config says otherwise."""
     config = getattr(module, "config", None)
@@ -91,10 +105,6 @@ def is_causal_module(module: Any) -> bool:
 def _records_attentions() -> bool:
     """Whether the model's caller asked for the weights, which some families (GPT-2, OPT) do not pass on."""
     return any(name.endswith("attentions") for name in _active_collector.get() or ())
-
-
-AttentionInterface.register(ATTENTION, biased_attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 def pass_offset(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:

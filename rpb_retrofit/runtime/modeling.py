@@ -31,7 +31,17 @@ from .errors import (
     PartialMatchError,
 )
 from .families import TABLE, Family, family_of, is_table
-from .interface import ATTENTION, BIAS_HOOKS, CAUSAL, SILENCERS, WITHOUT_TABLE, is_causal_module, would_drop
+from .interface import (
+    ATTENTION,
+    BIAS_HOOKS,
+    CAUSAL,
+    RUN,
+    SILENCERS,
+    biased_attention,
+    is_causal_module,
+    plain_attention,
+    would_drop,
+)
 from .mechanisms import modules_named, neutralise, remove_hooks, restore
 
 LOCK = (
@@ -80,11 +90,12 @@ def attach(model: PreTrainedModel) -> dict[str, Any]:
     _check_directions(settings, {table.bucketing.bidirectional for table in tables.values()})
     neutralise(model, family)
     for module in model.modules():
-        if "Attention" in type(module).__name__ and module not in modules.values():
-            setattr(module, WITHOUT_TABLE, True)
+        if "Attention" in type(module).__name__:
+            setattr(module, RUN, plain_attention)
     for name, module in modules.items():
         device = next(module.parameters()).device
         setattr(module, TABLE, tables[name].to(device))
+        setattr(module, RUN, biased_attention)
         setattr(module, CAUSAL, not tables[name].bucketing.bidirectional)
         if hasattr(module, "has_relative_attention_bias"):  # T5: no table of its own any more
             module.has_relative_attention_bias = False
@@ -103,7 +114,7 @@ def detach(model: PreTrainedModel) -> None:
     family = family_of(model.config)
     restore(model)
     for module in model.modules():
-        vars(module).pop(WITHOUT_TABLE, None)
+        vars(module).pop(RUN, None)
         vars(module).pop(CAUSAL, None)
     for module in attention_modules(model, family).values():
         remove_hooks(module, *BIAS_HOOKS.values(), *SILENCERS.values())
