@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 
 from rpb_retrofit.cli.options import Buckets, Json, MaxDistance, check_writable, show
 from rpb_retrofit.errors import ConfigError
-from rpb_retrofit.runtime.buckets import Bucketing, OffsetRange, bucket_of, offsets_of
+
+if TYPE_CHECKING:
+    from rpb_retrofit.runtime.buckets import Bucketing, OffsetRange
 
 
 def command(
@@ -24,6 +25,8 @@ def command(
     json: Json = None,
 ) -> None:
     """Say which bucket an offset is in; without --query and --key, print and draw the whole map."""
+    from rpb_retrofit.runtime.buckets import Bucketing
+
     check_writable("--plot", plot, (".png", ".pdf", ".svg"))
     check_writable("--json", json)
     if plot and query is not None:
@@ -44,6 +47,10 @@ def command(
 
 def explain_pair(query: int, key: int, buckets: int, max_distance: int) -> tuple[str, dict[str, Any]]:
     """The offset of two positions, and its bucket in a causal and in a bidirectional table."""
+    import torch
+
+    from rpb_retrofit.runtime.buckets import Bucketing, bucket_of, offsets_of
+
     for name, position in (("query", query), ("key", key)):
         if not 0 <= position < 2**62:
             raise ConfigError(f"--{name} {position}: positions count from 0, and fit 62 bits")
@@ -67,6 +74,8 @@ def explain_pair(query: int, key: int, buckets: int, max_distance: int) -> tuple
 
 def explain_map(bucketing: Bucketing) -> tuple[str, dict[str, Any]]:
     """Every bucket with its offsets, and a bar as long as the logarithm of how many it holds."""
+    from rpb_retrofit.runtime.buckets import offsets_of
+
     kind = "bidirectional" if bucketing.bidirectional else "causal"
     exact, lines, rows = bucketing.num_exact, [], []
     lines.append(f"{kind} table, {bucketing.num_buckets} buckets, maximum distance {bucketing.max_distance}")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 from rpb_retrofit.tables.zeros import zeros
 
-Initialisation = Callable[[int, int], Tensor]
+Initialisation = Callable[[int, int], "Tensor"]
 """(heads, buckets) -> the table, float32 of that shape."""
 
 INITIALISATIONS: dict[str, Initialisation] = {"zeros": zeros}
