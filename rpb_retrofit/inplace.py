@@ -59,7 +59,7 @@ class _Snapshot:
 
     configs: list[tuple[Any, dict[str, Any]]]  # each config, and its attributes as they were
     own_tables: dict[str, nn.Module]  # T5's
-    fingerprints: dict[str, Fingerprint]  # of the source's parameters
+    fingerprints: dict[str, Fingerprint]  # of the source's parameters, T5's tables aside
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # a copied or pickled model has configs of its own, so it has no snapshot
@@ -96,7 +96,7 @@ def retrofit(
     snapshot = _Snapshot(
         configs=[(config, dict(vars(config))) for config in _distinct(m.config for m in submodels(model))],
         own_tables={name: getattr(module, TABLE) for name, module in attentions.items() if hasattr(module, TABLE)},
-        fingerprints={name: _fingerprint(parameter) for name, parameter in parameters.items()},
+        fingerprints=_fingerprints(model),
     )
     settings = describe(model, config, family.mechanism)
     for submodel in submodels(model):
@@ -128,8 +128,7 @@ def revert(model: PreTrainedModel) -> None:
             f"this {type(model).__name__} was loaded or copied after its retrofit, so its source cannot be restored "
             f"from it: load the source again from '{settings['source']}'"
         )
-    now = {name: _fingerprint(parameter) for name, parameter in model.named_parameters() if not is_table(name)}
-    before = {name: value for name, value in snapshot.fingerprints.items() if not is_table(name)}
+    now, before = _fingerprints(model), snapshot.fingerprints
     if changed := [name for name in before if now.get(name) != before[name]]:
         raise RevertError(
             f"{len(changed)} of the source's parameters changed since the retrofit ({changed[0]}"
@@ -155,6 +154,11 @@ def _restore_configs(snapshot: _Snapshot) -> None:
 
 def _distinct(configs: Iterable[Any]) -> list[Any]:
     return list({id(config): config for config in configs}.values())
+
+
+def _fingerprints(model: nn.Module) -> dict[str, Fingerprint]:
+    """Of all parameters but the tables, the source's (T5's) and the retrofit's."""
+    return {name: _fingerprint(parameter) for name, parameter in model.named_parameters() if not is_table(name)}
 
 
 def _fingerprint(parameter: torch.Tensor) -> Fingerprint:
