@@ -1,20 +1,34 @@
 """Attention with a bias of the offset. Nothing here knows where the bias comes from: it is any function of ``i - j``.
 
-A bias of the offset is a vector, never an N x N tensor. Take the queries in reverse order, and row ``r`` of the bias
-matrix is the slice ``line[r : r + K]`` of one vector of length ``Q + K - 1``: a zero-copy Hankel view, which
-scaled-dot-product attention takes as its mask. Only a padding mask or a gradient for the bias makes it a real tensor.
+A bias of the offset is a vector, never an N x N tensor; `blockwise` is how a CPU runs it, with gradients. This file
+says what attention with a bias is, and chooses how it runs; what no fused kernel offers runs in plain operations.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .blockwise import attend, forward, plan
+from .visibility import dense, is_runs
 
 Bias = Callable[[Tensor], Tensor]
-"""Offsets (n,) int64 -> bias (heads, n) float32."""
+"""Offsets (n,) int64 -> bias (heads, n) float32. Where it has an attribute ``constant_beyond``, (before,
+start), it is one constant per head at offsets up to ``before`` and one from ``start`` on, which makes gradients cheap;
+None for either: no such end."""
+
+
+BLOCKWISE, ROW, DENSE = "blockwise", "row", "dense"
+"""How an attention runs: in blocks of queries with a bias that is a view; as one whole call with such a view, for one
+query or another device without gradients; or with a bias tensor for every pair of a block, which is slow."""
+
+DENSE_BLOCK = 256
+"""Queries per block of the dense path."""
 
 
 def reversed_bias(
@@ -25,8 +39,7 @@ def reversed_bias(
     ``first_offset`` is the offset of the first query and the first key. With ``causal``, keys after the query get the
     lowest finite number: a row without any allowed key stays finite, as in Transformers' masks.
     """
-    offset = first_offset + (queries - 1) - torch.arange(queries + keys - 1, device=device)
-    line = bias(offset)
+    line, offset = _line(bias, queries, keys, first_offset, device)
     if causal:
         line = line.masked_fill(offset < 0, torch.finfo(line.dtype).min)
     return line.unfold(1, keys, 1)
@@ -35,6 +48,48 @@ def reversed_bias(
 def bias_matrix(bias: Bias, queries: int, keys: int, first_offset: int | Tensor, device: torch.device) -> Tensor:
     """The bias of every (query, key) pair as a tensor (heads, queries, keys), float32, queries in order."""
     return reversed_bias(bias, queries, keys, first_offset, False, device).flip(1)
+
+
+def _line(
+    bias: Bias, queries: int, keys: int, first_offset: int | Tensor, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The bias by descending offset, (heads, Q + K - 1), from the last query and first key on; and the offsets."""
+    offset = first_offset + (queries - 1) - torch.arange(queries + keys - 1, device=device)
+    return bias(offset), offset
+
+
+def backend(
+    query: Tensor,
+    *,
+    mask: Tensor | None = None,
+    first_offset: int | Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout: float = 0.0,
+    need_weights: bool = False,
+    bias_gradient: bool = True,
+) -> tuple[str, str]:
+    """Which way `attention` takes for such arguments, and where it is the slow one, why.
+
+    ``bias_gradient`` is whether the bias has a gradient to be computed.
+    """
+    if need_weights:
+        return DENSE, "the attention weights were asked for"
+    if softcap is not None:
+        return DENSE, "scores have a soft cap"
+    if sinks is not None:
+        return DENSE, "the softmax has sinks"
+    if dropout:
+        return DENSE, f"attention dropout is {dropout}"
+    if query.shape[2] == 1 and not (torch.is_grad_enabled() and (query.requires_grad or bias_gradient)):
+        return ROW, ""
+    if mask is not None and mask.is_floating_point():
+        return DENSE, "the mask is of floating point"
+    if query.device.type == "cpu" and not isinstance(first_offset, Tensor):
+        return BLOCKWISE, ""
+    if bias_gradient and torch.is_grad_enabled():
+        return DENSE, f"on {query.device.type} a bias with a gradient has no faster way yet"
+    return (ROW, "") if mask is None else (DENSE, f"on {query.device.type} a mask has no faster way yet")
 
 
 def attention(
@@ -47,6 +102,7 @@ def attention(
     causal: bool,
     mask: Tensor | None = None,
     first_offset: int | Tensor | None = None,
+    window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     dropout: float = 0.0,
@@ -55,67 +111,167 @@ def attention(
     """Softmax attention whose scores are ``scale * q k^T`` plus ``bias(i - j)``.
 
     Args:
-        query: (batch, heads, Q, d). The bias must have as many heads.
+        query: (batch, heads, Q, d), any floating dtype. The bias must have as many heads.
         key, value: (batch, key-value heads, K, d) and (batch, key-value heads, K, d_v); heads are grouped if fewer.
         bias: maps offsets to (heads, n); added after scaling, and after the soft cap where there is one.
         scale: factor of the content term.
         causal: whether keys after the query are hidden. Only used where ``mask`` is None: a mask holds causality.
-        mask: (batch or 1, 1 or heads, Q, K); boolean, True where allowed, or additive floating point.
+        mask: (batch or 1, 1 or heads, Q, K), boolean, True where allowed, or additive floating point; or runs
+            (batch or 1, 1, Q, 2), int32: the first key and one past the last key that each query sees.
         first_offset: offset of the first query and first key; by default the last query and key coincide.
+        window: keys at a distance of ``window`` or more are hidden, before the query and (not causal) after it. Only
+            used where ``mask`` is None.
         softcap: ``c * tanh(score / c)`` on the content term (Gemma 2).
         sinks: (heads,) one logit per head that takes part in the softmax and has no value (GPT-OSS).
         dropout: probability, applied to the attention weights.
         need_weights: also return the weights (batch, heads, Q, K).
 
     Returns:
-        The output, (batch, heads, Q, d_v), and the weights or None.
+        The output, (batch, heads, Q, d_v), and the weights or None. A query that sees no key gets zeros, except from
+        a mask of floating point, whose lowest number is a number.
+
+    Soft caps, sinks, dropout, weights and masks that are not runs take the slow, dense path, which says so once;
+    `backend` tells which path it is.
     """
     queries, keys = query.shape[2], key.shape[2]
     if first_offset is None:
         first_offset = keys - queries
-    hidden = causal and mask is None
-    matrix = reversed_bias(bias, queries, keys, first_offset, hidden, query.device)[None]
-    if mask is not None:
-        mask = mask.flip(2)
-        if mask.dtype == torch.bool:
-            matrix = torch.where(mask, matrix, torch.finfo(matrix.dtype).min)
-        else:  # a mask's lowest number plus a negative bias must not become minus infinity
-            matrix = (matrix + mask.float()).clamp(min=torch.finfo(matrix.dtype).min)
-    query = query.flip(2)
-    if softcap is None and sinks is None and not need_weights:
-        # The CPU kernels take a float32 mask beside half-precision queries; others want one dtype.
-        if query.device.type != "cpu" and matrix.dtype != query.dtype:
-            matrix = matrix.clamp(min=torch.finfo(query.dtype).min).to(query.dtype)
-        grouped = key.shape[1] != query.shape[1]
-        out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=matrix, dropout_p=dropout, scale=scale, enable_gqa=grouped
-        )
-        return out.flip(2), None
-    out, weights = _explicit(query, key, value, matrix, scale, softcap, sinks, dropout)
-    return out.flip(2), weights.flip(2) if need_weights else None
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if isinstance(first_offset, Tensor) and queries > 1 and not torch.compiler.is_compiling():
+        first_offset = int(first_offset)  # a static cache's; the last bit of a prompt is not worth a graph
+    line, offset = _line(bias, queries, keys, first_offset, query.device)
+    way, reason = backend(
+        query, mask=mask, first_offset=first_offset, softcap=softcap, sinks=sinks, dropout=dropout,
+        need_weights=need_weights, bias_gradient=line.requires_grad,
+    )  # fmt: skip
+    if way == BLOCKWISE:
+        constant = getattr(bias, "constant_beyond", (None, None))
+        return _blockwise(query, key, value, line, constant, scale, causal, mask, int(first_offset), window), None
+    visible = offset >= 0 if causal else None
+    if window is not None:
+        near = offset.abs() < window
+        visible = near if visible is None else visible & near
+    if visible is not None and mask is None:
+        line = line.masked_fill(~visible, torch.finfo(line.dtype).min)
+    if mask is not None and is_runs(mask):
+        mask = dense(mask, keys)
+    if way == ROW:
+        matrix = line.unfold(1, keys, 1)[None]
+        return _sdpa(query, key, value, matrix if mask is None else _combined(matrix, mask.flip(2)), scale), None
+    _say_once(reason)
+    return _dense(query, key, value, line, mask, scale, softcap, sinks, dropout, need_weights)
+
+
+def _blockwise(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    line: Tensor,
+    constant: tuple[int | None, int | None],
+    scale: float,
+    causal: bool,
+    mask: Tensor | None,
+    first_offset: int,
+    window: int | None,
+) -> Tensor:
+    width, value_width = query.shape[-1], value.shape[-1]
+    if width != value_width:  # the kernels want equal widths (MLA's differ); zeros change nothing
+        wide = max(width, value_width)
+        query, key, value = (F.pad(x, (0, wide - x.shape[-1])) for x in (query, key, value))
+    if query.dtype == torch.float64:
+        line = line.double()
+    reach = None if window is None else window - 1
+    lowest = 0 if causal else (None if reach is None else -reach)
+    tensors = (query, key, value, line)
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+        out, _ = attend(*tensors, mask, first_offset, lowest, reach, scale, *constant)
+    else:
+        seen = plan(mask, len(query), query.shape[2], key.shape[2], first_offset, lowest, reach)
+        out, _ = forward(*tensors, seen, first_offset, scale)
+    return out[..., :value_width]
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, matrix: Tensor, scale: float) -> Tensor:
+    """One call for all queries; ``matrix`` (1 or batch, heads, Q, K) has them in reverse order."""
+    # The CPU kernels take a float32 mask beside half-precision queries; others want one dtype.
+    if query.device.type != "cpu" and matrix.dtype != query.dtype:
+        matrix = matrix.clamp(min=torch.finfo(query.dtype).min).to(query.dtype)
+    grouped = key.shape[1] != query.shape[1]
+    out = F.scaled_dot_product_attention(query.flip(2), key, value, attn_mask=matrix, scale=scale, enable_gqa=grouped)
+    return out.flip(2)
+
+
+def _combined(matrix: Tensor, mask: Tensor) -> Tensor:
+    """A bias and a mask, boolean or additive, as one."""
+    lowest = torch.finfo(matrix.dtype).min
+    if mask.dtype == torch.bool:
+        return torch.where(mask, matrix, lowest)
+    return (matrix + mask.float()).clamp(min=lowest)  # a mask's lowest number plus a negative bias stays finite
+
+
+def _dense(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    line: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    dropout: float,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """In plain operations, a block of queries at a time; blocks are computed again in the backward pass."""
+    queries, keys = query.shape[2], key.shape[2]
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    outs, weights = [], []
+    again = torch.is_grad_enabled() and queries > DENSE_BLOCK and not need_weights and not torch.compiler.is_compiling()
+    for start in range(0, queries, DENSE_BLOCK):
+        end = min(start + DENSE_BLOCK, queries)
+        part = None if mask is None else mask[:, :, start:end]
+        slope = line[:, queries - end : queries - start + keys - 1]
+        arguments = (query[:, :, start:end], key, value, slope, part, scale, softcap, sinks, dropout)
+        out, weight = checkpoint(_explicit, *arguments, use_reentrant=False) if again else _explicit(*arguments)
+        outs.append(out)
+        if need_weights:
+            weights.append(weight)
+    return torch.cat(outs, 2), torch.cat(weights, 2) if need_weights else None
 
 
 def _explicit(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    matrix: Tensor,
+    line: Tensor,
+    mask: Tensor | None,
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
     dropout: float,
 ) -> tuple[Tensor, Tensor]:
-    """The same in plain operations, for what no fused kernel offers: soft caps, sinks, weights."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = (query @ key.transpose(2, 3)).float() * scale
+    scores = (query @ key.transpose(2, 3)).to(line.dtype) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores + matrix
+    matrix = line.unfold(1, key.shape[2], 1).flip(1)[None]
+    scores = scores + (matrix if mask is None else _combined(matrix, mask))
     if sinks is not None:
-        sink = sinks.float().view(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+        sink = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
         weights = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
     else:
         weights = scores.softmax(-1)
+    if mask is not None and mask.dtype == torch.bool:  # a row of lowest numbers would be a mean over all keys
+        weights = weights * mask.any(-1, keepdim=True)
     weights = weights.to(value.dtype)
     return F.dropout(weights, dropout) @ value, weights
+
+
+_SAID: set[str] = set()
+
+
+def _say_once(reason: str) -> None:
+    if reason not in _SAID and not torch.compiler.is_compiling():
+        _SAID.add(reason)
+        warnings.warn(f"rpb_retrofit: attention takes its slow path: {reason}", stacklevel=3)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .buckets import Bucketing, bucket_of
+from .buckets import Bucketing, bucket_of, first_distances
 
 
 class RelativePositionBias(nn.Module):
@@ -28,6 +28,15 @@ class RelativePositionBias(nn.Module):
     def forward(self, offset: Tensor) -> Tensor:
         """Offsets ``i - j``, int64 of shape (n,), to their bias per head, float32 of shape (heads, n)."""
         return self.weight.index_select(1, bucket_of(offset, self.bucketing))
+
+    @property
+    def constant_beyond(self) -> tuple[int | None, int | None]:
+        """The bias is one constant per head at offsets up to the first number, and one from the second number on.
+
+        None: no such end. Attention needs only the sum of the gradients there, which is cheap.
+        """
+        last = first_distances(self.bucketing)[-1]
+        return (-last if self.bucketing.bidirectional else None, last)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # ``model.to(torch.bfloat16)`` must not round the tables: they follow to the device and keep their dtype.

@@ -14,12 +14,19 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import (
+    _ignore_bidirectional_mask_sdpa,
+    _ignore_causal_mask_sdpa,
+    prepare_padding_mask,
+    sdpa_mask,
+)
+from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import _active_collector
 
 from .attention import attention, bias_matrix
 from .errors import AttentionImplementationError
 from .families import TABLE
+from .visibility import dense, is_runs, runs_of
 
 ATTENTION = "rpb_retrofit"
 """Name of the attention implementation that adds the bias."""
@@ -46,8 +53,42 @@ def dispatch(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | N
     return run(module, *args, **kwargs)
 
 
+def mask_of_runs(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: int = 0,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    **kwargs: Any,
+) -> Tensor | None:
+    """Transformers' `sdpa_mask` in linear memory: None, or each query's run of keys, (batch, 1, Q, 2) int32.
+
+    The boolean (batch, 1, Q, K) where a query's keys are not one run, for one query, and while a graph is traced.
+    """
+    padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    if allow_is_causal_skip and _ignore_causal_mask_sdpa(padding, q_length, kv_length, q_offset, kv_offset, local_size):
+        return None
+    if allow_is_bidirectional_skip and _ignore_bidirectional_mask_sdpa(padding, kv_length, local_size):
+        return None
+
+    def visible(start: int, end: int) -> Tensor:
+        mask = sdpa_mask(
+            batch_size, end - start, kv_length, q_offset + start, kv_offset,
+            attention_mask=attention_mask, allow_is_causal_skip=False, **kwargs,
+        )  # fmt: skip
+        assert mask is not None, "nothing is skipped"
+        return mask
+
+    runs = None if q_length == 1 or is_tracing() else runs_of(visible, q_length, kv_length)
+    return visible(0, q_length) if runs is None else runs
+
+
 AttentionInterface.register(ATTENTION, dispatch)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+AttentionMaskInterface.register(ATTENTION, mask_of_runs)
 
 
 def biased_attention(
@@ -91,9 +132,13 @@ def biased_attention(
     return out.transpose(1, 2).contiguous(), weights
 
 
-def plain_attention(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+def plain_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
     """Attention of a module without a table (cross-attention: its two sides have no offset): Transformers' own sdpa."""
-    return sdpa_attention_forward(module, *args, **kwargs)
+    if attention_mask is not None and is_runs(attention_mask):
+        attention_mask = dense(attention_mask, key.shape[2])
+    return sdpa_attention_forward(module, query, key, value, attention_mask, *args, **kwargs)
 
 
 def is_causal_module(module: Any) -> bool:
@@ -107,18 +152,19 @@ def _records_attentions() -> bool:
     return any(name.endswith("attentions") for name in _active_collector.get() or ())
 
 
-def pass_offset(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+def pass_offset(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Forward pre-hook of an attention module that uses the interface: how far the queries are ahead of the keys.
 
     Only a cache knows (a static one has unused slots, a sliding one drops old keys), and only before it is updated.
     """
     if module.config._attn_implementation != ATTENTION:
         raise AttentionImplementationError(would_drop(module.config._attn_implementation))
-    cache = _self_attention_cache(args, kwargs)
-    if cache is None:
-        return None
     hidden = args[0] if args else kwargs["hidden_states"]
-    return args, {**kwargs, "first_offset": _first_offset(cache, hidden.shape[1], module.layer_idx)}
+    if "position_bias" in kwargs:  # T5's, which it would fill with zeros (heads, Q, K) that nobody reads
+        kwargs = {**kwargs, "position_bias": hidden.new_zeros(())}
+    if (cache := _self_attention_cache(args, kwargs)) is not None:
+        kwargs = {**kwargs, "first_offset": _first_offset(cache, hidden.shape[1], module.layer_idx)}
+    return args, kwargs
 
 
 def add_to_mask(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

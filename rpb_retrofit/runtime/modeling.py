@@ -56,6 +56,8 @@ RUNTIME_FILES = (
     "errors.py",
     "buckets.py",
     "bias.py",
+    "visibility.py",
+    "blockwise.py",
     "attention.py",
     "families.py",
     "mechanisms.py",
