@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .blockwise import attend, forward, plan
+from .blockwise import Call, attend, forward, plan
 from .visibility import dense, is_runs
 
 Bias = Callable[[Tensor], Tensor]
@@ -56,6 +57,14 @@ def _line(
     """The bias by descending offset, (heads, Q + K - 1), from the last query and first key on; and the offsets."""
     offset = first_offset + (queries - 1) - torch.arange(queries + keys - 1, device=device)
     return bias(offset), offset
+
+
+class Attended(NamedTuple):
+    """Output (batch, heads, Q, d_v), weights (batch, heads, Q, K) if asked for, and how it ran."""
+
+    output: Tensor
+    weights: Tensor | None
+    backend: str
 
 
 def backend(
@@ -107,7 +116,7 @@ def attention(
     sinks: Tensor | None = None,
     dropout: float = 0.0,
     need_weights: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+) -> Attended:
     """Softmax attention whose scores are ``scale * q k^T`` plus ``bias(i - j)``.
 
     Args:
@@ -127,8 +136,8 @@ def attention(
         need_weights: also return the weights (batch, heads, Q, K).
 
     Returns:
-        The output, (batch, heads, Q, d_v), and the weights or None. A query that sees no key gets zeros, except from
-        a mask of floating point, whose lowest number is a number.
+        The output, the weights or None, and the way it took. A query that sees no key gets zeros, except from a mask
+        of floating point, whose lowest number is a number.
 
     Soft caps, sinks, dropout, weights and masks that are not runs take the slow, dense path, which says so once;
     `backend` tells which path it is.
@@ -148,7 +157,8 @@ def attention(
     )  # fmt: skip
     if way == BLOCKWISE:
         constant = getattr(bias, "constant_beyond", (None, None))
-        return _blockwise(query, key, value, line, constant, scale, causal, mask, int(first_offset), window), None
+        out = _blockwise(query, key, value, line, constant, scale, causal, mask, int(first_offset), window)
+        return Attended(out, None, way)
     visible = offset >= 0 if causal else None
     if window is not None:
         near = offset.abs() < window
@@ -159,9 +169,11 @@ def attention(
         mask = dense(mask, keys)
     if way == ROW:
         matrix = line.unfold(1, keys, 1)[None]
-        return _sdpa(query, key, value, matrix if mask is None else _combined(matrix, mask.flip(2)), scale), None
+        out = _sdpa(query, key, value, matrix if mask is None else _combined(matrix, mask.flip(2)), scale)
+        return Attended(out, None, way)
     _say_once(reason)
-    return _dense(query, key, value, line, mask, scale, softcap, sinks, dropout, need_weights)
+    out, weights = _dense(query, key, value, line, mask, scale, softcap, sinks, dropout, need_weights)
+    return Attended(out, weights, way)
 
 
 def _blockwise(
@@ -189,7 +201,7 @@ def _blockwise(
         out, _ = attend(*tensors, mask, first_offset, lowest, reach, scale, *constant)
     else:
         seen = plan(mask, len(query), query.shape[2], key.shape[2], first_offset, lowest, reach)
-        out, _ = forward(*tensors, seen, first_offset, scale)
+        out, _ = forward(Call(*tensors, seen, first_offset, scale))
     return out[..., :value_width]
 
 

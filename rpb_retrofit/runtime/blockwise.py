@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,17 @@ from .visibility import Piece, is_runs, pieces_of, runs_of
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+BACKWARD_KEYS = 4096
+"""Keys at a time in the backward pass: its gradients of keys and values come as new tensors."""
+
+TILE = 256
+"""Queries of a tile where the bias' gradient is computed; it has twice as many keys."""
+
+
+def block_size(keys: int) -> int:
+    """Queries per block. Small blocks waste less of the causal half, large ones run a faster kernel (from 768 on)."""
+    return 768 if keys >= 4096 else 256
 
 
 class Plan(NamedTuple):
@@ -47,109 +59,115 @@ def plan(
     return Plan(pieces_of(runs[:, 0].expand(batch, -1, -1), first_offset), None)
 
 
-TILE = 512
-"""Queries and keys of a tile where the bias' gradient is computed."""
+class Block(NamedTuple):
+    """Queries ``start .. end - 1`` of the batch ``rows`` and the keys ``first .. last - 1``, and the line for them."""
+
+    rows: slice
+    start: int
+    end: int
+    first: int
+    last: int
+    line: Tensor
+
+    def queries(self, x: Tensor) -> Tensor:
+        """This block's part of a tensor (batch, heads, Q, ...), the queries in reverse order."""
+        return x[self.rows, :, self.start : self.end].flip(2)
+
+    def keys(self, x: Tensor) -> Tensor:
+        """This block's part of a tensor (batch, heads, K, ...): a view."""
+        return x[self.rows, :, self.first : self.last]
 
 
-def block_size(keys: int) -> int:
-    """Queries per block. Small blocks waste less of the causal half, large ones run a faster kernel (from 768 on)."""
-    return 768 if keys >= 4096 else 256
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one attention.
 
-
-class _Blocks:
-    """The bias of one call, block by block.
-
-    ``line`` (heads, Q + K - 1) holds it by descending offset: entry ``t`` is that of offset
-    ``first_offset + Q - 1 - t``.
+    ``line`` (heads, Q + K - 1) is the bias by descending offset: entry ``t`` is that of ``first_offset + Q - 1 - t``.
     """
 
-    def __init__(self, line: Tensor, mask: Tensor | None, queries: int, first_offset: int) -> None:
-        self.mask, self.queries, self.first_offset = mask, queries, first_offset
-        self.top = first_offset + queries - 1  # the offset of entry 0
-        self._line = line
-        self._hidden: dict[tuple[int | None, int | None], Tensor] = {}
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    line: Tensor
+    plan: Plan
+    first_offset: int
+    scale: float
 
-    def line(self, piece: Piece) -> Tensor:
+    @property
+    def top(self) -> int:
+        """The offset of the line's first entry."""
+        return self.first_offset + self.query.shape[2] - 1
+
+    def line_of(self, piece: Piece) -> Tensor:
         """The line with minus infinity where the piece hides."""
-        rule = (piece.lowest, piece.highest)
-        if rule not in self._hidden:
-            line = self._line
-            if rule != (None, None):
-                line = line.clone()
-                if piece.lowest is not None:
-                    line[:, max(self.top - piece.lowest + 1, 0) :] = -torch.inf
-                if piece.highest is not None:
-                    line[:, : max(self.top - piece.highest, 0)] = -torch.inf
-            self._hidden[rule] = line
-        return self._hidden[rule]
+        if piece.lowest is None and piece.highest is None:
+            return self.line
+        line = self.line.clone()
+        if piece.lowest is not None:
+            line[:, max(self.top - piece.lowest + 1, 0) :] = -torch.inf
+        if piece.highest is not None:
+            line[:, : max(self.top - piece.highest, 0)] = -torch.inf
+        return line
 
-    def bias(self, line: Tensor, rows: slice, start: int, end: int, first: int, last: int) -> Tensor:
-        """The bias of queries ``end - 1 .. start`` and keys ``first .. last - 1``: (1 or rows, heads, queries, keys).
+    def blocks(self, piece: Piece, line: Tensor, most_keys: int | None = None) -> Iterator[Block]:
+        """A piece in blocks; ``most_keys`` at a time, where given, and then all queries of those before the next."""
+        rows, size = slice(*piece.rows), block_size(self.key.shape[2])
+        (left, right), step = piece.keys, most_keys or self.key.shape[2]
+        for first in range(left, right, step):
+            part = piece._replace(keys=(first, min(first + step, right)))
+            for start, end, low, high in part.blocks(size, self.first_offset):
+                yield Block(rows, start, end, low, high, line)
 
-        A view of the line where no mask stands between.
-        """
-        at = self.queries - end + first
-        hankel = line[None, :, at : at + (end - start) + (last - first) - 1].unfold(2, last - first, 1)
-        if self.mask is None:
+    def bias(self, block: Block) -> Tensor:
+        """The bias of a block, (1 or rows, heads, queries reversed, keys): a view, unless a mask stands between."""
+        keys, at = block.last - block.first, self.query.shape[2] - block.end + block.first
+        hankel = block.line[None, :, at : at + block.end - block.start + keys - 1].unfold(2, keys, 1)
+        if self.plan.mask is None:
             return hankel
-        seen = self.mask[rows, :, start:end, first:last].flip(2)
+        seen = block.queries(self.plan.mask)[..., block.first : block.last]
         return torch.where(seen, hankel, torch.finfo(hankel.dtype).min)
 
-    def reversed(self, start: int, end: int) -> slice:
-        """Where the queries ``end - 1 .. start`` are in a tensor whose queries are reversed."""
-        return slice(self.queries - end, self.queries - start)
+    def attend(self, block: Block) -> tuple[Tensor, Tensor]:
+        """Output and log-sum-exp of a block's queries on its keys alone; queries reversed."""
+        return _flash(
+            block.queries(self.query), block.keys(self.key), block.keys(self.value), 0.0, False,
+            attn_mask=self.bias(block), scale=self.scale,
+        )  # fmt: skip
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    line: Tensor,
-    plan: Plan,
-    first_offset: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def forward(call: Call) -> tuple[Tensor, Tensor]:
     """Output (batch, heads, Q, d), laid out as (batch, Q, heads, d), and log-sum-exp (batch, heads, Q), float32.
 
     Queries without any key get zeros.
     """
-    pieces, mask = plan
-    batch, heads, queries, width = query.shape
-    out = query.new_zeros(batch, queries, heads, width).transpose(1, 2)
-    lse = torch.zeros(batch, heads, queries, dtype=line.dtype, device=query.device)
-    blocks = _Blocks(line, mask, queries, first_offset)
-    query = query.flip(2)
-    for piece in pieces:
-        rows = slice(*piece.rows)
-        hidden = blocks.line(piece)
-        for start, end, first, last in piece.blocks(block_size(key.shape[2]), first_offset):
-            o, s = _flash(
-                query[rows, :, blocks.reversed(start, end)],
-                key[rows, :, first:last],
-                value[rows, :, first:last],
-                0.0,
-                False,
-                attn_mask=blocks.bias(hidden, rows, start, end, first, last),
-                scale=scale,
-            )
-            out[rows, :, start:end] = o.flip(2)
-            lse[rows, :, start:end] = s.flip(2)
-    if mask is not None:
-        out *= mask.any(-1, keepdim=True)
+    batch, heads, queries, width = call.query.shape
+    out = call.query.new_zeros(batch, queries, heads, width).transpose(1, 2)
+    lse = call.line.new_zeros(batch, heads, queries)
+    for piece in call.plan.pieces:
+        for block in call.blocks(piece, call.line_of(piece)):
+            o, s = call.attend(block)
+            out[block.rows, :, block.start : block.end] = o.flip(2)
+            lse[block.rows, :, block.start : block.end] = s.flip(2)
+    if call.plan.mask is not None:
+        out *= call.plan.mask.any(-1, keepdim=True)
     return out, lse
 
 
+@dataclass(frozen=True)
+class Upstream:
+    """What the backward pass starts from: the output's gradient, the output, its log-sum-exp and ``grad . out``."""
+
+    grad: Tensor
+    out: Tensor
+    lse: Tensor
+    delta: Tensor
+
+
 def backward(
+    call: Call,
     grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    line: Tensor,
     out: Tensor,
     lse: Tensor,
-    plan: Plan,
-    first_offset: int,
-    scale: float,
     constant_before: int | None,
     constant_from: int | None,
     need_line: bool,
@@ -159,174 +177,114 @@ def backward(
     The gradient of all offsets from ``constant_from`` on comes in one entry of the line, as that of all offsets up to
     ``constant_before``: whatever the line was made from, it does not tell them apart.
     """
-    pieces, mask = plan
-    if mask is not None:
-        grad = grad * mask.any(-1, keepdim=True)
-    blocks = _Blocks(line, mask, query.shape[2], first_offset)
-    dquery, dkey, dvalue = (torch.zeros_like(x) for x in (query, key, value))
-    query, grad, out, lse = (x.flip(2) for x in (query, grad, out, lse))
-    for piece in pieces:
-        rows = slice(*piece.rows)
-        hidden = blocks.line(piece)
-        for start, end, first, last in piece.blocks(block_size(key.shape[2]), first_offset):
-            at = blocks.reversed(start, end)
+    if call.plan.mask is not None:
+        grad = grad * call.plan.mask.any(-1, keepdim=True)
+    dquery, dkey, dvalue = (torch.zeros_like(x) for x in (call.query, call.key, call.value))
+    for piece in call.plan.pieces:
+        for block in call.blocks(piece, call.line_of(piece), BACKWARD_KEYS):
             dq, dk, dv = _flash_backward(
-                grad[rows, :, at],
-                query[rows, :, at],
-                key[rows, :, first:last],
-                value[rows, :, first:last],
-                out[rows, :, at],
-                lse[rows, :, at],
-                0.0,
-                False,
-                attn_mask=blocks.bias(hidden, rows, start, end, first, last),
-                scale=scale,
-            )
-            dquery[rows, :, start:end] = dq.flip(2)
-            dkey[rows, :, first:last] += dk
-            dvalue[rows, :, first:last] += dv
-    dline = torch.zeros_like(line)
+                block.queries(grad), block.queries(call.query), block.keys(call.key), block.keys(call.value),
+                block.queries(out), block.queries(lse), 0.0, False, attn_mask=call.bias(block), scale=call.scale,
+            )  # fmt: skip
+            dquery[block.rows, :, block.start : block.end] += dq.flip(2)
+            block.keys(dkey).add_(dk)
+            block.keys(dvalue).add_(dv)
+    dline = torch.zeros_like(call.line)
     if need_line:
-        delta = (grad.to(line.dtype) * out.to(line.dtype)).sum(-1)
-        for piece in pieces:
-            _line_gradient(
-                dline, blocks, piece, grad, query, key, value, delta, lse, scale, constant_before, constant_from
-            )
+        delta = torch.cat(  # in parts: the whole product would be one more tensor as large as the output
+            [
+                (g.to(lse.dtype) * o.to(lse.dtype)).sum(-1)
+                for g, o in zip(grad.split(1024, 2), out.split(1024, 2), strict=True)
+            ],
+            2,
+        )
+        for piece in call.plan.pieces:
+            _line_gradient(dline, call, Upstream(grad, out, lse, delta), piece, constant_before, constant_from)
     return dquery, dkey, dvalue, dline
 
 
 def _line_gradient(
-    dline: Tensor,
-    blocks: _Blocks,
-    piece: Piece,
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    delta: Tensor,
-    lse: Tensor,
-    scale: float,
-    constant_before: int | None,
-    constant_from: int | None,
+    dline: Tensor, call: Call, upstream: Upstream, piece: Piece, constant_before: int | None, constant_from: int | None
 ) -> None:
-    """Add a piece's share of the line's gradient; queries, gradients, delta and log-sum-exps come reversed."""
-    low, high = piece.offsets(blocks.first_offset)
+    """Add a piece's share of the line's gradient."""
+    low, high = piece.offsets(call.first_offset)
     if low > high:
         return
     # A constant end is worth the trouble only where it spares something.
     far = constant_from if constant_from is not None and high > constant_from else None
     near = constant_before if constant_before is not None and low < constant_before else None
-    first = low if near is None else near + 1
     last = high if far is None else far - 1
-    arguments = (blocks, piece, grad, query, key, value, delta, lse, scale)
-    band = _diagonal_sums(*arguments, first, last)
-    at = blocks.top - last
-    dline[:, at : at + band.shape[1]] += band
+    band = _diagonal_sums(call, upstream, piece, low if near is None else near + 1, last)
+    dline[:, call.top - last : call.top - last + band.shape[1]] += band
     rest = -band.sum(1)
     if far is not None and near is not None:  # two constants: one is computed, the other is what is left
-        far_sum = _constant_gradient(*arguments, far)
-        dline[:, blocks.top - far] += far_sum
-        dline[:, blocks.top - near] += rest - far_sum
+        far_sum = _constant_gradient(call, upstream, piece._replace(lowest=far))
+        dline[:, call.top - far] += far_sum
+        dline[:, call.top - near] += rest - far_sum
     elif far is not None:
-        dline[:, blocks.top - far] += rest
+        dline[:, call.top - far] += rest
     elif near is not None:
-        dline[:, blocks.top - near] += rest
+        dline[:, call.top - near] += rest
 
 
-def _tiles(piece: Piece, first: int, last: int, first_offset: int) -> Iterator[tuple[int, int, int, int]]:
-    """Tiles of queries and keys that together hold every pair of the piece with an offset in ``first .. last``."""
-    # A band is covered best by blocks about as high as it is wide.
-    height = min(TILE, max(64, last - first + 1))
-    width = max(TILE, min(2 * TILE, height + last - first))
-    band = piece._replace(lowest=first, highest=last)
-    for start, end, first_key, end_key in band.blocks(height, first_offset):
-        for left in range(first_key, end_key, width):
-            yield start, end, left, min(left + width, end_key)
-
-
-def _diagonal_sums(
-    blocks: _Blocks,
-    piece: Piece,
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    delta: Tensor,
-    lse: Tensor,
-    scale: float,
-    first: int,
-    last: int,
-) -> Tensor:
+def _diagonal_sums(call: Call, upstream: Upstream, piece: Piece, first: int, last: int) -> Tensor:
     """Sum of ``dS`` over a piece's batch rows and pairs, by descending offset: (heads, last - first + 1)."""
-    heads, kv_heads = query.shape[1], key.shape[1]
-    sums = torch.zeros(heads, last - first + 1, dtype=lse.dtype, device=lse.device)
-    line = blocks.line(piece)
-    for row in range(*piece.rows):
-        for start, end, left, right in _tiles(piece, first, last, blocks.first_offset):
-            at, queries, keys = blocks.reversed(start, end), end - start, right - left
-
-            def rows_of(x: Tensor, at: slice = at, row: int = row) -> Tensor:  # grouped heads share their keys
-                return x[row, :, at].to(lse.dtype).reshape(kv_heads, -1, x.shape[-1])
-
-            def columns_of(x: Tensor, left: int = left, right: int = right, row: int = row) -> Tensor:
-                return x[row, :, left:right].to(lse.dtype).transpose(1, 2)
-
-            bias = blocks.bias(line, slice(row, row + 1), start, end, left, right).reshape(kv_heads, -1, keys)
-            score = torch.baddbmm(bias, rows_of(query), columns_of(key), alpha=scale)
-            score.sub_(rows_of(lse[..., None])).exp_()
-            ds = torch.baddbmm(rows_of(delta[..., None]), rows_of(grad), columns_of(value), beta=-1)
-            # Rows one entry longer than a Toeplitz matrix's shear: the same memory, read with rows one shorter, has
-            # the diagonals as columns.
-            padded = score.new_zeros(heads, queries, keys + queries)
-            torch.mul(score.view(heads, queries, keys), ds.view(heads, queries, keys), out=padded[..., :keys])
-            diagonals = keys + queries - 1
-            sheared = padded.flatten(1)[:, : queries * diagonals].view(heads, queries, diagonals)
-            top = blocks.first_offset + end - 1 - left  # the offset of the first diagonal
-            begin, stop = max(top - last, 0), min(top - first + 1, diagonals)
-            if begin < stop:
-                to = last - top + begin
-                sums[:, to : to + stop - begin] += sheared[..., begin:stop].sum(1)
+    line = call.line_of(piece)
+    sums = line.new_zeros(line.shape[0], last - first + 1)
+    # A band is covered best by tiles about as high as it is wide.
+    height = min(TILE, max(64, last - first + 1))
+    for start, end, first_key, end_key in piece._replace(lowest=first, highest=last).blocks(height, call.first_offset):
+        for left in range(first_key, end_key, 2 * TILE):
+            right = min(left + 2 * TILE, end_key)
+            top = call.first_offset + end - 1 - left  # the offset of the tile's first diagonal
+            begin, stop = max(top - last, 0), min(top - first + 1, end - start + right - left - 1)
+            at = last - top + begin
+            for row in range(*piece.rows):
+                tile = Block(slice(row, row + 1), start, end, left, right, line)
+                sums[:, at : at + stop - begin] += _sheared(call, upstream, tile)[..., begin:stop].sum(1)
     return sums
 
 
-def _constant_gradient(
-    blocks: _Blocks,
-    piece: Piece,
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    delta: Tensor,
-    lse: Tensor,
-    scale: float,
-    far: int,
-) -> Tensor:
-    """Sum of ``dS`` over all pairs of a piece with an offset of ``far`` or more, (heads,), from a forward pass on them.
+def _sheared(call: Call, upstream: Upstream, tile: Block) -> Tensor:
+    """``dS`` of a tile of one batch row, (heads, queries, queries + keys - 1), each column one diagonal."""
+    queries, keys, kv_heads = tile.end - tile.start, tile.last - tile.first, call.key.shape[1]
+    dtype = upstream.lse.dtype
+
+    def rows_of(x: Tensor) -> Tensor:  # the heads of a group share their keys
+        return tile.queries(x).to(dtype).reshape(kv_heads, -1, x.shape[-1])
+
+    def columns_of(x: Tensor) -> Tensor:
+        return tile.keys(x)[0].to(dtype).transpose(1, 2)
+
+    score = torch.baddbmm(
+        call.bias(tile).reshape(kv_heads, -1, keys), rows_of(call.query), columns_of(call.key), alpha=call.scale
+    )
+    score.sub_(rows_of(upstream.lse[..., None])).exp_()
+    ds = torch.baddbmm(rows_of(upstream.delta[..., None]), rows_of(upstream.grad), columns_of(call.value), beta=-1)
+    # Write the rows into longer ones, of queries + keys, and read the same memory with rows one shorter.
+    padded = score.new_zeros(call.query.shape[1], queries, keys + queries)
+    torch.mul(score.view(-1, queries, keys), ds.view(-1, queries, keys), out=padded[..., :keys])
+    diagonals = queries + keys - 1
+    return padded.flatten(1)[:, : queries * diagonals].view(-1, queries, diagonals)
+
+
+def _constant_gradient(call: Call, upstream: Upstream, beyond: Piece) -> Tensor:
+    """Sum of ``dS`` over all pairs of a piece, (heads,), from a forward pass on them.
 
     With ``o`` and ``s`` the output and log-sum-exp of those keys alone, and ``w = exp(s - lse)`` their share of the
     softmax, it is the sum over queries of ``w * (dO . o - delta)``.
     """
-    beyond = piece._replace(lowest=far)
-    line = blocks.line(beyond)
-    total = torch.zeros(query.shape[1], dtype=lse.dtype, device=lse.device)
-    rows = slice(*piece.rows)
-    for start, end, first, last in beyond.blocks(block_size(key.shape[2]), blocks.first_offset):
+    assert beyond.lowest is not None
+    line = call.line_of(beyond)
+    total = line.new_zeros(line.shape[0])
+    for block in call.blocks(beyond, line):
         # Queries too near to have such keys at all are left out: a kernel gives them no meaningful log-sum-exp.
-        start = max(start, first + far - blocks.first_offset)
-        if start >= end:
-            continue
-        at = blocks.reversed(start, end)
-        o, s = _flash(
-            query[rows, :, at],
-            key[rows, :, first:last],
-            value[rows, :, first:last],
-            0.0,
-            False,
-            attn_mask=blocks.bias(line, rows, start, end, first, last),
-            scale=scale,
-        )
-        share = (s - lse[rows, :, at]).exp()
-        total += (share * ((grad[rows, :, at] * o).sum(-1, dtype=lse.dtype) - delta[rows, :, at])).sum((0, 2))
+        block = block._replace(start=max(block.start, block.first + beyond.lowest - call.first_offset))
+        if block.start < block.end:
+            o, s = call.attend(block)
+            share = (s - block.queries(upstream.lse)).exp()
+            inner = (block.queries(upstream.grad) * o).sum(-1, dtype=line.dtype)
+            total += (share * (inner - block.queries(upstream.delta))).sum((0, 2))
     return total
 
 
@@ -352,7 +310,7 @@ def attend(
     """`forward` with gradients; what is seen is as in `plan`."""
     seen = plan(mask, query.shape[0], query.shape[2], key.shape[2], first_offset, lowest, highest)
     with torch.autocast(query.device.type, enabled=False):
-        return forward(query, key, value, line, seen, first_offset, scale)
+        return forward(Call(query, key, value, line, seen, first_offset, scale))
 
 
 @attend.register_fake
@@ -385,10 +343,8 @@ def attend_backward(
     """`backward` as an operator."""
     seen = plan(mask, query.shape[0], query.shape[2], key.shape[2], first_offset, lowest, highest)
     with torch.autocast(query.device.type, enabled=False):
-        return backward(
-            grad, query, key, value, line, out, lse, seen, first_offset, scale,
-            constant_before, constant_from, need_line,
-        )  # fmt: skip
+        call = Call(query, key, value, line, seen, first_offset, scale)
+        return backward(call, grad, out, lse, constant_before, constant_from, need_line)
 
 
 @attend_backward.register_fake

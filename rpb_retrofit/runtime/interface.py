@@ -38,6 +38,10 @@ RUN = "rpb_run"
 """Attribute of the attention modules of a retrofit: the function that `dispatch` calls for them."""
 
 
+BACKEND = "rpb_backend"
+"""Attribute of the attention modules with a table: how their last attention ran, as of `attention.backend`."""
+
+
 def dispatch(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     """What is registered as the attention implementation ``rpb_retrofit``: run what the module's model came with.
 
@@ -115,7 +119,7 @@ def biased_attention(
         raise AttentionImplementationError(
             f"is_causal={not causal}: the tables of this retrofit are {'causal' if causal else 'bidirectional'}"
         )
-    out, weights = attention(
+    attended = attention(
         query,
         key,
         value,
@@ -129,7 +133,9 @@ def biased_attention(
         dropout=dropout,
         need_weights=output_attentions or _records_attentions(),
     )
-    return out.transpose(1, 2).contiguous(), weights
+    if not torch.compiler.is_compiling():
+        setattr(module, BACKEND, attended.backend)
+    return attended.output.transpose(1, 2).contiguous(), attended.weights
 
 
 def plain_attention(
