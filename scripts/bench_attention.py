@@ -15,9 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
-import statistics
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -27,6 +24,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from timing import in_turns
 from torch import Tensor, nn
 
 PASSES = {"forward": False, "forward+backward": True}
@@ -182,24 +180,18 @@ def fits(case: Case, bytes_free: float) -> bool:
     return "position_bias" not in case.arm or (6 if case.backward else 4) * case.bytes_of_a_bias() < bytes_free
 
 
-def measure(cases: list[Case], seconds: float) -> dict[Case, list[float]]:
-    """Seconds of each case by round, in random turns, until the time is spent; at least three rounds."""
-    runs, times, order = {}, {case: [] for case in cases}, list(cases)
+def prepared(cases: list[Case]) -> dict[str, Callable[[], None]]:
+    """The cases by arm, without those that the device cannot run, which are named."""
+    runs = {}
     for case in cases:
         try:
-            runs[case] = prepare(case)
-            runs[case]()
-        except Exception as error:  # an arm that a device cannot run is shown as such
+            run = prepare(case)
+            run()
+        except (NotImplementedError, RuntimeError) as error:
             print(f"  {case.arm}: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
-            order.remove(case)
-    start, shuffle = time.perf_counter(), random.Random(0).shuffle
-    while order and (len(times[order[0]]) < 3 or time.perf_counter() - start < seconds):
-        shuffle(order)
-        for case in order:
-            begin = time.perf_counter()
-            runs[case]()
-            times[case].append(time.perf_counter() - begin)
-    return {case: found for case, found in times.items() if found}
+        else:
+            runs[case.arm] = run
+    return runs
 
 
 def plot(rows: list[dict[str, Any]], title: str, file: Path) -> None:
@@ -212,14 +204,20 @@ def plot(rows: list[dict[str, Any]], title: str, file: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.8))
-    panels = [("forward", "seconds"), ("forward+backward", "seconds"), ("forward+backward", "megabytes")]
+    panels = [("forward", "median"), ("forward+backward", "median"), ("forward+backward", "peak")]
     for axis, (way, what) in zip(axes, panels, strict=True):
         for arm in ARMS:
             points = [(r["length"], r[what]) for r in rows if r["arm"] == arm and r["pass"] == way and r.get(what)]
             if points:
                 slope = f", slope {log2(points[-1][1] / points[-2][1]):.1f}" if len(points) > 1 else ""
                 axis.plot(*zip(*points, strict=True), marker="o", label=arm + slope)
-        axis.set(xscale="log", yscale="log", xlabel="length", ylabel=what, title=way)
+        axis.set(
+            xscale="log",
+            yscale="log",
+            xlabel="length",
+            ylabel={"median": "seconds", "peak": "peak memory, MB"}[what],
+            title=way,
+        )
         axis.set_xscale("log", base=2)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
@@ -273,22 +271,17 @@ def main() -> None:
             for case in [case for case in cases if not fits(case, free)]:
                 print(f"  {case.arm}: one bias at {length} takes {case.bytes_of_a_bias() / 1e9:.1f} GB: left out")
                 cases.remove(case)
-            times = measure(cases, options.seconds)
-            base = statistics.median(times[cases[0]])
+            timings, ratios = in_turns(prepared(cases), options.seconds)
             print(f"{length:6} {way:18}{'ms':>10}{'quartiles':>20}{'/ ' + cases[0].arm:>11}{'peak MB':>10}  rounds")
-            for case, found in times.items():
-                peak = None
+            for case in [case for case in cases if case.arm in timings]:
+                peak, timing, ratio = None, timings[case.arm], ratios[case.arm]
                 if not options.no_memory:
                     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
                         peak = pool.submit(peak_megabytes, case, options.threads).result()
-                low, median, high = (1e3 * x for x in statistics.quantiles(found, n=4))
-                print(
-                    f"       {case.arm:18}{median:10.1f}{f'{low:.1f} to {high:.1f}':>20}{median / 1e3 / base:11.2f}"
-                    f"{'' if peak is None else f'{peak:.0f}':>10}  {len(found)}",
-                    flush=True,
-                )
+                shown = "" if peak is None else f"{peak:.0f}"
+                print(f"       {case.arm:18}{timing}{ratio:11.2f}{shown:>10}  {timing.rounds}", flush=True)
                 rows.append(
-                    {"length": length, "pass": way, "arm": case.arm, "seconds": median / 1e3, "megabytes": peak}
+                    {"length": length, "pass": way, "arm": case.arm, **timing._asdict(), "ratio": ratio, "peak": peak}
                 )
     if options.json:
         options.json.write_text(json.dumps({"title": title, "rows": rows}, indent=1))

@@ -113,7 +113,7 @@ def test_no_n_by_n_bias_is_made() -> None:
     from rpb_retrofit.runtime.attention import reversed_bias
 
     with torch.no_grad():
-        view = reversed_bias(bias, 4096, 4096, 0, True, torch.device("cpu"))
+        view = reversed_bias(bias, 4096, 4096, 0, torch.device("cpu"))
     assert view.shape == (2, 4096, 4096)
     assert view.untyped_storage().nbytes() == 2 * 8191 * 4
 

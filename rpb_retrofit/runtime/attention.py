@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +18,11 @@ from torch.utils.checkpoint import checkpoint
 from .blockwise import Call, attend, forward, plan
 from .visibility import dense, is_runs
 
-Bias = Callable[[Tensor], Tensor]
-"""Offsets (n,) int64 -> bias (heads, n) float32. Where it has an attribute ``constant_beyond``, (before,
-start), it is one constant per head at offsets up to ``before`` and one from ``start`` on, which makes gradients cheap;
-None for either: no such end."""
+Bias = Callable[[Any], Tensor]
+"""Offsets, a Tensor (n,) of int64, to the bias, (heads, n) float32. Two attributes, where it has them, make it cheaper:
+``constant_beyond``, (before, start): it is one constant per head at offsets up to ``before`` and one from ``start`` on
+(None: no such end), so gradients need only their sums there; ``takes_range``: consecutive descending offsets may also
+come as a range, so nothing needs to be computed for each of them."""
 
 
 BLOCKWISE, ROW, DENSE = "blockwise", "row", "dense"
@@ -32,31 +33,34 @@ DENSE_BLOCK = 256
 """Queries per block of the dense path."""
 
 
-def reversed_bias(
-    bias: Bias, queries: int, keys: int, first_offset: int | Tensor, causal: bool, device: torch.device
-) -> Tensor:
+def reversed_bias(bias: Bias, queries: int, keys: int, first_offset: int | Tensor, device: torch.device) -> Tensor:
     """The bias of ``queries`` x ``keys`` as a view (heads, queries, keys), float32, with the queries in reverse order.
 
-    ``first_offset`` is the offset of the first query and the first key. With ``causal``, keys after the query get the
-    lowest finite number: a row without any allowed key stays finite, as in Transformers' masks.
+    ``first_offset`` is the offset of the first query and the first key.
     """
-    line, offset = _line(bias, queries, keys, first_offset, device)
-    if causal:
-        line = line.masked_fill(offset < 0, torch.finfo(line.dtype).min)
-    return line.unfold(1, keys, 1)
+    return _line(bias, first_offset + (queries - 1), queries + keys - 1, device).unfold(1, keys, 1)
 
 
 def bias_matrix(bias: Bias, queries: int, keys: int, first_offset: int | Tensor, device: torch.device) -> Tensor:
     """The bias of every (query, key) pair as a tensor (heads, queries, keys), float32, queries in order."""
-    return reversed_bias(bias, queries, keys, first_offset, False, device).flip(1)
+    return reversed_bias(bias, queries, keys, first_offset, device).flip(1)
 
 
-def _line(
-    bias: Bias, queries: int, keys: int, first_offset: int | Tensor, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """The bias by descending offset, (heads, Q + K - 1), from the last query and first key on; and the offsets."""
-    offset = first_offset + (queries - 1) - torch.arange(queries + keys - 1, device=device)
-    return bias(offset), offset
+def _line(bias: Bias, top: int | Tensor, count: int, device: torch.device) -> Tensor:
+    """The bias of the offsets ``top, top - 1, ...``: (heads, count)."""
+    if getattr(bias, "takes_range", False) and isinstance(top, int) and not torch.compiler.is_compiling():
+        return bias(range(top, top - count, -1))
+    return bias(top - torch.arange(count, device=device))
+
+
+def _hide(line: Tensor, top: int | Tensor, lowest: int | None, highest: int | None) -> Tensor:
+    """A line with the lowest finite number outside the offsets ``lowest .. highest``: rows of nothing stay finite."""
+    offset = top - torch.arange(line.shape[1], device=line.device)
+    if lowest is not None:
+        line = line.masked_fill(offset < lowest, torch.finfo(line.dtype).min)
+    if highest is not None:
+        line = line.masked_fill(offset > highest, torch.finfo(line.dtype).min)
+    return line
 
 
 class Attended(NamedTuple):
@@ -150,25 +154,24 @@ def attention(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if isinstance(first_offset, Tensor) and queries > 1 and not torch.compiler.is_compiling():
         first_offset = int(first_offset)  # a static cache's; the last bit of a prompt is not worth a graph
-    line, offset = _line(bias, queries, keys, first_offset, query.device)
+    top = first_offset + (queries - 1)
+    line = _line(bias, top, queries + keys - 1, query.device)
+    lowest, highest = _rule(causal, window)
     way, reason = backend(
         query, mask=mask, first_offset=first_offset, softcap=softcap, sinks=sinks, dropout=dropout,
         need_weights=need_weights, bias_gradient=line.requires_grad,
     )  # fmt: skip
     if way == BLOCKWISE:
         constant = getattr(bias, "constant_beyond", (None, None))
-        out = _blockwise(query, key, value, line, constant, scale, causal, mask, int(first_offset), window)
+        out = _blockwise(query, key, value, line, mask, int(first_offset), lowest, highest, scale, constant)
         return Attended(out, None, way)
-    visible = offset >= 0 if causal else None
-    if window is not None:
-        near = offset.abs() < window
-        visible = near if visible is None else visible & near
-    if visible is not None and mask is None:
-        line = line.masked_fill(~visible, torch.finfo(line.dtype).min)
     if mask is not None and is_runs(mask):
         mask = dense(mask, keys)
+    # The last query of a cache sees every key: decoding has nothing to hide.
+    if mask is None and not (queries == 1 and highest is None and isinstance(top, int) and top >= keys - 1):
+        line = _hide(line, top, lowest, highest)
     if way == ROW:
-        matrix = line.unfold(1, keys, 1)[None]
+        matrix = line.unfold(1, keys, 1)[None] if queries > 1 else line[None, :, None]
         out = _sdpa(query, key, value, matrix if mask is None else _combined(matrix, mask.flip(2)), scale)
         return Attended(out, None, way)
     _say_once(reason)
@@ -176,17 +179,23 @@ def attention(
     return Attended(out, weights, way)
 
 
+def _rule(causal: bool, window: int | None) -> tuple[int | None, int | None]:
+    """The lowest and the highest offset that are seen."""
+    highest = None if window is None else window - 1
+    return (0 if causal else None if highest is None else -highest), highest
+
+
 def _blockwise(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     line: Tensor,
-    constant: tuple[int | None, int | None],
-    scale: float,
-    causal: bool,
     mask: Tensor | None,
     first_offset: int,
-    window: int | None,
+    lowest: int | None,
+    highest: int | None,
+    scale: float,
+    constant: tuple[int | None, int | None],
 ) -> Tensor:
     width, value_width = query.shape[-1], value.shape[-1]
     if width != value_width:  # the kernels want equal widths (MLA's differ); zeros change nothing
@@ -194,13 +203,11 @@ def _blockwise(
         query, key, value = (F.pad(x, (0, wide - x.shape[-1])) for x in (query, key, value))
     if query.dtype == torch.float64:
         line = line.double()
-    reach = None if window is None else window - 1
-    lowest = 0 if causal else (None if reach is None else -reach)
     tensors = (query, key, value, line)
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
-        out, _ = attend(*tensors, mask, first_offset, lowest, reach, scale, *constant)
+        out, _ = attend(*tensors, mask, first_offset, lowest, highest, scale, *constant)
     else:
-        seen = plan(mask, len(query), query.shape[2], key.shape[2], first_offset, lowest, reach)
+        seen = plan(mask, len(query), query.shape[2], key.shape[2], first_offset, lowest, highest)
         out, _ = forward(Call(*tensors, seen, first_offset, scale))
     return out[..., :value_width]
 
@@ -210,7 +217,14 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, matrix: Tensor, scale: floa
     # The CPU kernels take a float32 mask beside half-precision queries; others want one dtype.
     if query.device.type != "cpu" and matrix.dtype != query.dtype:
         matrix = matrix.clamp(min=torch.finfo(query.dtype).min).to(query.dtype)
-    grouped = key.shape[1] != query.shape[1]
+    batch, heads, queries, width = query.shape
+    kv_heads = key.shape[1]
+    if queries == 1:  # the heads of a group as its queries: their keys are read once
+        query = query.reshape(batch, kv_heads, -1, width)
+        matrix = matrix.reshape(len(matrix), kv_heads, -1, matrix.shape[-1])
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=matrix, scale=scale)
+        return out.reshape(batch, heads, 1, -1)
+    grouped = kv_heads != heads
     out = F.scaled_dot_product_attention(query.flip(2), key, value, attn_mask=matrix, scale=scale, enable_gqa=grouped)
     return out.flip(2)
 

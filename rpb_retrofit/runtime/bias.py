@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .buckets import Bucketing, bucket_of, first_distances
+from .buckets import Bucketing, bucket_of, descending_buckets, first_distances
 
 
 class RelativePositionBias(nn.Module):
@@ -25,8 +25,15 @@ class RelativePositionBias(nn.Module):
         self.bucketing = bucketing.validate()
         self.weight = nn.Parameter(torch.zeros(num_heads, bucketing.num_buckets, dtype=torch.float32))
 
-    def forward(self, offset: Tensor) -> Tensor:
-        """Offsets ``i - j``, int64 of shape (n,), to their bias per head, float32 of shape (heads, n)."""
+    takes_range = True
+
+    def forward(self, offset: Tensor | range) -> Tensor:
+        """Offsets ``i - j``, int64 of shape (n,), to their bias per head, float32 of shape (heads, n).
+
+        Consecutive descending offsets may come as a range, which costs no more than the gather from the table.
+        """
+        if isinstance(offset, range):
+            return self.weight.index_select(1, descending_buckets(offset, self.bucketing, self.weight.device))
         return self.weight.index_select(1, bucket_of(offset, self.bucketing))
 
     @property

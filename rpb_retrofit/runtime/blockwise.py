@@ -189,6 +189,7 @@ def backward(
             dquery[block.rows, :, block.start : block.end] += dq.flip(2)
             block.keys(dkey).add_(dk)
             block.keys(dvalue).add_(dv)
+            del dq, dk, dv  # before the next ones are made
     dline = torch.zeros_like(call.line)
     if need_line:
         delta = torch.cat(  # in parts: the whole product would be one more tensor as large as the output

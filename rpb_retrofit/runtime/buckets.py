@@ -10,7 +10,7 @@ Source: Raffel et al. 2020, arXiv:1910.10683, section 2.1, and ``T5Attention._re
 from __future__ import annotations
 
 import math
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -100,6 +100,20 @@ def bucket_of(offset: Tensor, bucketing: Bucketing) -> Tensor:
     if bucketing.bidirectional:
         bucket = bucket + (offset < 0) * bucketing.per_direction
     return bucket
+
+
+def descending_buckets(offsets: range, bucketing: Bucketing, device: torch.device) -> Tensor:
+    """`bucket_of` consecutive descending offsets, (n,) int64: a slice of what was computed once."""
+    assert offsets.step == -1
+    reach = max(abs(offsets.start), abs(offsets.stop), 1)
+    at = (1 << reach.bit_length()) - offsets.start
+    return _buckets_around_zero(1 << reach.bit_length(), bucketing, device)[at : at + len(offsets)]
+
+
+@lru_cache(maxsize=64)
+def _buckets_around_zero(reach: int, bucketing: Bucketing, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # what is kept must serve training too
+        return bucket_of(torch.arange(reach, -reach - 1, -1, device=device), bucketing)
 
 
 class OffsetRange(NamedTuple):
