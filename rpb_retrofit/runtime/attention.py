@@ -149,6 +149,10 @@ def attention(
     queries, keys = query.shape[2], key.shape[2]
     if first_offset is None:
         first_offset = keys - queries
+    usual = mask is None and window is None and softcap is None and sinks is None and not dropout and not need_weights
+    if usual and queries == 1 and _decodes(query, first_offset, keys):
+        row = _line(bias, first_offset, keys, query.device)
+        return Attended(_sdpa(query, key, value, row[None, :, None], scale), None, ROW)
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
@@ -167,16 +171,25 @@ def attention(
         return Attended(out, None, way)
     if mask is not None and is_runs(mask):
         mask = dense(mask, keys)
-    # The last query of a cache sees every key: decoding has nothing to hide.
-    if mask is None and not (queries == 1 and highest is None and isinstance(top, int) and top >= keys - 1):
+    if mask is None:
         line = _hide(line, top, lowest, highest)
     if way == ROW:
-        matrix = line.unfold(1, keys, 1)[None] if queries > 1 else line[None, :, None]
+        matrix = line.unfold(1, keys, 1)[None]
         out = _sdpa(query, key, value, matrix if mask is None else _combined(matrix, mask.flip(2)), scale)
         return Attended(out, None, way)
     _say_once(reason)
     out, weights = _dense(query, key, value, line, mask, scale, softcap, sinks, dropout, need_weights)
     return Attended(out, weights, way)
+
+
+def _decodes(query: Tensor, first_offset: int | Tensor, keys: int) -> bool:
+    """Whether one query comes behind all its keys, with nothing to hide: the short way, as every token takes it."""
+    return (
+        isinstance(first_offset, int)
+        and first_offset == keys - 1
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled(query.device.type)
+    )
 
 
 def _rule(causal: bool, window: int | None) -> tuple[int | None, int | None]:

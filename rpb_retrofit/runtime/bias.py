@@ -23,6 +23,7 @@ class RelativePositionBias(nn.Module):
     def __init__(self, num_heads: int, bucketing: Bucketing) -> None:
         super().__init__()
         self.bucketing = bucketing.validate()
+        self._kept: tuple[tuple[int, int], Tensor] | None = None
         self.weight = nn.Parameter(torch.zeros(num_heads, bucketing.num_buckets, dtype=torch.float32))
 
     takes_range = True
@@ -30,11 +31,33 @@ class RelativePositionBias(nn.Module):
     def forward(self, offset: Tensor | range) -> Tensor:
         """Offsets ``i - j``, int64 of shape (n,), to their bias per head, float32 of shape (heads, n).
 
-        Consecutive descending offsets may come as a range, which costs no more than the gather from the table.
+        Consecutive descending offsets may come as a range, which costs no more than the gather from the table; those
+        of one query behind all its keys, ``range(n - 1, -1, -1)``, without gradients, not even that.
         """
-        if isinstance(offset, range):
-            return self.weight.index_select(1, descending_buckets(offset, self.bucketing, self.weight.device))
-        return self.weight.index_select(1, bucket_of(offset, self.bucketing))
+        if not isinstance(offset, range):
+            return self.weight.index_select(1, bucket_of(offset, self.bucketing))
+        if offset.stop == -1 and not torch.is_grad_enabled() and not self.weight.is_inference():
+            return self._row(len(offset))
+        self._kept = None
+        return self._gather(offset)
+
+    def _gather(self, offsets: range) -> Tensor:
+        return self.weight.index_select(1, descending_buckets(offsets, self.bucketing, self.weight.device))
+
+    def _row(self, keys: int) -> Tensor:
+        """The bias of the offsets ``keys - 1 .. 0``: a view of a vector that decoding keeps from token to token.
+
+        It is dropped when the table changes or more than one token comes in, so it is never older than the keys and
+        values that are cached beside it, even where a table was written behind autograd's back.
+        """
+        stamp = (self.weight.data_ptr(), self.weight._version)
+        if self._kept is None or self._kept[0] != stamp or self._kept[1].shape[1] < keys:
+            self._kept = stamp, self._gather(range((1 << keys.bit_length()) - 1, -1, -1))
+        line = self._kept[1]
+        return line[:, line.shape[1] - keys :]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
 
     @property
     def constant_beyond(self) -> tuple[int | None, int | None]:

@@ -159,17 +159,23 @@ def _records_attentions() -> bool:
     return any(name.endswith("attentions") for name in _active_collector.get() or ())
 
 
-def pass_offset(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def pass_offset(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
     """Forward pre-hook of an attention module that uses the interface: how far the queries are ahead of the keys.
 
-    Only a cache knows (a static one has unused slots, a sliding one drops old keys), and only before it is updated.
+    Only a static cache has unused slots behind the last query, and it knows only before it is updated.
     """
     if module.config._attn_implementation != ATTENTION:
         raise AttentionImplementationError(would_drop(module.config._attn_implementation))
+    cache = _self_attention_cache(args, kwargs)
+    static = (
+        cache is not None and module.layer_idx < len(cache.layers) and cache.layers[module.layer_idx].is_compileable
+    )
+    if not static and "position_bias" not in kwargs:
+        return None
     hidden = args[0] if args else kwargs["hidden_states"]
     if "position_bias" in kwargs:  # T5's, which it would fill with zeros (heads, Q, K) that nobody reads
         kwargs = {**kwargs, "position_bias": hidden.new_zeros(())}
-    if (cache := _self_attention_cache(args, kwargs)) is not None:
+    if cache is not None and static:
         kwargs = {**kwargs, "first_offset": _first_offset(cache, hidden.shape[1], module.layer_idx)}
     return args, kwargs
 
@@ -222,6 +228,10 @@ def _self_attention_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cach
         if isinstance(value, Cache):
             return value
     return None
+
+
+def _is_static(cache: Cache, layer: int) -> bool:
+    return layer < len(cache.layers) and cache.layers[layer].is_compileable
 
 
 def _first_offset(cache: Cache, queries: int, layer: int) -> int | Tensor:
