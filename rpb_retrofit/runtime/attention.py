@@ -15,7 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .blockwise import Call, attend, forward, plan
+from .blockwise import Call, forward, plan
+from .blockwise import attend as attend_in_blocks
+from .flex import attend as attend_by_flex
+from .split import attend as attend_split
 from .visibility import dense, is_runs
 
 Bias = Callable[[Any], Tensor]
@@ -25,9 +28,9 @@ Bias = Callable[[Any], Tensor]
 come as a range, so nothing needs to be computed for each of them."""
 
 
-BLOCKWISE, ROW, DENSE = "blockwise", "row", "dense"
-"""How an attention runs: in blocks of queries with a bias that is a view; as one whole call with such a view, for one
-query or another device without gradients; or with a bias tensor for every pair of a block, which is slow."""
+BLOCKWISE, SPLIT, FLEX, ROW, DENSE = "blockwise", "split", "flex", "row", "dense"
+"""How an attention runs: see the files of the first three; ``row``: one query by one call of PyTorch's attention, as in
+decoding; ``dense``: with a bias for every pair of a block of queries, in plain operations, which is slow."""
 
 DENSE_BLOCK = 256
 """Queries per block of the dense path."""
@@ -73,18 +76,23 @@ class Attended(NamedTuple):
 
 def backend(
     query: Tensor,
+    key: Tensor,
+    value: Tensor,
     *,
+    causal: bool = True,
     mask: Tensor | None = None,
     first_offset: int | Tensor | None = None,
+    window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     dropout: float = 0.0,
     need_weights: bool = False,
     bias_gradient: bool = True,
+    constant_beyond: tuple[int | None, int | None] = (None, None),
 ) -> tuple[str, str]:
     """Which way `attention` takes for such arguments, and where it is the slow one, why.
 
-    ``bias_gradient`` is whether the bias has a gradient to be computed.
+    ``bias_gradient`` is whether the bias has a gradient to be computed, ``constant_beyond`` as of `Bias`.
     """
     if need_weights:
         return DENSE, "the attention weights were asked for"
@@ -94,15 +102,24 @@ def backend(
         return DENSE, "the softmax has sinks"
     if dropout:
         return DENSE, f"attention dropout is {dropout}"
-    if query.shape[2] == 1 and not (torch.is_grad_enabled() and (query.requires_grad or bias_gradient)):
+    bias_gradient = bias_gradient and torch.is_grad_enabled()
+    if query.shape[2] == 1 and not bias_gradient and not (torch.is_grad_enabled() and query.requires_grad):
         return ROW, ""
     if mask is not None and mask.is_floating_point():
         return DENSE, "the mask is of floating point"
-    if query.device.type == "cpu" and not isinstance(first_offset, Tensor):
+    if isinstance(first_offset, Tensor):
+        return DENSE, "several queries on a static cache are compiled"
+    if query.device.type == "cpu":
         return BLOCKWISE, ""
-    if bias_gradient and torch.is_grad_enabled():
-        return DENSE, f"on {query.device.type} a bias with a gradient has no faster way yet"
-    return (ROW, "") if mask is None else (DENSE, f"on {query.device.type} a mask has no faster way yet")
+    if query.device.type != "cuda":
+        return DENSE, f"there is no faster way on {query.device.type}"
+    square = mask is None and window is None and causal and query.shape[2] == key.shape[2] and not first_offset
+    half = query.dtype in (torch.float16, torch.bfloat16) and query.shape[3] == value.shape[3] <= 256
+    if square and half and constant_beyond[1] is not None:
+        return SPLIT, ""
+    if bias_gradient and torch.are_deterministic_algorithms_enabled():
+        return DENSE, "FlexAttention's gradient of the bias is not deterministic"
+    return FLEX, ""
 
 
 def attention(
@@ -152,7 +169,7 @@ def attention(
     usual = mask is None and window is None and softcap is None and sinks is None and not dropout and not need_weights
     if usual and queries == 1 and _decodes(query, first_offset, keys):
         row = _line(bias, first_offset, keys, query.device)
-        return Attended(_sdpa(query, key, value, row[None, :, None], scale), None, ROW)
+        return Attended(_row(query, key, value, row[None, :, None], scale), None, ROW)
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
@@ -161,12 +178,21 @@ def attention(
     top = first_offset + (queries - 1)
     line = _line(bias, top, queries + keys - 1, query.device)
     lowest, highest = _rule(causal, window)
+    constant = getattr(bias, "constant_beyond", (None, None))
     way, reason = backend(
-        query, mask=mask, first_offset=first_offset, softcap=softcap, sinks=sinks, dropout=dropout,
-        need_weights=need_weights, bias_gradient=line.requires_grad,
+        query, key, value, causal=causal, mask=mask, first_offset=first_offset, window=window, softcap=softcap,
+        sinks=sinks, dropout=dropout, need_weights=need_weights, bias_gradient=line.requires_grad,
+        constant_beyond=constant,
     )  # fmt: skip
+    if way == SPLIT:
+        reach = min(constant[1] or 0, keys)
+        near = line[:, queries - reach : queries].flip(1)  # offsets 0 .. reach - 1; the next one's bias is the constant
+        far = line[:, queries - reach - 1] if keys > reach else near[:, -1]
+        return Attended(attend_split(query, key, value, near, far, scale)[0], None, way)
+    if way == FLEX:
+        out = attend_by_flex(query, key, value, line, mask, int(first_offset), lowest, highest, scale)
+        return Attended(out, None, way)
     if way == BLOCKWISE:
-        constant = getattr(bias, "constant_beyond", (None, None))
         out = _blockwise(query, key, value, line, mask, int(first_offset), lowest, highest, scale, constant)
         return Attended(out, None, way)
     if mask is not None and is_runs(mask):
@@ -174,8 +200,8 @@ def attention(
     if mask is None:
         line = _hide(line, top, lowest, highest)
     if way == ROW:
-        matrix = line.unfold(1, keys, 1)[None]
-        out = _sdpa(query, key, value, matrix if mask is None else _combined(matrix, mask.flip(2)), scale)
+        matrix = line[None, :, None]
+        out = _row(query, key, value, matrix if mask is None else _combined(matrix, mask), scale)
         return Attended(out, None, way)
     _say_once(reason)
     out, weights = _dense(query, key, value, line, mask, scale, softcap, sinks, dropout, need_weights)
@@ -218,28 +244,24 @@ def _blockwise(
         line = line.double()
     tensors = (query, key, value, line)
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
-        out, _ = attend(*tensors, mask, first_offset, lowest, highest, scale, *constant)
+        out, _ = attend_in_blocks(*tensors, mask, first_offset, lowest, highest, scale, *constant)
     else:
         seen = plan(mask, len(query), query.shape[2], key.shape[2], first_offset, lowest, highest)
         out, _ = forward(Call(*tensors, seen, first_offset, scale))
     return out[..., :value_width]
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, matrix: Tensor, scale: float) -> Tensor:
-    """One call for all queries; ``matrix`` (1 or batch, heads, Q, K) has them in reverse order."""
+def _row(query: Tensor, key: Tensor, value: Tensor, matrix: Tensor, scale: float) -> Tensor:
+    """One query a head; ``matrix`` (1 or batch, heads, 1, K) is its bias."""
     # The CPU kernels take a float32 mask beside half-precision queries; others want one dtype.
     if query.device.type != "cpu" and matrix.dtype != query.dtype:
         matrix = matrix.clamp(min=torch.finfo(query.dtype).min).to(query.dtype)
-    batch, heads, queries, width = query.shape
+    batch, heads, _, width = query.shape
     kv_heads = key.shape[1]
-    if queries == 1:  # the heads of a group as its queries: their keys are read once
-        query = query.reshape(batch, kv_heads, -1, width)
-        matrix = matrix.reshape(len(matrix), kv_heads, -1, matrix.shape[-1])
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=matrix, scale=scale)
-        return out.reshape(batch, heads, 1, -1)
-    grouped = kv_heads != heads
-    out = F.scaled_dot_product_attention(query.flip(2), key, value, attn_mask=matrix, scale=scale, enable_gqa=grouped)
-    return out.flip(2)
+    # The heads of a group as its queries: their keys are read once.
+    query = query.reshape(batch, kv_heads, -1, width)
+    matrix = matrix.reshape(len(matrix), kv_heads, -1, matrix.shape[-1])
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=matrix, scale=scale).reshape(batch, heads, 1, -1)
 
 
 def _combined(matrix: Tensor, mask: Tensor) -> Tensor:

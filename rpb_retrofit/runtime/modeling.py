@@ -58,6 +58,8 @@ RUNTIME_FILES = (
     "bias.py",
     "visibility.py",
     "blockwise.py",
+    "split.py",
+    "flex.py",
     "attention.py",
     "families.py",
     "mechanisms.py",
