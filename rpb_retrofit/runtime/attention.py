@@ -57,12 +57,12 @@ def _line(bias: Bias, top: int | Tensor, count: int, device: torch.device) -> Te
 
 
 def _hide(line: Tensor, top: int | Tensor, lowest: int | None, highest: int | None) -> Tensor:
-    """A line with the lowest finite number outside the offsets ``lowest .. highest``: rows of nothing stay finite."""
+    """A line with minus infinity outside the offsets ``lowest .. highest``."""
     offset = top - torch.arange(line.shape[1], device=line.device)
     if lowest is not None:
-        line = line.masked_fill(offset < lowest, torch.finfo(line.dtype).min)
+        line = line.masked_fill(offset < lowest, -torch.inf)
     if highest is not None:
-        line = line.masked_fill(offset > highest, torch.finfo(line.dtype).min)
+        line = line.masked_fill(offset > highest, -torch.inf)
     return line
 
 
@@ -253,23 +253,27 @@ def _blockwise(
 
 def _row(query: Tensor, key: Tensor, value: Tensor, matrix: Tensor, scale: float) -> Tensor:
     """One query a head; ``matrix`` (1 or batch, heads, 1, K) is its bias."""
-    # The CPU kernels take a float32 mask beside half-precision queries; others want one dtype.
-    if query.device.type != "cpu" and matrix.dtype != query.dtype:
-        matrix = matrix.clamp(min=torch.finfo(query.dtype).min).to(query.dtype)
     batch, heads, _, width = query.shape
     kv_heads = key.shape[1]
     # The heads of a group as its queries: their keys are read once.
     query = query.reshape(batch, kv_heads, -1, width)
     matrix = matrix.reshape(len(matrix), kv_heads, -1, matrix.shape[-1])
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=matrix, scale=scale).reshape(batch, heads, 1, -1)
+    if query.device.type == "cpu":  # takes a float32 mask beside half-precision queries, and gives zeros for nothing
+        matrix = matrix.double() if query.dtype == torch.float64 else matrix
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=matrix, scale=scale)
+    else:
+        rounded = matrix.clamp(min=torch.finfo(query.dtype).min).to(query.dtype)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=rounded, scale=scale)
+        out = out * (matrix > -torch.inf).any(-1, keepdim=True)
+    return out.reshape(batch, heads, 1, -1)
 
 
 def _combined(matrix: Tensor, mask: Tensor) -> Tensor:
     """A bias and a mask, boolean or additive, as one."""
-    lowest = torch.finfo(matrix.dtype).min
     if mask.dtype == torch.bool:
-        return torch.where(mask, matrix, lowest)
-    return (matrix + mask.float()).clamp(min=lowest)  # a mask's lowest number plus a negative bias stays finite
+        return torch.where(mask, matrix, -torch.inf)
+    # A mask's lowest number plus a negative bias stays finite.
+    return (matrix + mask.float()).clamp(min=torch.finfo(matrix.dtype).min)
 
 
 def _dense(
@@ -322,9 +326,8 @@ def _explicit(
         sink = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
         weights = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
     else:
-        weights = scores.softmax(-1)
-    if mask is not None and mask.dtype == torch.bool:  # a row of lowest numbers would be a mean over all keys
-        weights = weights * mask.any(-1, keepdim=True)
+        nothing = (scores == -torch.inf).all(-1, keepdim=True)  # whose softmax would be no number
+        weights = scores.masked_fill(nothing, 0).softmax(-1).masked_fill(nothing, 0)
     weights = weights.to(value.dtype)
     return F.dropout(weights, dropout) @ value, weights
 

@@ -125,7 +125,7 @@ class Call:
         if self.plan.mask is None:
             return hankel
         seen = block.queries(self.plan.mask)[..., block.first : block.last]
-        return torch.where(seen, hankel, torch.finfo(hankel.dtype).min)
+        return torch.where(seen, hankel, -torch.inf)
 
     def attend(self, block: Block) -> tuple[Tensor, Tensor]:
         """Output and log-sum-exp of a block's queries on its keys alone; queries reversed."""
@@ -148,8 +148,6 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
             o, s = call.attend(block)
             out[block.rows, :, block.start : block.end] = o.flip(2)
             lse[block.rows, :, block.start : block.end] = s.flip(2)
-    if call.plan.mask is not None:
-        out *= call.plan.mask.any(-1, keepdim=True)
     return out, lse
 
 
@@ -177,8 +175,6 @@ def backward(
     The gradient of all offsets from ``constant_from`` on comes in one entry of the line, as that of all offsets up to
     ``constant_before``: whatever the line was made from, it does not tell them apart.
     """
-    if call.plan.mask is not None:
-        grad = grad * call.plan.mask.any(-1, keepdim=True)
     dquery, dkey, dvalue = (torch.zeros_like(x) for x in (call.query, call.key, call.value))
     for piece in call.plan.pieces:
         for block in call.blocks(piece, call.line_of(piece), BACKWARD_KEYS):
@@ -215,6 +211,8 @@ def _line_gradient(
     far = constant_from if constant_from is not None and high > constant_from else None
     near = constant_before if constant_before is not None and low < constant_before else None
     last = high if far is None else far - 1
+    if (low if near is None else near + 1) > last:
+        return  # one constant for all of it: its gradient is the sum of rows that sum to zero
     band = _diagonal_sums(call, upstream, piece, low if near is None else near + 1, last)
     dline[:, call.top - last : call.top - last + band.shape[1]] += band
     rest = -band.sum(1)
@@ -278,12 +276,15 @@ def _constant_gradient(call: Call, upstream: Upstream, beyond: Piece) -> Tensor:
     assert beyond.lowest is not None
     line = call.line_of(beyond)
     total = line.new_zeros(line.shape[0])
+    possible = line[None, :, call.top - beyond.lowest, None] > -torch.inf
     for block in call.blocks(beyond, line):
         # Queries too near to have such keys at all are left out: a kernel gives them no meaningful log-sum-exp.
         block = block._replace(start=max(block.start, block.first + beyond.lowest - call.first_offset))
         if block.start < block.end:
             o, s = call.attend(block)
-            share = (s - block.queries(upstream.lse)).exp()
+            # Of queries that see none of these keys the kernel makes no log-sum-exp.
+            seen = possible if call.plan.mask is None else (call.bias(block) > -torch.inf).any(-1)
+            share = torch.where(seen, (s - block.queries(upstream.lse)).exp(), 0)
             inner = (block.queries(upstream.grad) * o).sum(-1, dtype=line.dtype)
             total += (share * (inner - block.queries(upstream.delta))).sum((0, 2))
     return total
