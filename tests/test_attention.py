@@ -19,6 +19,7 @@ from rpb_retrofit.runtime.attention import Attended, attention, backend, bias_ma
 from rpb_retrofit.runtime.bias import RelativePositionBias
 from rpb_retrofit.runtime.buckets import Bucketing, bucket_of
 from rpb_retrofit.runtime.visibility import dense, pieces_of, runs_of
+from tests.memory import most_allocated
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 """Relative to the largest entry. Float64 tensors have float32 tables."""
@@ -313,18 +314,6 @@ def test_gradients_are_equal_to_the_bit(bidirectional: bool, knows_its_constant:
         assert all(torch.equal(a, b) for a, b in zip(found[0], again, strict=True))
 
 
-def allocated_at_most(run: Callable[[], Any]) -> int:
-    """The largest sum of live bytes that PyTorch allocated in a run."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
-
-
 @pytest.mark.parametrize("knows_its_constant", [False, True])
 def test_memory_grows_with_the_length(knows_its_constant: bool) -> None:
     """A bias of 4,096 x 4,096 alone would be 134 MB; twice the length must not take four times the memory."""
@@ -332,7 +321,7 @@ def test_memory_grows_with_the_length(knows_its_constant: bool) -> None:
     def train(length: int) -> int:
         problem = Problem(length, batch=1, heads=2, widths=(16, 16), knows_its_constant=knows_its_constant)
         inputs = [problem.q, problem.k, problem.v, problem.table.weight]
-        return allocated_at_most(lambda: torch.autograd.grad(problem.solve().output, inputs, problem.upstream))
+        return most_allocated(lambda: torch.autograd.grad(problem.solve().output, inputs, problem.upstream))
 
     at_2k, at_4k = train(2048), train(4096)
     assert at_4k < 25e6

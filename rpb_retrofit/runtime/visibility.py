@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK = 2**22
+BLOCK = 2**20
 """Entries of a mask that are evaluated at a time."""
 
 
