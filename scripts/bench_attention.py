@@ -24,7 +24,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from timing import in_turns
+from timing import forget_peak, in_turns, kilobytes
 from torch import Tensor, nn
 
 PASSES = {"forward": False, "forward+backward": True}
@@ -164,15 +164,10 @@ def peak_megabytes(case: Case, threads: int) -> float:
         before = torch.cuda.memory_allocated()
         run()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here (Linux)
+    forget_peak()
     before = kilobytes("/proc/self/status", "VmRSS")
     run()
     return (kilobytes("/proc/self/status", "VmHWM") - before) / 1e3
-
-
-def kilobytes(file: str, key: str) -> float:
-    """A field of Linux' own books."""
-    return next(float(line.split()[1]) for line in Path(file).read_text().splitlines() if line.startswith(key))
 
 
 def fits(case: Case, bytes_free: float) -> bool:

@@ -8,17 +8,24 @@ from __future__ import annotations
 
 import argparse
 import copy
+import resource
+import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from timing import in_turns
+from timing import forget_peak, in_turns, kilobytes
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import rpb_retrofit as rpb
 from rpb_retrofit.checkpoint.load import open_causal_lm
 from rpb_retrofit.demo.fetch import SMOLLM2, fetch
+from rpb_retrofit.runtime.attention import bias_matrix
 from rpb_retrofit.runtime.bias import RelativePositionBias
+from rpb_retrofit.runtime.families import TABLE
+from rpb_retrofit.runtime.interface import RUN
 
 
 def prefill(model: PreTrainedModel, ids: Tensor) -> Callable[[], None]:
@@ -61,6 +68,32 @@ def training_step(model: PreTrainedModel, ids: Tensor) -> Callable[[], None]:
     return run
 
 
+def materialised(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+    """What Transformers offers instead: a bias (1, heads, Q, K) a layer, through its sdpa."""
+    bias = bias_matrix(getattr(module, TABLE), query.shape[2], key.shape[2], 0, query.device)[None]
+    return sdpa_attention_forward(module, query, key, value, None, scaling=kwargs["scaling"], position_bias=bias)
+
+
+def long_prefill(model: PreTrainedModel, ids: Tensor) -> None:
+    """Time and peak memory of one prefill with this project's attention and with the materialised bias (CPU)."""
+    total = kilobytes("/proc/meminfo", "MemTotal")
+    resource.setrlimit(resource.RLIMIT_AS, (int(1e3 * total), int(1e3 * total)))  # an error, not a kill
+    for name in ("retrofit", "materialised bias"):
+        if name != "retrofit":
+            for module in model.modules():
+                if hasattr(module, TABLE):
+                    setattr(module, RUN, materialised)
+        forget_peak()
+        start = time.perf_counter()
+        try:
+            prefill(model, ids)()
+        except RuntimeError as error:
+            print(f"{name:18} fails: {str(error).splitlines()[0].split(':')[-1].strip()}")
+        else:
+            peak, seconds = kilobytes("/proc/self/status", "VmHWM") / 1e6, time.perf_counter() - start
+            print(f"{name:18} {seconds:.0f} s, {ids.shape[1] / seconds:.0f} tokens/s, peak {peak:.1f} GB", flush=True)
+
+
 def synchronise(tensor: Tensor) -> None:
     """Wait for a GPU."""
     if tensor.device.type == "cuda":
@@ -78,6 +111,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=32, help="tokens that are decoded at a time")
     parser.add_argument("--seconds", type=float, default=60, help="per row; at least three rounds run")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--long", type=int, help="only one prefill of so many tokens, beside the materialised bias")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     source = open_causal_lm(options.model or str(fetch(SMOLLM2)))[0]
@@ -89,6 +123,10 @@ def main() -> None:
             torch.nn.init.normal_(module.weight)
     name = torch.cuda.get_device_name() if options.device == "cuda" else f"cpu, {options.threads} threads"
     print(f"{name}, {options.dtype}, torch {torch.__version__}, source: {source.config._attn_implementation}")
+    if options.long:
+        print(f"prefill of {options.long} tokens, machine with {kilobytes('/proc/meminfo', 'MemTotal') / 1e6:.1f} GB")
+        long_prefill(retrofit, torch.randint(source.config.vocab_size, (1, options.long)))
+        return
     text = torch.randint(source.config.vocab_size, (1, max(options.prefill, options.decode, options.train)))
     ids = text.to(options.device)
     rows: dict[str, Callable[[PreTrainedModel], Callable[[], None]]] = {

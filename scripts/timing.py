@@ -6,6 +6,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
@@ -51,3 +52,13 @@ def in_turns(
     }
     timings = {name: Timing(*statistics.quantiles(found, n=4), len(found)) for name, found in times.items()}
     return timings, ratios
+
+
+def kilobytes(file: str, key: str) -> float:
+    """A field of Linux' own books, such as VmHWM in /proc/self/status."""
+    return next(float(line.split()[1]) for line in Path(file).read_text().splitlines() if line.startswith(key))
+
+
+def forget_peak() -> None:
+    """Let this process' peak memory, VmHWM, begin here (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")

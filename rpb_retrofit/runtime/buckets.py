@@ -66,7 +66,6 @@ class Bucketing(NamedTuple):
         return self
 
 
-@cache
 @torch.compiler.assume_constant_result  # torch.compile runs it instead of tracing it
 def first_distances(bucketing: Bucketing) -> tuple[int, ...]:
     """The smallest distance that each bucket of one direction holds, ascending.
@@ -74,6 +73,11 @@ def first_distances(bucketing: Bucketing) -> tuple[int, ...]:
     T5's logarithm is evaluated once, in float32 on the CPU, and only these integers are used from then on: a bucket
     never depends on how a device rounds. A bucket that rounding left empty repeats its successor's first distance.
     """
+    return _first_distances(bucketing)
+
+
+@cache
+def _first_distances(bucketing: Bucketing) -> tuple[int, ...]:
     per_direction, exact, max_distance = bucketing.per_direction, bucketing.num_exact, bucketing.max_distance
     # With compile or a meta device around, these few numbers must still be real ones.
     distance = torch.arange(exact, max_distance + 1, device="cpu")

@@ -84,7 +84,7 @@ def unbounded_positions(module: Any, args: tuple[Any, ...], kwargs: dict[str, An
     return (), kwargs
 
 
-@cache
+@torch.compiler.assume_constant_result  # torch.compile runs it instead of tracing it
 def _parameters(cls: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(cls.forward).parameters)[1:]
 
