@@ -278,10 +278,10 @@ def main() -> None:
                 rows.append(
                     {"length": length, "pass": way, "arm": case.arm, **timing._asdict(), "ratio": ratio, "peak": peak}
                 )
-    if options.json:
-        options.json.write_text(json.dumps({"title": title, "rows": rows}, indent=1))
-    if options.plot:
-        plot(rows, title, options.plot)
+        if options.json:
+            options.json.write_text(json.dumps({"title": title, "rows": rows}, indent=1))
+        if options.plot:
+            plot(rows, title, options.plot)
 
 
 if __name__ == "__main__":

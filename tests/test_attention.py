@@ -18,6 +18,7 @@ from rpb_retrofit.runtime import blockwise, flex, split
 from rpb_retrofit.runtime.attention import Attended, attention, backend, bias_matrix, reversed_bias
 from rpb_retrofit.runtime.bias import RelativePositionBias
 from rpb_retrofit.runtime.buckets import Bucketing, bucket_of
+from rpb_retrofit.runtime.errors import ConfigError
 from rpb_retrofit.runtime.visibility import dense, pieces_of, runs_of
 from tests.memory import most_allocated
 
@@ -171,6 +172,8 @@ def problems(draw: st.DrawFn, mask: st.SearchStrategy[str]) -> Problem:
     shape = (problem.batch, problem.heads if kind == "by head" else 1, problem.queries, problem.keys)
     if kind == "window":
         problem.keywords["window"] = draw(st.integers(1, 100))
+    elif kind == "by key":
+        problem.keywords["mask"] = torch.rand(problem.batch, 1, 1, problem.keys) < 0.7
     elif kind in ("gaps", "by head"):
         problem.keywords["mask"] = (torch.rand(shape) < 0.5) & ((problem.offset >= 0) | problem.bidirectional)
     elif kind != "none":
@@ -179,7 +182,7 @@ def problems(draw: st.DrawFn, mask: st.SearchStrategy[str]) -> Problem:
 
 
 @settings(max_examples=200)
-@given(problems(st.sampled_from(["none", "window", "gaps", "by head", *RUNS])))
+@given(problems(st.sampled_from(["none", "window", "gaps", "by head", "by key", *RUNS])))
 def test_equal_to_float64(problem: Problem) -> None:
     """Caches, static caches' unused slots, grouped heads, widths, dtypes, windows, masks, tables with -inf and 1e4."""
     problem.check()
@@ -408,3 +411,20 @@ def test_blocks_of_keys_in_the_backward_pass(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(blockwise, "BACKWARD_KEYS", 48)
     Problem(300, earlier=20, groups=2).check()
     Problem(100, bidirectional=True).check()
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [torch.ones(1, 1, 5, 5, dtype=torch.int32), torch.ones(1, 1, 5, 5, dtype=torch.int64), torch.ones(1, 1, 5, 4) > 0,
+     torch.ones(5, 5) > 0, torch.ones(3, 1, 5, 5) > 0],
+)  # fmt: skip
+def test_a_mask_that_cannot_be(mask: Tensor) -> None:
+    with pytest.raises(ConfigError, match=r"an attention mask of shape .* of shape \(2, 4, 5, 5\)"):
+        Problem(5, keywords={"mask": mask}).solve()
+
+
+def test_a_bias_of_other_heads() -> None:
+    problem = Problem(5)
+    problem.table = RelativePositionBias(3, Bucketing(8, 16, False))
+    with pytest.raises(ConfigError, match="the bias has 3 heads and the query 4"):
+        problem.solve()

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .blockwise import Call, forward, plan
 from .blockwise import attend as attend_in_blocks
+from .errors import ConfigError
 from .flex import attend as attend_by_flex
 from .split import attend as attend_split
 from .visibility import dense, is_runs
@@ -146,7 +147,7 @@ def attention(
         bias: maps offsets to (heads, n); added after scaling, and after the soft cap where there is one.
         scale: factor of the content term.
         causal: whether keys after the query are hidden. Only used where ``mask`` is None: a mask holds causality.
-        mask: (batch or 1, 1 or heads, Q, K), boolean, True where allowed, or additive floating point; or runs
+        mask: (batch or 1, heads or 1, Q or 1, K), boolean, True where allowed, or additive floating point; or runs
             (batch or 1, 1, Q, 2), int32: the first key and one past the last key that each query sees.
         first_offset: offset of the first query and first key; by default the last query and key coincide.
         window: keys at a distance of ``window`` or more are hidden, before the query and (not causal) after it. Only
@@ -160,8 +161,8 @@ def attention(
         The output, the weights or None, and the way it took. A query that sees no key gets zeros, except from a mask
         of floating point, whose lowest number is a number.
 
-    Soft caps, sinks, dropout, weights and masks that are not runs take the slow, dense path, which says so once;
-    `backend` tells which path it is.
+    Soft caps, sinks, dropout, weights and masks of floating point take the slow, dense way, which says so once;
+    `backend` tells which way it is. Raises ConfigError for a mask or a bias of another shape.
     """
     queries, keys = query.shape[2], key.shape[2]
     if first_offset is None:
@@ -177,6 +178,9 @@ def attention(
         first_offset = int(first_offset)  # a static cache's; the last bit of a prompt is not worth a graph
     top = first_offset + (queries - 1)
     line = _line(bias, top, queries + keys - 1, query.device)
+    _check(query, key, line, mask)
+    if mask is not None and mask.shape[2] == 1:
+        mask = mask.expand(-1, -1, queries, -1)
     lowest, highest = _rule(causal, window)
     constant = getattr(bias, "constant_beyond", (None, None))
     way, reason = backend(
@@ -206,6 +210,20 @@ def attention(
     _say_once(reason)
     out, weights = _dense(query, key, value, line, mask, scale, softcap, sinks, dropout, need_weights)
     return Attended(out, weights, way)
+
+
+def _check(query: Tensor, key: Tensor, line: Tensor, mask: Tensor | None) -> None:
+    if line.shape[0] != query.shape[1]:
+        raise ConfigError(f"the bias has {line.shape[0]} heads and the query {query.shape[1]}: they must be as many")
+    if mask is None or is_runs(mask):
+        return
+    shape, wanted = tuple(mask.shape), (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    fits = len(shape) == 4 and shape[3] == wanted[3] and all(shape[i] in (1, wanted[i]) for i in range(3))
+    if not fits or not (mask.dtype == torch.bool or mask.is_floating_point()):
+        raise ConfigError(
+            f"an attention mask of shape {shape} and {mask.dtype}: it must be boolean (True where allowed) or floating "
+            f"point (added), of shape {wanted}, where the first three may be 1"
+        )
 
 
 def _decodes(query: Tensor, first_offset: int | Tensor, keys: int) -> bool:

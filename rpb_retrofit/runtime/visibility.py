@@ -128,5 +128,5 @@ def dense(runs: Tensor, keys: int) -> Tensor:
 
 
 def is_runs(mask: Tensor) -> bool:
-    """Whether a mask is one of runs: integers."""
-    return mask.dtype == torch.int32
+    """Whether a mask is one of runs: integers, two for each query."""
+    return mask.dtype == torch.int32 and mask.shape[-1] == 2
