@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -182,10 +184,17 @@ def problems(draw: st.DrawFn, mask: st.SearchStrategy[str]) -> Problem:
 
 
 @settings(max_examples=200)
-@given(problems(st.sampled_from(["none", "window", "gaps", "by head", "by key", *RUNS])))
-def test_equal_to_float64(problem: Problem) -> None:
-    """Caches, static caches' unused slots, grouped heads, widths, dtypes, windows, masks, tables with -inf and 1e4."""
-    problem.check()
+@given(problems(st.sampled_from(["none", "window", "gaps", "by head", "by key", *RUNS])), st.booleans())
+def test_equal_to_float64(problem: Problem, long: bool) -> None:
+    """Caches, static caches' unused slots, grouped heads, widths, dtypes, windows, masks, tables with -inf and 1e4.
+
+    Short, or cut into blocks as long contexts are, at a size that tests can afford.
+    """
+    sizes = {"LONG": 1, "FORWARD_QUERIES": 100, "STEP": 24, "BACKWARD_QUERIES": 90} if long else {}
+    with ExitStack() as small:
+        for name, size in sizes.items():
+            small.enter_context(patch.object(blockwise, name, size))
+        problem.check()
 
 
 @settings(max_examples=60)

@@ -32,9 +32,14 @@ TILE = 256
 """Queries of a tile where the bias' gradient is computed; it has twice as many keys."""
 
 
-def block_size(keys: int) -> int:
-    """Queries per block. Small blocks waste less of the causal half, large ones run a faster kernel (from 768 on)."""
-    return 768 if keys >= 4096 else 256
+STEP = 256
+"""Queries at a time on the keys near a block's diagonal, where a taller step would compute more of what is hidden."""
+
+FORWARD_QUERIES, BACKWARD_QUERIES, FEW_QUERIES = 1024, 768, 256
+"""Queries per block: small blocks waste less of the causal half, large ones run a faster kernel (from 768 on)."""
+
+LONG = 4096
+"""Keys from which the large blocks are the faster ones."""
 
 
 class Plan(NamedTuple):
@@ -109,9 +114,12 @@ class Call:
             line[:, : max(self.top - piece.highest, 0)] = -torch.inf
         return line
 
-    def blocks(self, piece: Piece, line: Tensor, most_keys: int | None = None) -> Iterator[Block]:
-        """A piece in blocks; ``most_keys`` at a time, where given, and then all queries of those before the next."""
-        rows, size = slice(*piece.rows), block_size(self.key.shape[2])
+    def blocks(self, piece: Piece, line: Tensor, queries: int, most_keys: int | None = None) -> Iterator[Block]:
+        """A piece in blocks of ``queries``, or of fewer where there are not many keys.
+
+        ``most_keys`` at a time, where given, and then all queries of those before the next.
+        """
+        rows, size = slice(*piece.rows), queries if self.key.shape[2] >= LONG else FEW_QUERIES
         (left, right), step = piece.keys, most_keys or self.key.shape[2]
         for first in range(left, right, step):
             part = piece._replace(keys=(first, min(first + step, right)))
@@ -134,6 +142,27 @@ class Call:
             attn_mask=self.bias(block), scale=self.scale,
         )  # fmt: skip
 
+    def attend_in_steps(self, block: Block, corner: int) -> tuple[Tensor, Tensor]:
+        """`attend` of a block whose first query sees the keys up to ``corner``, the next one key more, and so on.
+
+        The keys before the corner are taken by all queries at once, those after it in steps which leave most of the
+        hidden triangle out; log-sum-exps join the two.
+        """
+        far = self.attend(block._replace(last=corner)) if corner > block.first else None
+        outs: list[Tensor] = []
+        lses: list[Tensor] = []
+        for start in range(block.start, block.end, STEP):
+            end = min(start + STEP, block.end)
+            last = min(corner + end - block.start, block.last)
+            out, lse = self.attend(block._replace(start=start, end=end, first=corner, last=last))
+            if far is not None:
+                far_out, far_lse = (x[:, :, block.end - end : block.end - start] for x in far)  # queries are reversed
+                out = far_out.lerp(out, torch.sigmoid(lse - far_lse)[..., None].to(out.dtype))
+                lse = torch.logaddexp(lse, far_lse)
+            outs.insert(0, out)
+            lses.insert(0, lse)
+        return torch.cat(outs, 2), torch.cat(lses, 2)
+
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """Output (batch, heads, Q, d), laid out as (batch, Q, heads, d), and log-sum-exp (batch, heads, Q), float32.
@@ -143,9 +172,13 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     batch, heads, queries, width = call.query.shape
     out = call.query.new_zeros(batch, queries, heads, width).transpose(1, 2)
     lse = call.line.new_zeros(batch, heads, queries)
+    # The kernel gives no log-sum-exp to a query that sees nothing, so none may be among the keys before the corner.
+    visible = call.plan.mask is None and bool((call.line > -torch.inf).all())
     for piece in call.plan.pieces:
-        for block in call.blocks(piece, call.line_of(piece)):
-            o, s = call.attend(block)
+        for block in call.blocks(piece, call.line_of(piece), FORWARD_QUERIES):
+            corner = -1 if piece.lowest is None else block.start + call.first_offset - piece.lowest
+            stepwise = visible and piece.highest is None and block.first <= corner < block.last - STEP
+            o, s = call.attend_in_steps(block, corner) if stepwise else call.attend(block)
             out[block.rows, :, block.start : block.end] = o.flip(2)
             lse[block.rows, :, block.start : block.end] = s.flip(2)
     return out, lse
@@ -177,7 +210,7 @@ def backward(
     """
     dquery, dkey, dvalue = (torch.zeros_like(x) for x in (call.query, call.key, call.value))
     for piece in call.plan.pieces:
-        for block in call.blocks(piece, call.line_of(piece), BACKWARD_KEYS):
+        for block in call.blocks(piece, call.line_of(piece), BACKWARD_QUERIES, BACKWARD_KEYS):
             dq, dk, dv = _flash_backward(
                 block.queries(grad), block.queries(call.query), block.keys(call.key), block.keys(call.value),
                 block.queries(out), block.queries(lse), 0.0, False, attn_mask=call.bias(block), scale=call.scale,
@@ -277,7 +310,7 @@ def _constant_gradient(call: Call, upstream: Upstream, beyond: Piece) -> Tensor:
     line = call.line_of(beyond)
     total = line.new_zeros(line.shape[0])
     possible = line[None, :, call.top - beyond.lowest, None] > -torch.inf
-    for block in call.blocks(beyond, line):
+    for block in call.blocks(beyond, line, BACKWARD_QUERIES):
         # Queries too near to have such keys at all are left out: a kernel gives them no meaningful log-sum-exp.
         block = block._replace(start=max(block.start, block.first + beyond.lowest - call.first_offset))
         if block.start < block.end:
