@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from rpb_retrofit.errors import ConfigError
-from rpb_retrofit.tables import INITIALISATIONS
+from rpb_retrofit.tables import CALIBRATED, INITIALISATIONS
 
 
 @dataclass(frozen=True)
@@ -17,22 +17,30 @@ class RetrofitConfig:
 
     ``relative_attention_num_buckets``: scalars per head; a bidirectional table gives half to each direction.
     ``relative_attention_max_distance``: offsets from here on share the last bucket.
-    ``init``: where the numbers in the tables come from; ``zeros`` is the only initialisation so far.
+    ``init``: where the numbers in the tables come from: ``calibrated`` fits them to what the source attends to on
+    text; ``zeros``, ``normal`` (as Transformers' T5 initialises) and ``alibi`` need no text.
+    ``keep_frequencies``: how many of RoPE's highest frequencies go on rotating, beside the bias; ``auto``: those whose
+    wavelength fits in the trained context.
     ``shared``: one table for all layers (of one direction) instead of one per layer.
+    ``seed``: of whatever is drawn: ``normal``'s numbers, the queries that calibration compares.
     """
 
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
-    init: str = "zeros"
+    init: str = CALIBRATED
+    keep_frequencies: int | Literal["auto"] = 0
     shared: bool = False
+    seed: int = 0
 
     def __post_init__(self) -> None:
         for field in fields(self):
             kind, value = type(field.default), getattr(self, field.name)
-            if type(value) is not kind:
+            if type(value) is not kind and not (field.name == "keep_frequencies" and value == "auto"):
                 raise ConfigError(f"{field.name}={value!r}: expected {kind.__name__}, got {type(value).__name__}")
-        if self.init not in INITIALISATIONS:
-            raise ConfigError(f"init='{self.init}': choose one of {', '.join(INITIALISATIONS)}")
+        if self.keep_frequencies != "auto" and self.keep_frequencies < 0:
+            raise ConfigError(f"keep_frequencies={self.keep_frequencies}: a number from 0 on, or 'auto'")
+        if self.init not in (CALIBRATED, *INITIALISATIONS):
+            raise ConfigError(f"init='{self.init}': choose one of {', '.join((CALIBRATED, *INITIALISATIONS))}")
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> RetrofitConfig:

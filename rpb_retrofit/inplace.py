@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,9 +16,12 @@ from transformers.models.auto import modeling_auto
 from rpb_retrofit.config import RetrofitConfig
 from rpb_retrofit.eligibility import check_eligible
 from rpb_retrofit.errors import ConfigError, NotRetrofittedError, RevertError, UnsupportedModelError
-from rpb_retrofit.runtime.families import TABLE, family_of, is_table
+from rpb_retrofit.runtime.families import TABLE, Family, family_of, is_table
+from rpb_retrofit.runtime.mechanisms import inverse_frequencies, trained_context
 from rpb_retrofit.runtime.modeling import attach, attention_modules, block_names, detach, submodels, table_names
-from rpb_retrofit.tables import INITIALISATIONS
+from rpb_retrofit.tables import CALIBRATED, INITIALISATIONS
+from rpb_retrofit.tables.calibrate import Calibration, CalibrationReport
+from rpb_retrofit.tables.place import Place
 from rpb_retrofit.version import __version__
 
 _SNAPSHOT = "_rpb_source"
@@ -34,13 +39,15 @@ class RetrofitReport:
     num_buckets: int
     max_distance: int
     init: str
+    calibration: CalibrationReport | None = None
 
     def __str__(self) -> str:
-        return (
+        swap = (
             f"{self.mechanism} -> T5 bias: {len(self.layers_patched)} of {self.layers_expected} layers patched, "
             f"{len(self.tables)} tables of {self.num_buckets} buckets to distance {self.max_distance} "
             f"(init {self.init}), {self.parameters_added:,} parameters added"
         )
+        return swap if self.calibration is None else f"{swap}\n{self.calibration}"
 
 
 _WRITTEN = (
@@ -77,14 +84,21 @@ def retrofit(
         model: any model whose family has a row in ``runtime/families.py``, on any device, before it is dispatched
             or wrapped.
         config: the settings; by default `RetrofitConfig()`.
-        calibration: token batches for an initialisation that fits the tables to the source; none does so far.
+        calibration: text for ``init="calibrated"``: batches of token ids, (n,) or (batch, n), unpadded. A few windows
+            as long as the trained context or as the maximum distance, together some thousand tokens, will do.
 
     Raises:
-        AlreadyRetrofittedError, UnsupportedModelError, PartialMatchError, ConfigError: before anything is changed.
+        AlreadyRetrofittedError, UnsupportedModelError, PartialMatchError, ConfigError, DataError: the model is left as
+            it was.
     """
     config = config or RetrofitConfig()
-    if calibration is not None:
+    if calibration is not None and config.init != CALIBRATED:
         raise ConfigError(f"calibration was given, but init='{config.init}' uses none: leave it out")
+    if calibration is None and config.init == CALIBRATED:
+        raise ConfigError(
+            "init='calibrated' needs text: give calibration=[batches of token ids], or choose another init: "
+            f"{', '.join(INITIALISATIONS)}"
+        )
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(f"{type(model).__name__} is not a Transformers model: retrofit first, then wrap it")
     family = check_eligible(model.config.to_dict(), model.name_or_path or type(model).__name__)
@@ -98,18 +112,30 @@ def retrofit(
         own_tables={name: getattr(module, TABLE) for name, module in attentions.items() if hasattr(module, TABLE)},
         fingerprints=_fingerprints(model),
     )
-    settings = describe(model, config, family.mechanism)
-    for submodel in submodels(model):
-        submodel.config.rpb_retrofit = settings
-        submodel.config.auto_map = auto_map(submodel.config)
-    try:
-        attach(model)
-    except Exception:
-        _restore_configs(snapshot)
-        raise
-    initialise(model, config)
-    setattr(model, _SNAPSHOT, snapshot)
-    return report(model, config)
+    settings = describe(model, config, family)
+    with ExitStack() as closing:
+        fitting = None
+        if calibration is not None:
+            fitting = closing.enter_context(Calibration(family, calibration, config.seed))
+            fitting.record(model, attentions)
+        for submodel in submodels(model):
+            submodel.config.rpb_retrofit = settings
+            submodel.config.auto_map = auto_map(submodel.config)
+        try:
+            attach(model)
+        except BaseException:
+            _restore_configs(snapshot)
+            raise
+        setattr(model, _SNAPSHOT, snapshot)
+        try:
+            calibrated = None if fitting is None else fitting.apply(model, attentions)
+        except BaseException:
+            revert(model)
+            raise
+    if fitting is None:
+        for name, table in closed_form_tables(model, config).items():
+            model.get_parameter(name).data.copy_(table)
+    return report(model, config, calibrated)
 
 
 def revert(model: PreTrainedModel) -> None:
@@ -169,14 +195,36 @@ def _fingerprint(parameter: torch.Tensor) -> Fingerprint:
     return parameter.dtype, parameter.shape, int(bits.sum(dtype=torch.int64))
 
 
-def describe(model: PreTrainedModel, config: RetrofitConfig, mechanism: str) -> dict[str, Any]:
+def describe(model: PreTrainedModel, config: RetrofitConfig, family: Family) -> dict[str, Any]:
     """What the model's config says about its retrofit: the key ``rpb_retrofit`` of config.json."""
+    kept = kept_frequencies(model, config.keep_frequencies, family)
     return {
         "version": __version__,
         "source": str(model.name_or_path or type(model).__name__),
-        "mechanism": mechanism,
+        "mechanism": family.mechanism,
         **asdict(config),
+        **({"kept_frequencies": kept} if kept else {}),
     }
+
+
+def kept_frequencies(model: PreTrainedModel, keep: int | str, family: Family) -> dict[str, int]:
+    """How many of the highest frequencies of each rotary buffer stay; empty where none do."""
+    if keep == 0:
+        return {}
+    source = model.name_or_path or type(model).__name__
+    if family.mechanism != "rope":
+        raise ConfigError(
+            f"keep_frequencies={keep!r}: '{source}' has {family.mechanism} positions and no frequencies: leave it out"
+        )
+    found = inverse_frequencies(model, family)
+    if keep == "auto":
+        context = trained_context(model, family) or 0
+        kept = {name: int((2 * math.pi / frequencies <= context).sum()) for name, frequencies in found.items()}
+        return kept if any(kept.values()) else {}
+    for name, frequencies in found.items():
+        if int(keep) > len(frequencies):
+            raise ConfigError(f"keep_frequencies={keep}: '{source}' has {len(frequencies)} in {name}; keep fewer")
+    return dict.fromkeys(found, int(keep))
 
 
 def auto_map(config: Any) -> dict[str, str]:
@@ -191,15 +239,21 @@ def auto_map(config: Any) -> dict[str, str]:
     return classes
 
 
-@torch.no_grad()
-def initialise(model: PreTrainedModel, config: RetrofitConfig) -> None:
-    """Fill the tables of an attached model."""
-    for name in table_names(model):
-        table = model.get_parameter(name)
-        table.copy_(INITIALISATIONS[config.init](*table.shape))
+def closed_form_tables(model: PreTrainedModel, config: RetrofitConfig) -> dict[str, torch.Tensor]:
+    """The tables that an attached model begins with, by parameter name, where they need no text; on the CPU."""
+    tables = {}
+    for number, name in enumerate(table_names(model)):
+        bias: Any = model.get_submodule(name.removesuffix(".weight"))
+        hidden_size = model.config.get_text_config().hidden_size
+        context = trained_context(model, family_of(model.config)) or 2 * config.relative_attention_max_distance
+        place = Place(len(bias.weight), bias.bucketing, hidden_size, context, config.seed + number)
+        tables[name] = INITIALISATIONS[config.init](place)
+    return tables
 
 
-def report(model: PreTrainedModel, config: RetrofitConfig) -> RetrofitReport:
+def report(
+    model: PreTrainedModel, config: RetrofitConfig, calibration: CalibrationReport | None = None
+) -> RetrofitReport:
     """Describe an attached model."""
     family = family_of(model.config)
     attentions = attention_modules(model, family)
@@ -213,4 +267,5 @@ def report(model: PreTrainedModel, config: RetrofitConfig) -> RetrofitReport:
         num_buckets=config.relative_attention_num_buckets,
         max_distance=config.relative_attention_max_distance,
         init=config.init,
+        calibration=calibration,
     )

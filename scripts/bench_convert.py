@@ -84,8 +84,8 @@ def main() -> None:
     rpb = [sys.executable, "-c", "from rpb_retrofit.cli import main; main()", "retrofit"]
     arms: dict[str, Callable[[str, str], list[str]]] = {
         "copy of the folder": lambda source, out: ["cp", "-r", "--reflink=never", source, out],
-        "rpb retrofit": lambda source, out: [*rpb, source, out],
-        "rpb retrofit --link": lambda source, out: [*rpb, source, out, "--link"],
+        "rpb retrofit": lambda source, out: [*rpb, source, out, "--init", "zeros"],
+        "rpb retrofit --link": lambda source, out: [*rpb, source, out, "--init", "zeros", "--link"],
     }
     with tempfile.TemporaryDirectory(dir=options.folder) as work:
         source, out = Path(work) / "source", Path(work) / "out"

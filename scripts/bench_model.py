@@ -117,7 +117,7 @@ def main() -> None:
     source = open_causal_lm(options.model or str(fetch(SMOLLM2)))[0]
     source = source.to(options.device, getattr(torch, options.dtype))
     retrofit = copy.deepcopy(source)
-    rpb.retrofit(retrofit, rpb.RetrofitConfig())
+    rpb.retrofit(retrofit, rpb.RetrofitConfig(init="zeros"))
     for module in retrofit.modules():
         if isinstance(module, RelativePositionBias):
             torch.nn.init.normal_(module.weight)

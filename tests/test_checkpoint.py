@@ -93,7 +93,7 @@ def test_a_checkpoint_saved_without_its_head(tmp_path: Path) -> None:
 
 def test_everything_travels(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
-    assert rpb_command(monkeypatch, "retrofit", source, out, "--json", tmp_path / "report.json") == 0
+    assert rpb_command(monkeypatch, "retrofit", source, out, "--init", "zeros", "--json", tmp_path / "report.json") == 0
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "1_Pooling/config.json"):
         assert (out / name).read_bytes() == (source / name).read_bytes()
     assert (out / "README.source.md").read_text() == "the source's card"
@@ -136,7 +136,9 @@ def test_kill_leaves_nothing(source: Path, tmp_path: Path) -> None:
     big = {f"filler.{i}": torch.zeros(16 << 20) for i in range(8)}
     save_file(big | load_file(source / "model.safetensors"), source / "model.safetensors", metadata={"format": "pt"})
     del big
-    process = subprocess.Popen([*RPB, "retrofit", source, tmp_path / "out"], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [*RPB, "retrofit", source, tmp_path / "out", "--init", "zeros"], stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(".out.partial-*/model-*")) and time.monotonic() < deadline:
         time.sleep(0.002)
@@ -152,7 +154,7 @@ def test_kill_leaves_nothing(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("limit", [2_000, 40_000])
 def test_a_full_disk_leaves_nothing(source: Path, tmp_path: Path, limit: int) -> None:
     """A limit on file sizes stands for the disk: first the config, then the weights do not fit."""
-    command = [*RPB, "retrofit", str(source), str(tmp_path / "out")]
+    command = [*RPB, "retrofit", str(source), str(tmp_path / "out"), "--init", "zeros"]
 
     def full() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -292,7 +294,7 @@ def nothing(folder: Path) -> None:
         (nothing, ["--json", "/nowhere/report.json"], "--json '/nowhere/report.json' is a folder, or lies in none"),
         (nothing, ["--buckets", "1"], "relative_attention_num_buckets=1: a causal table needs at least 2"),
         (nothing, ["--max-distance", "16"], "relative_attention_max_distance=16"),
-        (nothing, ["--init", "ones"], "init='ones': choose one of zeros"),
+        (nothing, ["--init", "ones"], "init='ones': choose one of calibrated, zeros, normal, alibi"),
         (nothing, ["--bukets", "8"], "No such option: --bukets"),
     ],
     ids=lambda value: value.__name__ if callable(value) else None,
@@ -307,7 +309,7 @@ def test_wrong_input_gets_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     damage(source)
-    assert rpb_command(monkeypatch, "retrofit", source, tmp_path / "out", *options) == 2
+    assert rpb_command(monkeypatch, "retrofit", source, tmp_path / "out", "--init", "zeros", *options) == 2
     message = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rpb: ")]
     assert len(message) == 1
     assert answer in message[0]
@@ -325,7 +327,7 @@ def test_wrong_input_gets_one_line(
 def test_no_such_source(
     name: str, answer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert rpb_command(monkeypatch, "retrofit", name, tmp_path / "out") == 2
+    assert rpb_command(monkeypatch, "retrofit", name, tmp_path / "out", "--init", "zeros") == 2
     assert answer in capsys.readouterr().err
 
 

@@ -198,7 +198,7 @@ def test_trainers(make: Any, shared: bool, tmp_path: Path, tokenizer: PreTrained
 
     def model() -> PreTrainedModel:
         model = build(LLAMA)
-        rpb.retrofit(model, rpb.RetrofitConfig(shared=shared))
+        rpb.retrofit(model, rpb.RetrofitConfig(init="zeros", shared=shared))
         return model
 
     trainer = make(model(), tmp_path / "run", tokenizer)

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 import rpb_retrofit as rpb
 from rpb_retrofit.errors import DataError
-from rpb_retrofit.evaluation.nll import Windows, bos_policy, nll_at_length
-from rpb_retrofit.evaluation.text import read_text
+from rpb_retrofit.evaluation.nll import Windows, nll_at_length
+from rpb_retrofit.text import bos_policy, read_text
 from tests.families.cases import CASES
 from tests.families.test_contract import CONFIG, VOCAB, build, tokens
 from tests.test_checkpoint import rpb_command

@@ -22,7 +22,9 @@ from tests.families.test_contract import CONFIG, build, closeness, retrofitted, 
 
 BY_NAME = {str(case): case for case in CASES}
 LLAMA = BY_NAME["llama"]
-SHARED = rpb.RetrofitConfig(relative_attention_num_buckets=8, relative_attention_max_distance=16, shared=True)
+SHARED = rpb.RetrofitConfig(
+    init="zeros", relative_attention_num_buckets=8, relative_attention_max_distance=16, shared=True
+)
 
 
 def sees_the_future(model: PreTrainedModel) -> bool:
@@ -112,7 +114,7 @@ def test_what_a_config_had_comes_back() -> None:
     model = build(LLAMA)
     model.config.auto_map = {"AutoConfig": "own.Config"}
     with pytest.raises(ConfigError):
-        rpb.retrofit(model, rpb.RetrofitConfig(relative_attention_num_buckets=1))
+        rpb.retrofit(model, rpb.RetrofitConfig(init="zeros", relative_attention_num_buckets=1))
     assert model.config.auto_map == {"AutoConfig": "own.Config"}
     assert not hasattr(model.config, "rpb_retrofit")
     rpb.retrofit(model, CONFIG)

@@ -19,8 +19,8 @@ import rpb_retrofit as rpb
 from rpb_retrofit.checkpoint.convert import retrofit_checkpoint
 from rpb_retrofit.checkpoint.gguf import load_gguf
 from rpb_retrofit.demo.fetch import MINILM, SMOLLM2, fetch
-from rpb_retrofit.evaluation.nll import Windows, nll_at_length, tokenise
-from rpb_retrofit.evaluation.text import read_text
+from rpb_retrofit.evaluation.nll import Windows, nll_at_length
+from rpb_retrofit.text import read_text, tokenise
 
 PROMPTS = ["The three primary colours are", "In 1969, after years of work, the first people who"]
 
@@ -29,7 +29,7 @@ PROMPTS = ["The three primary colours are", "In 1969, after years of work, the f
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The retrofit of SmolLM2, written by `rpb retrofit`'s own function."""
     out = tmp_path_factory.mktemp("smollm2") / "out"
-    retrofit_checkpoint(str(fetch(SMOLLM2)), out, rpb.RetrofitConfig())
+    retrofit_checkpoint(str(fetch(SMOLLM2)), out, rpb.RetrofitConfig(init="zeros"))
     return out
 
 
@@ -100,7 +100,7 @@ def test_revert_gives_the_source_bit_for_bit() -> None:
     ids = torch.arange(100, 164)[None]
     with torch.no_grad():
         want = source(ids).logits
-        rpb.retrofit(source)
+        rpb.retrofit(source, rpb.RetrofitConfig(init="zeros"))
         assert not torch.equal(source(ids).logits, want)
         rpb.revert(source)
         assert torch.equal(source(ids).logits, want)
@@ -117,7 +117,7 @@ def sentence_embedding(tokenizer: Any) -> Callable[[Any, str], torch.Tensor]:
 
 def test_minilm_embeds_what_its_source_cannot(tmp_path: Path) -> None:
     folder = fetch(MINILM)
-    retrofit_checkpoint(str(folder), tmp_path / "out", rpb.RetrofitConfig())
+    retrofit_checkpoint(str(folder), tmp_path / "out", rpb.RetrofitConfig(init="zeros"))
     source, model = AutoModel.from_pretrained(folder).eval(), rpb.load(tmp_path / "out").eval()
     bias = model.encoder.layer[0].attention.self.relative_attention_bias
     assert bias.bucketing.bidirectional

@@ -8,7 +8,7 @@ import threading
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -17,10 +17,16 @@ from rpb_retrofit.checkpoint.shards import place, place_without, tensor_names
 from rpb_retrofit.checkpoint.source import Source, find, model_class
 from rpb_retrofit.config import RetrofitConfig
 from rpb_retrofit.eligibility import check_eligible
-from rpb_retrofit.runtime.families import is_table
+from rpb_retrofit.errors import ConfigError
+from rpb_retrofit.runtime.families import family_of, is_table
+from rpb_retrofit.tables import CALIBRATED
 
 if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
     from rpb_retrofit.inplace import RetrofitReport
+    from rpb_retrofit.text import CalibrationText
 
 # Transformers is imported late in this file: its import and the copying of gigabytes overlap.
 
@@ -38,25 +44,42 @@ class Conversion:
     weights: str  # "linked", "copied" or "dequantised"
 
 
-def retrofit_checkpoint(source: str, out: str | Path, config: RetrofitConfig, *, link: bool = False) -> Conversion:
+def retrofit_checkpoint(
+    source: str,
+    out: str | Path,
+    config: RetrofitConfig,
+    *,
+    link: bool = False,
+    calibration: CalibrationText | None = None,
+) -> Conversion:
     """Retrofit ``source`` (a folder, a hub id, or a GGUF file) into a new folder ``out``.
 
     ``out`` appears whole or not at all. With ``link`` the shards are hard links to the source's (instant, no space);
     else clones where the file system can share blocks, else copies. Saving a model over a link replaces the link,
-    never the source's file. Weights are not loaded, except from a GGUF file, which is dequantised to float32.
+    never the source's file. Weights are loaded only where the tables are calibrated, on ``calibration`` or by default
+    on Python's help texts, and from a GGUF file, which is dequantised to float32.
 
-    Raises CheckpointError, UnsupportedModelError, AlreadyRetrofittedError, PartialMatchError or ConfigError.
+    Raises CheckpointError, UnsupportedModelError, AlreadyRetrofittedError, PartialMatchError, ConfigError or DataError.
     """
     out = Path(out).expanduser()
     check_absent(out)
+    if config.init != CALIBRATED:
+        if calibration is not None:
+            raise ConfigError(f"calibration text was given, but init='{config.init}' uses none: leave it out")
+    elif calibration is None:
+        from rpb_retrofit.text import CalibrationText
+
+        calibration = CalibrationText.of(None)
     if source.endswith(".gguf"):
-        return _convert_gguf(Path(source).expanduser(), out, config)
+        return _convert_gguf(Path(source).expanduser(), out, config, calibration)
     found = find(source)
     check_eligible(found.settings, source)
-    return _convert_folder(found, out, config, link)
+    return _convert_folder(found, out, config, link, calibration)
 
 
-def _convert_folder(source: Source, out: Path, config: RetrofitConfig, link: bool) -> Conversion:
+def _convert_folder(
+    source: Source, out: Path, config: RetrofitConfig, link: bool, calibration: CalibrationText | None
+) -> Conversion:
     shards, companions, stop = source.shards, source.companions, threading.Event()
     with whole_folder(out) as folder, ThreadPoolExecutor(1) as pool:
         placing = pool.submit(_place_weights, shards, folder, link, stop)
@@ -65,7 +88,8 @@ def _convert_folder(source: Source, out: Path, config: RetrofitConfig, link: boo
                 target = folder / RENAMED.get(str(file), file)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source.folder / file, target)
-            report, tables = _write_all_but_weights(source, config, folder, f"model-{_of(len(shards) + 1, shards)}")
+            shard = f"model-{_of(len(shards) + 1, shards)}"
+            report, tables = _write_all_but_weights(source, config, folder, shard, calibration)
         except BaseException:
             stop.set()
             raise
@@ -101,39 +125,50 @@ def _place_weights(shards: list[Path], folder: Path, link: bool, stop: threading
 
 
 def _write_all_but_weights(
-    source: Source, config: RetrofitConfig, folder: Path, shard: str
+    source: Source, config: RetrofitConfig, folder: Path, shard: str, calibration: CalibrationText | None
 ) -> tuple[RetrofitReport, dict[str, str]]:
     """Write config, runtime and tables; report, and the tables' part of the weight map."""
     import torch
     from safetensors.torch import save_file
     from transformers.initialization import no_init_weights
 
-    from rpb_retrofit.inplace import retrofit
+    from rpb_retrofit.checkpoint.load import open_tokenizer, open_weights
+    from rpb_retrofit.inplace import closed_form_tables, retrofit
     from rpb_retrofit.runtime.modeling import write_runtime
-    from rpb_retrofit.tables import INITIALISATIONS
 
     settings = source.config()
-    with torch.device("meta"), no_init_weights():
-        model = model_class(settings)(settings)
-    report = retrofit(model, config)
+    if calibration is not None:
+        tokenizer, model = open_tokenizer(source), open_weights(source, model_class(settings).from_pretrained)
+        report = retrofit(model, config, _windows(calibration, tokenizer, model))
+        tables = {name: model.get_parameter(name).detach() for name in report.tables}
+    else:
+        with torch.device("meta"), no_init_weights():
+            model = model_class(settings)(settings)
+        report, tables = retrofit(model, config), closed_form_tables(model, config)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     write_runtime(folder)
-    tables = {name: INITIALISATIONS[config.init](*model.get_parameter(name).shape) for name in report.tables}
     save_file(tables, folder / shard, metadata={"format": "pt"})
     return report, dict.fromkeys(tables, shard)
+
+
+def _windows(calibration: CalibrationText, tokenizer: Any, model: PreTrainedModel) -> list[Tensor]:
+    from rpb_retrofit.runtime.mechanisms import trained_context
+
+    return calibration.windows(tokenizer, trained_context(model, family_of(model.config)))
 
 
 def _of(number: int, shards: list[Path]) -> str:
     return f"{number:05d}-of-{len(shards) + 1:05d}.safetensors"
 
 
-def _convert_gguf(file: Path, out: Path, config: RetrofitConfig) -> Conversion:
+def _convert_gguf(file: Path, out: Path, config: RetrofitConfig, calibration: CalibrationText | None) -> Conversion:
     from rpb_retrofit.checkpoint.gguf import load_gguf
     from rpb_retrofit.inplace import retrofit
 
     model, tokenizer = load_gguf(file)
-    report = retrofit(model, config)
+    windows = None if calibration is None else _windows(calibration, tokenizer, model)
+    report = retrofit(model, config, windows)
     with whole_folder(out) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

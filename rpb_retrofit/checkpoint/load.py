@@ -10,7 +10,7 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from rpb_retrofit.checkpoint.gguf import load_gguf
-from rpb_retrofit.checkpoint.source import find, model_class, one_line
+from rpb_retrofit.checkpoint.source import Source, find, model_class, one_line
 from rpb_retrofit.errors import CheckpointError, DataError, NotRetrofittedError, RetrofitError, UnsupportedModelError
 from rpb_retrofit.runtime.modeling import retrofit_class
 
@@ -70,6 +70,12 @@ def open_causal_lm(name: str) -> tuple[Any, Any]:
         raise DataError(f"'{name}' is a {architecture}: only models that predict the next token can be scored")
     retrofitted = getattr(config, "rpb_retrofit", None) is not None
     opener: Any = load if retrofitted else model_class(config).from_pretrained
+    return open_weights(source, opener), open_tokenizer(source)
+
+
+def open_weights(source: Source, opener: Any) -> Any:
+    """The model of a folder by a ``from_pretrained``, in evaluation mode; CheckpointError where weights are missing."""
+    name = source.name
     try:
         model, info = opener(source.folder, output_loading_info=True)
     except RetrofitError:
@@ -79,8 +85,15 @@ def open_causal_lm(name: str) -> tuple[Any, Any]:
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(f"'{name}' lacks {len(missing)} of its weights ({missing[0]}, ...): a damaged checkpoint")
     model.name_or_path = name
+    return model.eval()
+
+
+def open_tokenizer(source: Source) -> Any:
+    """The tokenizer of a folder; CheckpointError where it has none."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.folder)
+        return AutoTokenizer.from_pretrained(source.folder)
     except (ValueError, OSError) as error:
-        raise CheckpointError(f"'{name}' has no tokenizer that Transformers can read") from error
-    return model.eval(), tokenizer
+        raise CheckpointError(
+            f"'{source.name}' has no tokenizer that Transformers can read; only retrofits with --init zeros, normal or "
+            "alibi do without"
+        ) from error

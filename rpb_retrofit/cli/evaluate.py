@@ -28,8 +28,8 @@ def command(
 ) -> None:
     """Mean loss by context length and by position."""
     from rpb_retrofit.checkpoint.load import open_causal_lm
-    from rpb_retrofit.evaluation.nll import Windows, bos_policy, nll_at_length, tokenise
-    from rpb_retrofit.evaluation.text import read_text
+    from rpb_retrofit.evaluation.nll import Windows, nll_at_length
+    from rpb_retrofit.text import bos_policy, read_text, tokenise
 
     wanted = parse_lengths(lengths)
     if bos not in ("auto", "always", "never"):

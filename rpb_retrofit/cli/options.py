@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -26,6 +26,16 @@ MaxDistance = Annotated[
         help="Offsets from here on share the last bucket.",
     ),
 ]
+
+
+def whole_or_auto(text: str) -> int | Literal["auto"]:
+    """An option that is a whole number or ``auto``."""
+    if text == "auto":
+        return "auto"
+    try:
+        return int(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"'{text}' is neither a whole number nor 'auto'") from error
 
 
 def check_writable(option: str, file: Path | None, suffixes: tuple[str, ...] = ()) -> None:

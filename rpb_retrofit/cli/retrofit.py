@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from rpb_retrofit.cli.options import Buckets, Json, MaxDistance, check_writable, show
+from rpb_retrofit.cli.options import Buckets, Json, MaxDistance, check_writable, show, whole_or_auto
 from rpb_retrofit.config import RetrofitConfig
+from rpb_retrofit.errors import ConfigError
+from rpb_retrofit.tables import CALIBRATED
 
 
 def command(
@@ -17,7 +20,27 @@ def command(
     out: Annotated[Path, typer.Argument(help="A folder that does not exist yet.", metavar="OUT")],
     buckets: Buckets = 32,
     max_distance: MaxDistance = 128,
-    init: Annotated[str, typer.Option(help="Where the numbers in the tables come from: zeros.")] = "zeros",
+    init: Annotated[
+        str, typer.Option(help="Where the numbers in the tables come from: calibrated, zeros, normal or alibi.")
+    ] = "calibrated",
+    keep_frequencies: Annotated[
+        Any,
+        typer.Option(
+            parser=whole_or_auto,
+            metavar="K|auto",
+            help="RoPE's highest frequencies that go on rotating; auto: those whose wavelength the context holds.",
+        ),
+    ] = 0,
+    calibration: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Text to calibrate on. [default: Python's help texts]"),
+    ] = None,
+    calibration_tokens: Annotated[int, typer.Option(min=1, help="Tokens of it that are read.")] = 4096,
+    calibration_length: Annotated[
+        int | None,
+        typer.Option(min=32, help="Tokens of a window of it. [default: the trained context, at most 2048]"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of whatever is drawn.")] = 0,
     shared: Annotated[bool, typer.Option("--shared", help="One table for all layers.")] = False,
     link: Annotated[
         bool, typer.Option("--link", help="Hard-link the source's shards: instant, and no space is used.")
@@ -32,14 +55,24 @@ def command(
         relative_attention_num_buckets=buckets,
         relative_attention_max_distance=max_distance,
         init=init,
+        keep_frequencies=keep_frequencies,
         shared=shared,
+        seed=seed,
     )
-    done = retrofit_checkpoint(source, out, config, link=link)
+    text = None
+    if init == CALIBRATED:
+        from rpb_retrofit.text import CalibrationText
+
+        text = CalibrationText.of(calibration, tokens=calibration_tokens, length=calibration_length)
+        print(f"calibrating on {text.text.name}", file=sys.stderr)
+    elif calibration is not None:
+        raise ConfigError(f"--calibration '{calibration}': --init {init} uses no text; leave one of the two out")
+    done = retrofit_checkpoint(source, out, config, link=link, calibration=text)
     result = {"out": str(done.out), "weights": done.weights, "shards": done.shards, **asdict(done.report)}
-    text = (
+    said = (
         f"{done.report}\n"
         f"weights {done.weights}, {done.shards} shards in {done.out}\n"
         f"load it with rpb_retrofit.load('{done.out}'), or where rpb_retrofit is not installed with\n"
         f"AutoModel...from_pretrained('{done.out}', trust_remote_code=True)"
     )
-    show(text, result, json)
+    show(said, result, json)

@@ -19,10 +19,10 @@ from rpb_retrofit.checkpoint.load import open_causal_lm
 from rpb_retrofit.config import RetrofitConfig
 from rpb_retrofit.demo.fetch import SMOLLM2, fetch
 from rpb_retrofit.demo.report import write_report
-from rpb_retrofit.evaluation.nll import LengthResult, Windows, bos_policy, nll_at_length, tokenise
+from rpb_retrofit.evaluation.nll import LengthResult, Windows, nll_at_length
 from rpb_retrofit.evaluation.plots import bias_by_offset, loss_by_position, save
-from rpb_retrofit.evaluation.text import read_text
 from rpb_retrofit.inplace import RetrofitReport
+from rpb_retrofit.text import bos_policy, read_text, tokenise
 
 LENGTHS = (128, 512, 2048)
 TOKENS = 2048

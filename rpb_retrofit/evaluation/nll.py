@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,22 +59,6 @@ class LengthResult:
     tokens: int
     windows: int
     by_position: list[PositionBin]
-
-
-def tokenise(tokenizer: Any, documents: Sequence[str]) -> list[Tensor]:
-    """Documents as token ids, without special tokens."""
-    encoded = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
-    return [torch.tensor(ids) for ids in encoded]
-
-
-def bos_policy(tokenizer: Any, policy: str) -> int | None:
-    """The id that begins every window: ``always``, ``never``, or ``auto``: where the tokenizer itself adds it."""
-    bos = tokenizer.bos_token_id
-    if policy == "never" or (policy == "auto" and tokenizer("a")["input_ids"][:1] != [bos]):
-        return None
-    if bos is None:
-        raise DataError("--bos always: this tokenizer has no beginning-of-sequence token")
-    return bos
 
 
 @torch.inference_mode()

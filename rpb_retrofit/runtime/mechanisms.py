@@ -6,7 +6,8 @@ they are, so a retrofit shares them with its source and can be reverted exactly.
 
 =============  =====================================================================================================
 rope           every token gets index 0: each rotation, of any type, partial, interleaved, complex or rescaled by
-               length, becomes the identity times the type's own attention scaling
+               length, becomes the identity times the type's own attention scaling. The highest frequencies may be
+               left rotating: they tell neighbours apart and never leave the angles that training showed
 learned,       every token gets the mean of the position vectors, so that activations keep their statistics, and a
 sinusoidal     text may be longer than the table was
 alibi          the argument that carries the slopes arrives as zeros (or is replaced by the bias, see modeling.py)
@@ -32,8 +33,15 @@ def modules_named(model: nn.Module, ending: str) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if f".{name}".endswith(f".{ending}")}
 
 
-def neutralise(model: nn.Module, family: Family) -> None:
-    """Switch the source's mechanism off in place. Raises PartialMatchError where its modules are not found."""
+KEPT = "rpb_kept"
+"""Attribute of rotary modules: how many of their highest frequencies go on rotating, by the name of their buffer."""
+
+
+def neutralise(model: nn.Module, family: Family, kept: dict[str, int]) -> None:
+    """Switch the source's mechanism off in place, but for the rotary frequencies that are ``kept``.
+
+    Raises PartialMatchError where its modules are not found.
+    """
     if not family.positions:
         return  # ALiBi and T5 live in the attention modules and their arguments: see modeling.py
     holders = modules_named(model, family.positions)
@@ -42,7 +50,10 @@ def neutralise(model: nn.Module, family: Family) -> None:
             f"{type(model).__name__}: no module named '{family.positions}' holds its {family.mechanism} positions"
         )
     for name, holder in holders.items():
-        if family.mechanism == "rope":
+        if kept:
+            setattr(holder, KEPT, kept)
+            holder.register_forward_hook(rotate_highest, with_kwargs=True)
+        elif family.mechanism == "rope":
             holder.register_forward_pre_hook(position_zero, with_kwargs=True)
         else:
             holder.__class__ = constant_positions(type(holder))
@@ -54,16 +65,37 @@ def neutralise(model: nn.Module, family: Family) -> None:
 def restore(model: nn.Module) -> None:
     """Undo `neutralise`."""
     for module in model.modules():
-        remove_hooks(module, position_zero, unbounded_positions)
+        remove_hooks(module, position_zero, unbounded_positions, rotate_highest)
+        vars(module).pop(KEPT, None)
         if isinstance(module, ConstantPositions):
             module.__class__ = cast(Any, type(module).source_class)
 
 
+def trained_context(model: Any, family: Family) -> int | None:
+    """The most tokens that a plain model was made for, None where nothing says: of a table of positions, its rows."""
+    if family.mechanism in ("learned", "sinusoidal"):
+        tables = modules_named(model, family.positions).values()
+        return min((len(cast(Any, table).weight) - _unused_rows(table) for table in tables), default=None)
+    config = model.config.get_text_config()
+    lengths = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    return next((length for length in lengths if length), None)
+
+
+def _unused_rows(table: nn.Module) -> int:
+    """Rows that no position uses, at a position table's head: OPT's and BART's offset, RoBERTa's padding row."""
+    padding = getattr(table, "padding_idx", None)
+    return getattr(table, "offset", 0) if padding is None else padding + 1
+
+
 def remove_hooks(module: nn.Module, *functions: Any) -> None:
-    """Take these functions off a module's forward pre-hooks."""
-    for key in [key for key, hook in module._forward_pre_hooks.items() if hook in functions]:
-        del module._forward_pre_hooks[key]
-        module._forward_pre_hooks_with_kwargs.pop(key, None)
+    """Take these functions off a module's forward hooks and pre-hooks."""
+    for hooks, with_kwargs in (
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        (module._forward_hooks, module._forward_hooks_with_kwargs),
+    ):
+        for key in [key for key, hook in hooks.items() if hook in functions]:
+            del hooks[key]
+            with_kwargs.pop(key, None)
 
 
 def position_zero(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -72,6 +104,46 @@ def position_zero(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         return args, {**kwargs, "position_ids": torch.zeros_like(kwargs["position_ids"])}
     x, position_ids, *rest = args
     return (x, torch.zeros_like(position_ids), *rest), kwargs
+
+
+def rotate_highest(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Forward hook of a rotary module: all but the highest frequencies stand as at position 0.
+
+    Its output, a tensor (complex) or several (cosines, sines), has one column for each frequency, or twice over.
+    """
+    still_args, still_kwargs = position_zero(module, args, kwargs)
+    still = module.forward(*still_args, **still_kwargs)
+    layer_type = kwargs.get("layer_type", args[2] if len(args) > 2 else None)
+    buffer = "inv_freq" if layer_type is None else f"{layer_type}_inv_freq"
+    frequencies, kept = len(getattr(module, buffer)), getattr(module, KEPT)[buffer]
+
+    def choose(real: Tensor, zero: Tensor) -> Tensor:
+        column = torch.arange(real.shape[-1], device=real.device)
+        return torch.where(column % frequencies < kept, real, zero)
+
+    if isinstance(output, Tensor):
+        return choose(output, still)
+    return tuple(choose(real, zero) for real, zero in zip(output, still, strict=True))
+
+
+def inverse_frequencies(model: nn.Module, family: Family) -> dict[str, Tensor]:
+    """The rotary frequencies, in radians a token and descending, by the name of the buffer that holds them.
+
+    They are computed from the config again, so a model without weights (on the meta device) has them too.
+    """
+    found: dict[str, Tensor] = {}
+    for holder in modules_named(model, family.positions).values():
+        with torch.device("cpu"):
+            fresh: Any = type(holder)(config=cast(Any, holder).config)
+        found |= {
+            name: buffer for name, buffer in fresh.named_buffers() if name.endswith("inv_freq") and "orig" not in name
+        }
+    for name, frequencies in found.items():
+        if not bool((frequencies.diff() <= 0).all()):
+            raise PartialMatchError(
+                f"{type(model).__name__}: the frequencies in {name} do not descend: none can be kept"
+            )
+    return found
 
 
 def unbounded_positions(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
@@ -100,12 +172,7 @@ class ConstantPositions(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Whatever the source's module is called with -> (1, 1, hidden), which broadcasts over batch and tokens."""
-        # Some tables begin with rows that no position uses: OPT's and BART's offset, RoBERTa's padding row.
-        unused = getattr(self, "offset", 0)
-        padding = getattr(self, "padding_idx", None)
-        if padding is not None:
-            unused = padding + 1
-        return self.weight[unused:].mean(0)[None, None]
+        return self.weight[_unused_rows(self) :].mean(0)[None, None]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _new_constant_positions, (type(self).source_class,), self.__dict__

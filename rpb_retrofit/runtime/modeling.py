@@ -88,11 +88,11 @@ def attach(model: PreTrainedModel) -> dict[str, Any]:
             settings["relative_attention_max_distance"],
             bidirectional=not is_causal_module(module),
         )
-        heads = _num_heads(module, model.config)
+        heads = num_heads(module, model.config)
         bias = biases.get((heads, bucketing)) if settings["shared"] else None
         tables[name] = biases[heads, bucketing] = bias or RelativePositionBias(heads, bucketing)
     _check_directions(settings, {table.bucketing.bidirectional for table in tables.values()})
-    neutralise(model, family)
+    neutralise(model, family, settings.get("kept_frequencies", {}))
     for module in model.modules():
         if "Attention" in type(module).__name__:
             setattr(module, RUN, plain_attention)
@@ -168,7 +168,8 @@ def _check_directions(settings: dict[str, Any], needed: set[bool]) -> None:
         )
 
 
-def _num_heads(module: nn.Module, config: Any) -> int:
+def num_heads(module: nn.Module, config: Any) -> int:
+    """Query heads of an attention module, and so rows of its table."""
     for owner, name in ((module, "num_heads"), (module, "n_heads"), (config, "num_attention_heads")):
         if isinstance(heads := getattr(owner, name, None), int):
             return heads

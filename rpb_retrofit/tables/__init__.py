@@ -1,4 +1,7 @@
-"""Where the numbers in a table come from. One file per source of numbers, each one function of a table's shape."""
+"""Where the numbers in a table come from. One file per source of numbers.
+
+Those of `INITIALISATIONS` need to know nothing but a table's place; `calibrate` reads text with the source.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+from rpb_retrofit.tables.alibi import alibi
+from rpb_retrofit.tables.normal import normal
+from rpb_retrofit.tables.place import Place
 from rpb_retrofit.tables.zeros import zeros
 
-Initialisation = Callable[[int, int], "Tensor"]
-"""(heads, buckets) -> the table, float32 of that shape."""
+CALIBRATED = "calibrated"
+"""The initialisation that fits the tables to the source's attention on text."""
 
-INITIALISATIONS: dict[str, Initialisation] = {"zeros": zeros}
+Initialisation = Callable[[Place], "Tensor"]
+"""A table's place -> the table, float32 (heads, buckets)."""
+
+INITIALISATIONS: dict[str, Initialisation] = {"zeros": zeros, "normal": normal, "alibi": alibi}
 """Initialisations that need no forward pass of the source, by the name that ``--init`` takes."""

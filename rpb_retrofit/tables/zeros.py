@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+from rpb_retrofit.tables.place import Place
 
-def zeros(heads: int, buckets: int) -> Tensor:
+
+def zeros(place: Place) -> Tensor:
     """A float32 table (heads, buckets) of zeros."""
     import torch  # late: `rpb retrofit` starts copying before it
 
-    return torch.zeros(heads, buckets)
+    return torch.zeros(place.heads, place.bucketing.num_buckets)

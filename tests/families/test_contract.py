@@ -25,7 +25,9 @@ from tests.families.cases import CASES, Case
 from tests.families.reference import float64_copy, with_bias
 
 VOCAB, LENGTH, BUCKETS, MAX_DISTANCE = 61, 20, 8, 16
-CONFIG = rpb.RetrofitConfig(relative_attention_num_buckets=BUCKETS, relative_attention_max_distance=MAX_DISTANCE)
+CONFIG = rpb.RetrofitConfig(
+    init="zeros", relative_attention_num_buckets=BUCKETS, relative_attention_max_distance=MAX_DISTANCE
+)
 AUTO = {"causal": "AutoModelForCausalLM", "encoder": "AutoModelForMaskedLM", "seq2seq": "AutoModelForSeq2SeqLM"}
 every_family = pytest.mark.parametrize("case", CASES, ids=str)
 

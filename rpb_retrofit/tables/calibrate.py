@@ -1,0 +1,201 @@
+"""Calibration: tables fitted to what the source attends to, on text, layer after layer.
+
+Both models read the same windows of text. The source goes first, whole. Then each layer of the retrofit is fitted on
+the content scores that it computes on top of the layers already fitted below it, so that it makes good for what they
+lost; and its output, with its new table, is what the next layer reads.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from rpb_retrofit.errors import ConfigError, DataError
+from rpb_retrofit.runtime.bias import RelativePositionBias
+from rpb_retrofit.runtime.families import TABLE, Family
+from rpb_retrofit.tables.fit import Fit, fit
+from rpb_retrofit.tables.recording import Spool, StopForward, blocks_of, record_source, resumed, run, watch
+from rpb_retrofit.tables.rows import Rows
+
+EVERY = 16
+"""One query in so many is compared: neighbours say much the same."""
+
+POOR = 1.0
+"""Mean KL in nats beyond which a head counts as not fitted."""
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """How one attention was fitted. Per head: the mean KL from the source's attention in nats, of zero tables and of
+    the fitted ones. Per bucket: the pairs of tokens that fell into it."""
+
+    name: str
+    before: list[float]
+    after: list[float]
+    visits: list[int]
+    steps: int
+
+    @property
+    def unvisited(self) -> list[int]:
+        """Buckets that no pair of tokens fell into: they continue their neighbours."""
+        return [bucket for bucket, visits in enumerate(self.visits) if not visits]
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """What calibration saw and reached."""
+
+    windows: int
+    length: int
+    queries: int
+    layers: list[LayerFit]
+
+    @property
+    def before(self) -> float:
+        """Mean KL over heads, with zero tables."""
+        return _mean([kl for layer in self.layers for kl in layer.before])
+
+    @property
+    def after(self) -> float:
+        """Mean KL over heads, with the fitted tables."""
+        return _mean([kl for layer in self.layers for kl in layer.after])
+
+    @property
+    def poor(self) -> list[tuple[str, int, float]]:
+        """(layer, head, KL) of the heads that no table brings near the source's attention, the worst first."""
+        heads = [(layer.name, head, kl) for layer in self.layers for head, kl in enumerate(layer.after) if kl > POOR]
+        return sorted(heads, key=lambda head: -head[2])
+
+    def __str__(self) -> str:
+        poor, heads = self.poor, sum(len(layer.after) for layer in self.layers)
+        lines = [
+            f"calibrated on {self.windows} windows of {self.length} tokens, {self.queries} queries a head: attention "
+            f"KL from the source {self.before:.3f} -> {self.after:.3f} nats, mean of {heads} heads"
+        ]
+        if unvisited := sorted({bucket for layer in self.layers for bucket in layer.unvisited}):
+            lines.append(
+                f"buckets that no pair of tokens fell into (they continue their neighbours): "
+                f"{', '.join(map(str, unvisited))}"
+            )
+        if poor:
+            worst = ", ".join(f"{name} head {head} ({kl:.1f})" for name, head, kl in poor[:3])
+            lines.append(f"{len(poor)} heads stay above {POOR:g} nat, which no table can mend; the worst: {worst}")
+        return "\n".join(lines)
+
+
+class Calibration:
+    """A calibration in two acts: `record` on the plain model, `apply` on the same model with tables attached."""
+
+    def __init__(self, family: Family, windows: Sequence[Tensor], seed: int) -> None:
+        self.family, self.windows = family, check_windows(windows)
+        generator = torch.Generator().manual_seed(seed)
+        self.positions = [_positions(len(window), generator) for window in self.windows]
+        self._folder = tempfile.TemporaryDirectory(prefix="rpb-calibration-")
+        self.spool = Spool(Path(self._folder.name))
+        self.order: list[str] = []
+
+    def __enter__(self) -> Calibration:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._folder.cleanup()
+
+    def record(self, model: PreTrainedModel, attentions: Mapping[str, Any]) -> None:
+        """Run the source on all windows, once. DataError for token ids that are not the model's."""
+        known = model.get_input_embeddings().num_embeddings
+        if (highest := max(int(window.max()) for window in self.windows)) >= known:
+            raise DataError(f"calibration: token id {highest}; the model knows {known}: use its own tokenizer")
+        with tqdm(total=len(self.windows), desc="source", unit="window", leave=False) as bar:
+            self.order = record_source(
+                model, self.family, attentions, self.windows, self.positions, self.spool, bar.update
+            )
+
+    def apply(self, model: PreTrainedModel, attentions: Mapping[str, Any]) -> CalibrationReport:
+        """Fill the tables of an attached model. Tables that layers share get the mean of the layers' fits."""
+        blocks, layers = blocks_of(model, self.order), []
+        shared: dict[int, list[Tensor]] = {}
+        with watch(model, self.family, attentions) as listen:
+            for index, name in enumerate(tqdm(self.order, desc="calibrating", unit="layer", leave=False)):
+                for number, (window, positions) in enumerate(zip(self.windows, self.positions, strict=True)):
+                    listen(self._keep(name, number), positions)
+                    with resumed(model, blocks, index, self.spool, number):
+                        run(model, window)
+                bias: RelativePositionBias = getattr(attentions[name], TABLE)
+                found = fit(_Pairs(self.spool, name, len(self.windows)), bias.bucketing)
+                fits = shared.setdefault(id(bias), [])
+                fits.append(found.table)
+                with torch.no_grad():
+                    bias.weight.copy_(torch.stack(fits).mean(0))
+                layers.append(_describe(name, found))
+                for number in range(len(self.windows)):
+                    del self.spool["source", name, number], self.spool["student", name, number]
+        queries = sum(len(positions) for positions in self.positions)
+        return CalibrationReport(len(self.windows), max(map(len, self.windows)), queries, layers)
+
+    def _keep(self, wanted: str, number: int) -> Callable[[str, Rows], None]:
+        """Take the rows of one attention, and end the forward pass there."""
+
+        def take(name: str, rows: Rows) -> None:
+            if name == wanted:
+                self.spool["student", name, number] = rows
+                raise StopForward
+
+        return take
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """The rows of the source and of the student, window by window, from disk."""
+
+    spool: Spool
+    name: str
+    windows: int
+
+    def __iter__(self) -> Any:
+        for number in range(self.windows):
+            yield self.spool["source", self.name, number], self.spool["student", self.name, number]
+
+
+def check_windows(calibration: Any) -> list[Tensor]:
+    """Token ids as windows (n,): from tensors (n,) or (batch, n), or mappings with ``input_ids``, without padding."""
+    windows: list[Tensor] = []
+    for batch in calibration:
+        if hasattr(batch, "keys"):
+            mask = batch.get("attention_mask")
+            batch = batch["input_ids"]
+            if mask is not None and not bool(torch.as_tensor(mask).bool().all()):
+                raise DataError("calibration: a batch is padded; give windows of text without padding")
+        ids = torch.as_tensor(batch)
+        if ids.is_floating_point() or ids.dim() not in (1, 2):
+            raise DataError(
+                f"calibration: {ids.dtype} of shape {tuple(ids.shape)}; it takes token ids (n,) or (batch, n)"
+            )
+        windows += list(ids.reshape(-1, ids.shape[-1]).long())
+    if not windows or min(map(len, windows)) < 2 * EVERY:
+        shortest = f"a window of {min(map(len, windows))} tokens" if windows else "no text"
+        raise DataError(f"calibration: {shortest}; give windows of at least {2 * EVERY} tokens")
+    return windows
+
+
+def _positions(length: int, generator: torch.Generator) -> range:
+    """Descending positions of the queries that are compared, `EVERY` apart, from a random one of the last on."""
+    last = length - 1 - int(torch.randint(EVERY, (), generator=generator))
+    return range(last, -1, -EVERY)
+
+
+def _describe(name: str, found: Fit) -> LayerFit:
+    if not found.table.isfinite().all():
+        raise ConfigError(f"{name}: its attention could not be fitted, the scores are not finite; take init='zeros'")
+    return LayerFit(name, found.before.tolist(), found.after.tolist(), found.visits.tolist(), found.steps)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

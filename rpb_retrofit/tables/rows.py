@@ -1,0 +1,102 @@
+"""Rows of one layer's attention: some queries of a text and all its keys, as a running model computed them.
+
+The queries stand in reverse order and a fixed distance apart, so that the bias of all rows is one strided view of a
+vector over offsets, as in ``runtime/blockwise.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from rpb_retrofit.runtime.buckets import Bucketing, bucket_of, first_distances
+
+BLOCK = 2**22
+"""Scores that are computed at a time."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The content scores of some queries, before any bias: either what they are made from, or the scores themselves.
+
+    Shapes: ``query`` (heads, R, d), ``key`` (key-value heads, K, d), ``scores`` (heads, R, K) where a model hands out
+    nothing else, ``sinks`` (heads,), ``seen`` (R, 2) the first and one past the last key that a query sees.
+    ``positions`` are those of the queries, descending; keys have the positions 0 .. K - 1.
+    """
+
+    positions: range
+    seen: Tensor
+    keys: int
+    query: Tensor | None = None
+    key: Tensor | None = None
+    scores: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    @property
+    def heads(self) -> int:
+        """Query heads."""
+        held = self.query if self.scores is None else self.scores
+        assert held is not None
+        return held.shape[0]
+
+    def blocks(self) -> Iterator[Rows]:
+        """The same rows, few enough at a time that their scores have `BLOCK` entries at most."""
+        size = max(1, BLOCK // (self.heads * self.keys))
+        for start in range(0, len(self.positions), size):
+            part = slice(start, start + size)
+            yield replace(
+                self,
+                positions=self.positions[part],
+                seen=self.seen[part],
+                query=None if self.query is None else self.query[:, part],
+                scores=None if self.scores is None else self.scores[:, part],
+            )
+
+    def content(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The content scores (heads, R, K), minus infinity where a key is hidden."""
+        if self.scores is not None:
+            scores = self.scores.to(dtype)
+        else:
+            assert self.query is not None and self.key is not None
+            (heads, rows, width), groups = self.query.shape, self.key.shape[0]
+            query = self.query.to(dtype).reshape(groups, -1, width) * self.scale
+            scores = (query @ self.key.to(dtype).transpose(1, 2)).view(heads, rows, -1)
+            if self.softcap is not None:
+                scores = self.softcap * torch.tanh(scores / self.softcap)
+        at = torch.arange(self.keys, device=scores.device)
+        hidden = (at < self.seen[:, :1]) | (at >= self.seen[:, 1:])
+        return scores.masked_fill(hidden, -torch.inf)
+
+    def log_normaliser(self, scores: Tensor) -> Tensor:
+        """(heads, R): the logarithm of what the softmax of (heads, R, K) scores divides by; sinks are part of it."""
+        if self.sinks is None:
+            return scores.logsumexp(-1)
+        return torch.logaddexp(scores.logsumexp(-1), self.sinks[:, None].to(scores.dtype))
+
+    def bias(self, table: Tensor, bucketing: Bucketing) -> Tensor:
+        """The bias (heads, R, K) of a table (heads, buckets): a view."""
+        step = -self.positions.step
+        count = step * (len(self.positions) - 1) + self.keys
+        offsets = self.positions[0] - torch.arange(count, device=table.device)
+        return table[:, bucket_of(offsets, bucketing)].unfold(1, self.keys, step)
+
+    def masses(self, weights: Tensor, bucketing: Bucketing) -> Tensor:
+        """(heads, R, buckets): what of each row of attention weights (heads, R, K) lies in each bucket."""
+        sums = torch.nn.functional.pad(weights.cumsum(-1), (1, 0))
+        first = torch.tensor(first_distances(bucketing), device=weights.device)
+        position = torch.tensor(self.positions, device=weights.device)[:, None]
+
+        def before(key: Tensor) -> Tensor:  # the sum of all weights before a key
+            return sums.gather(2, key.clamp(0, self.keys).expand(len(sums), -1, -1))
+
+        ends = before(position - first + 1)  # a bucket's keys end one past its nearest, and begin where the next ends
+        masses = ends - torch.cat([ends[..., 1:], torch.zeros_like(ends[..., :1])], -1)
+        if not bucketing.bidirectional:
+            return masses
+        starts = before(position + first.clamp(min=1))
+        return torch.cat([masses, torch.cat([starts[..., 1:], sums[..., -1:]], -1) - starts], -1)

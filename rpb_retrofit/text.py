@@ -1,0 +1,130 @@
+"""Text to calibrate and to evaluate on, as documents of tokens."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from pydoc_data import topics
+from typing import Any
+
+import torch
+from datasets import load_dataset
+from datasets.exceptions import DatasetGenerationError
+from torch import Tensor
+
+from rpb_retrofit.errors import DataError
+
+_FORMATS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_COLUMN = "text"
+
+
+@dataclass(frozen=True)
+class Text:
+    """Documents, and what to call them in a report."""
+
+    name: str
+    documents: list[str]
+
+
+def read_text(file: str | None, option: str = "--data") -> Text:
+    """Documents of a file: plain text is one; each row of JSONL or Parquet is one, in its column ``text``.
+
+    Without a file, the help topics that come with every Python (``pydoc_data.topics``), as one document: 465 KB of
+    English technical prose. Raises DataError for a file that is missing, empty, not UTF-8 or without that column; it
+    names the command line's ``option``.
+    """
+    if file is None:
+        prose = "\n\n".join(topics.topics[name].strip() for name in sorted(topics.topics))
+        return Text(f"pydoc_data.topics (Python's help texts; give {option} FILE for text like yours)", [prose])
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise DataError(f"{option} '{file}': no such file")
+    if (kind := _FORMATS.get(path.suffix.lower())) is None:
+        raise DataError(f"{option} '{file}': its ending '{path.suffix}' is none of {', '.join(_FORMATS)}")
+    options: dict[str, Any] = {"sample_by": "document"} if kind == "text" else {}
+    try:
+        rows = load_dataset(kind, data_files=glob.escape(str(path)), split="train", **options)
+    except StopIteration as error:
+        raise DataError(f"{option} '{file}' holds no text") from error
+    except (DatasetGenerationError, ValueError, OSError) as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, UnicodeDecodeError):
+            raise DataError(f"{option} '{file}' is not UTF-8: {cause.reason} at byte {cause.start}") from error
+        raise DataError(f"{option} '{file}' cannot be read as {kind}: {str(cause).splitlines()[0]}") from error
+    if _COLUMN not in rows.column_names:
+        raise DataError(f"{option} '{file}' has no column '{_COLUMN}', only {', '.join(rows.column_names) or 'none'}")
+    documents = [document for document in rows[_COLUMN] if document]
+    if odd := next((document for document in documents if not isinstance(document, str)), None):
+        raise DataError(f"{option} '{file}': its column '{_COLUMN}' holds {type(odd).__name__}, not text")
+    documents = [document for document in documents if document.strip()]
+    if not documents:
+        raise DataError(f"{option} '{file}' holds no text")
+    return Text(path.name, documents)
+
+
+def tokenise(tokenizer: Any, documents: Sequence[str]) -> list[Tensor]:
+    """Documents as token ids, without special tokens."""
+    encoded = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
+    return [torch.tensor(ids) for ids in encoded]
+
+
+def bos_policy(tokenizer: Any, policy: str) -> int | None:
+    """The id that begins every window: ``always``, ``never``, or ``auto``: where the tokenizer itself adds it."""
+    bos = tokenizer.bos_token_id
+    if policy == "never" or (policy == "auto" and tokenizer("a")["input_ids"][:1] != [bos]):
+        return None
+    if bos is None:
+        raise DataError("--bos always: this tokenizer has no beginning-of-sequence token")
+    return bos
+
+
+def spread_windows(tokenizer: Any, text: Text, length: int, tokens: int) -> list[Tensor]:
+    """Windows (length,) of token ids, ``tokens`` together, spread evenly over the text and never across documents.
+
+    Each begins with the tokenizer's beginning-of-sequence token, where it adds one. Raises DataError where the text
+    has too few tokens for one window.
+    """
+    bos = bos_policy(tokenizer, "auto")
+    room = length - (bos is not None)
+    documents = tokenise(tokenizer, text.documents)
+    longest = max(map(len, documents))
+    if longest < room:
+        raise DataError(
+            f"{text.name}: its longest document has {longest} tokens, too few for a window of {length}: give longer "
+            "text or shorter windows"
+        )
+    starts = [(i, start) for i, ids in enumerate(documents) for start in range(0, len(ids) - room + 1, room)]
+    count = max(1, min(len(starts), tokens // length))
+    chosen = [starts[i * len(starts) // count] for i in range(count)]
+    first = torch.tensor([] if bos is None else [bos], dtype=torch.long)
+    return [torch.cat([first, documents[i][start : start + room]]) for i, start in chosen]
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """What tables are calibrated on: ``tokens`` of a text, in windows of ``length``."""
+
+    text: Text
+    tokens: int = 4096
+    length: int | None = None
+
+    @classmethod
+    def of(cls, file: str | None, **cut: Any) -> CalibrationText:
+        """A file's text, or by default Python's help texts, as `read_text` reads them."""
+        return cls(read_text(file, "--calibration"), **cut)
+
+    def windows(self, tokenizer: Any, context: int | None) -> list[Tensor]:
+        """The windows for a model that was trained on ``context`` tokens at once (None: not known).
+
+        By default they are as long as that, but not longer than `LONGEST`. DataError where they would be longer than
+        the context: the source has nothing to teach there.
+        """
+        if self.length is not None and context is not None and self.length > context:
+            raise DataError(f"--calibration-length {self.length}: the source was made for {context} tokens at most")
+        return spread_windows(tokenizer, self.text, self.length or min(context or LONGEST, LONGEST), self.tokens)
+
+
+LONGEST = 2048
+"""Tokens of a window of calibration, unless a length is asked for: the time grows with its square."""
