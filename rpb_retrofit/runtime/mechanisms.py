@@ -135,14 +135,11 @@ def inverse_frequencies(model: nn.Module, family: Family) -> dict[str, Tensor]:
     for holder in modules_named(model, family.positions).values():
         with torch.device("cpu"):
             fresh: Any = type(holder)(config=cast(Any, holder).config)
-        found |= {
-            name: buffer for name, buffer in fresh.named_buffers() if name.endswith("inv_freq") and "orig" not in name
-        }
+        buffers = {name: buffer for name, buffer in fresh.named_buffers() if name.endswith("inv_freq")}
+        found |= {name: buffer for name, buffer in buffers.items() if "original" not in name}
     for name, frequencies in found.items():
         if not bool((frequencies.diff() <= 0).all()):
-            raise PartialMatchError(
-                f"{type(model).__name__}: the frequencies in {name} do not descend: none can be kept"
-            )
+            raise PartialMatchError(f"{type(model).__name__}: the frequencies in {name} do not descend: keep none")
     return found
 
 

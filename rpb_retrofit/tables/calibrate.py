@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -110,7 +110,7 @@ class Calibration:
 
     def record(self, model: PreTrainedModel, attentions: Mapping[str, Any]) -> None:
         """Run the source on all windows, once. DataError for token ids that are not the model's."""
-        known = model.get_input_embeddings().num_embeddings
+        known: int = cast(Any, model.get_input_embeddings()).num_embeddings
         if (highest := max(int(window.max()) for window in self.windows)) >= known:
             raise DataError(f"calibration: token id {highest}; the model knows {known}: use its own tokenizer")
         with tqdm(total=len(self.windows), desc="source", unit="window", leave=False) as bar:
