@@ -26,24 +26,26 @@ from rpb_retrofit.tables.rows import Rows
 Pairs = Iterable[tuple[Rows, Rows]]
 """Rows of the source's attention, and the same rows of the model without its mechanism. Read once per step."""
 
-PULL = 1e-3
+PULL = 1e-5
 """Weight of the squared difference of neighbouring buckets, beside the sum (not the mean) of the KL over the rows."""
 
-GAUGE = 1e-9
-"""Weight of the squared table: picks one of the equal ones."""
+GAUGE = 1.0
+"""Weight of the squared mean of a table, where a constant is free: picks one of the equal tables."""
 
-STEPS, TOLERANCE = 20, 1e-5
+STEPS, TOLERANCE = 20, 1e-7
 """Most Newton steps; a head is done once a step promises less than this many nats."""
 
 
 class Target(NamedTuple):
     """What the fit needs to know of the source: the mean bucket masses (heads, buckets) of its attention, the mean of
-    ``sum_j p_ij (log p_ij - s_ij)`` (heads,), how many pairs of tokens fell into each bucket, and how many rows."""
+    ``sum_j p_ij (log p_ij - s_ij)`` (heads,), how many pairs of tokens fell into each bucket, how many rows there are,
+    and whether a constant is free: not beside a sink, whose size is fixed."""
 
     masses: Tensor
     constant: Tensor
     visits: Tensor
     rows: int
+    free: bool
 
 
 class Loss(NamedTuple):
@@ -68,7 +70,7 @@ class Fit(NamedTuple):
 def target_of(pairs: Pairs, bucketing: Bucketing, dtype: torch.dtype = torch.float32) -> Target:
     """Read all rows once for what does not depend on the table."""
     sums: list[Tensor] = []  # constant, masses, visits
-    rows = 0
+    rows, free = 0, True
     for source, student in pairs:
         for theirs, ours in zip(source.blocks(), student.blocks(), strict=True):
             scores, content = theirs.content(dtype), ours.content(dtype)
@@ -77,13 +79,16 @@ def target_of(pairs: Pairs, bucketing: Bucketing, dtype: torch.dtype = torch.flo
             weights = log.exp()
             constant = torch.where(weights > 0, weights * (log - content), 0).sum((1, 2), dtype=torch.double)
             if theirs.sinks is not None:  # the sink's own term: both models have the same
+                free = False
                 constant -= ((theirs.sinks[:, None] - normaliser).exp() * normaliser).sum(1)
             seen = (scores[:1] > -torch.inf).to(dtype)
             new = [constant, *(theirs.masses(x, bucketing).sum(1, dtype=torch.double) for x in (weights, seen))]
             sums = [a + b for a, b in zip(sums, new, strict=True)] if sums else new
             rows += len(theirs.positions)
     constant, masses, visits = sums
-    return Target(masses / rows, constant / rows, visits[0].round().long(), rows)
+    if free:  # a row's masses sum to one, but for rounding, which would push buckets that no pair fell into
+        masses = masses * (rows / masses.sum(1, keepdim=True))
+    return Target(masses / rows, constant / rows, visits[0].round().long(), rows, free)
 
 
 def loss(table: Tensor, target: Target, students: Iterable[Rows], bucketing: Bucketing) -> Loss:
@@ -100,8 +105,8 @@ def loss(table: Tensor, target: Target, students: Iterable[Rows], bucketing: Buc
             mean += masses.sum(1, dtype=torch.double)
             square += masses.transpose(1, 2) @ masses
     u = table.double()
-    pull = (neighbours(bucketing) * (PULL / target.rows) + GAUGE * torch.eye(buckets)).to(u)
-    mean /= target.rows
+    pull = (neighbours(bucketing) * (PULL / target.rows) + (GAUGE / buckets**2 if target.free else 0)).to(u)
+    mean /= mean.sum(1, keepdim=True) if target.free else target.rows
     return Loss(
         value / target.rows + target.constant - (target.masses * u).sum(1) + ((u @ pull) * u).sum(1) / 2,
         mean - target.masses + u @ pull,
@@ -136,19 +141,15 @@ def fit(pairs: Pairs, bucketing: Bucketing, dtype: torch.dtype = torch.float32) 
         direction = -torch.linalg.solve(now.hessian, now.gradient)
         promised = -(direction * now.gradient).sum(1) / 2
         if not (promised > TOLERANCE).any():
+            # What is left is next to nothing in the loss but not in the table: the loss is flat here.
+            table = table + direction
             break
         steps += 1
         there = table + length * direction
         new = evaluate(there)
         # Sufficient decrease, or a decrease that is lost in rounding; a head that gets worse tries a shorter step.
-        better = new.value <= now.value - 1e-4 * length[:, 0] * promised + 1e-7
+        better = new.value <= now.value - 1e-4 * length[:, 0] * promised + 1e-6
         table = torch.where(better[:, None], there, table)
         now = Loss(*(torch.where(better.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in zip(new, now, strict=True)))
         length = torch.where(better[:, None], (length * 4).clamp(max=1), length / 4)
-    table = table - table.mean(1, keepdim=True) * (0 if has_sinks(pairs) else 1)
     return Fit(table.float(), before, now.value, target.visits, steps)
-
-
-def has_sinks(pairs: Pairs) -> bool:
-    """Whether the softmax has a term of fixed size, so that a constant is not free."""
-    return next(iter(pairs))[1].sinks is not None
