@@ -24,13 +24,17 @@ def command(
     check_writable("--json", json)
     config = RetrofitConfig(relative_attention_num_buckets=buckets, relative_attention_max_distance=max_distance)
     demo = run_demo(out, config, lambda line: print(line, flush=True))
+    source, *retrofits = demo.arms
     rows = [
-        [str(source.length), f"{source.nll:.3f}", f"{retrofit.nll:.3f}", f"{cost:+.3f}"]
-        for source, retrofit, cost in zip(*(arm.results for arm in demo.arms), demo.cost, strict=True)
+        [str(result.length), f"{result.nll:.3f}", *(f"{demo.costs[arm.name][row]:+.3f}" for arm in retrofits)]
+        for row, result in enumerate(source.results)
     ]
-    lines = ["", str(demo.report), "", table(["window", *(arm.name for arm in demo.arms), "cost (nats)"], rows), ""]
+    lines = [""]
+    for arm in retrofits:
+        lines += [f"{arm.name}: {arm.report}", ""]
+    lines += [table(["window", f"{source.name}: loss", *(f"{arm.name}: cost" for arm in retrofits)], rows), ""]
     for number, beginning in enumerate(BEGINNINGS):
         lines.append(beginning)
         lines += [f"  {arm.name}: {' '.join(arm.continuations[number].split())}" for arm in demo.arms]
     lines += ["", f"{sum(demo.seconds.values()):.0f} s. The report: {out / 'report.html'}"]
-    show("\n".join(lines), {**asdict(demo), "cost": demo.cost}, json)
+    show("\n".join(lines), {**asdict(demo), "costs": demo.costs}, json)

@@ -69,6 +69,8 @@ def command(
         raise ConfigError(f"--calibration '{calibration}': --init {init} uses no text; leave one of the two out")
     done = retrofit_checkpoint(source, out, config, link=link, calibration=text)
     result = {"out": str(done.out), "weights": done.weights, "shards": done.shards, **asdict(done.report)}
+    if text is not None:
+        result["calibration_text"] = text.text.name
     said = (
         f"{done.report}\n"
         f"weights {done.weights}, {done.shards} shards in {done.out}\n"

@@ -1,14 +1,15 @@
-"""Fetch, retrofit, evaluate, generate, report."""
+"""Fetch, retrofit in two ways, evaluate, generate, report."""
 
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -22,7 +23,7 @@ from rpb_retrofit.demo.report import write_report
 from rpb_retrofit.evaluation.nll import LengthResult, Windows, nll_at_length
 from rpb_retrofit.evaluation.plots import bias_by_offset, loss_by_position, save
 from rpb_retrofit.inplace import RetrofitReport
-from rpb_retrofit.text import bos_policy, read_text, tokenise
+from rpb_retrofit.text import CalibrationText, Text, bos_policy, read_text, tokenise
 
 LENGTHS = (128, 512, 2048)
 TOKENS = 2048
@@ -30,11 +31,17 @@ BEGINNINGS = ("Water boils at a temperature of", "Once upon a time, a young farm
 NEW_TOKENS = 40
 
 
+KINDS: dict[str, int | Literal["auto"]] = {"T5 bias": 0, "T5 bias + high frequencies": "auto"}
+"""The retrofits that are shown, and what each keeps of RoPE's frequencies."""
+
+
 @dataclass(frozen=True)
 class Arm:
-    """One model's measurements."""
+    """One model's measurements; ``folder`` beside the report holds it, the source's none."""
 
     name: str
+    folder: str | None
+    report: RetrofitReport | None
     results: list[LengthResult]
     continuations: list[str]
 
@@ -46,20 +53,24 @@ class Demo:
     source: str
     text: str
     policy: str
-    report: RetrofitReport
     arms: list[Arm]
     seconds: dict[str, float]
     new_tokens: int = NEW_TOKENS
 
     @property
-    def cost(self) -> list[float]:
-        """Loss of the retrofit above its source, in nats, by length."""
-        source, retrofit = self.arms
-        return [b.nll - a.nll for a, b in zip(source.results, retrofit.results, strict=True)]
+    def costs(self) -> dict[str, list[float]]:
+        """Loss of each retrofit above its source, in nats, by length."""
+        source, *retrofits = self.arms
+        return {
+            arm.name: [b.nll - a.nll for a, b in zip(source.results, arm.results, strict=True)] for arm in retrofits
+        }
 
 
 def run_demo(out: Path, config: RetrofitConfig, say: Callable[[str], None]) -> Demo:
-    """Run the whole demo into a new folder ``out``: the retrofit, its report.html, two pictures, report.json."""
+    """Run the whole demo into a new folder ``out``: the retrofits, report.html, its pictures, report.json.
+
+    The first half of the text is for evaluation, the second for calibration.
+    """
     seconds: dict[str, float] = {}
 
     @contextmanager
@@ -72,25 +83,32 @@ def run_demo(out: Path, config: RetrofitConfig, say: Callable[[str], None]) -> D
     with whole_folder(out) as folder:
         with step("fetch SmolLM2-135M-Instruct"):
             gguf = fetch(SMOLLM2)
-        with step("retrofit"):
-            done = retrofit_checkpoint(str(gguf), folder / "retrofit", config)
-        text = read_text(None)
+        whole = read_text(None)
+        (prose,) = whole.documents
+        tested, taught = prose[: len(prose) // 2], prose[len(prose) // 2 :]
+        calibration = CalibrationText(Text(f"the second half of {whole.name}", [taught]))
         arms: list[Arm] = []
-        for name, path in (("source (RoPE)", gguf), ("retrofit (T5 bias)", folder / "retrofit")):
-            with step(f"load the {name}"):
-                model, tokenizer = open_causal_lm(str(path))
-                documents, bos = tokenise(tokenizer, text.documents), bos_policy(tokenizer, "auto")
-            with step(f"evaluate the {name}"):
+        for name in ("source (RoPE)", *KINDS):
+            target, report = folder / re.sub(r"\W+", "-", name), None
+            if name in KINDS:
+                with step(f"retrofit: {name}"):
+                    kind = replace(config, keep_frequencies=KINDS[name])
+                    report = retrofit_checkpoint(str(gguf), target, kind, calibration=calibration).report
+            with step(f"load: {name}"):
+                model, tokenizer = open_causal_lm(str(gguf if report is None else target))
+                documents, bos = tokenise(tokenizer, [tested]), bos_policy(tokenizer, "auto")
+            with step(f"evaluate: {name}"):
                 results = _evaluate(model, documents, bos, name)
-            with step(f"generate with the {name}"):
+            with step(f"generate: {name}"):
                 continuations = [_continue(model, tokenizer, beginning) for beginning in BEGINNINGS]
-            arms.append(Arm(name, results, continuations))
+            arms.append(Arm(name, None if report is None else target.name, report, results, continuations))
+            if report is not None:
+                save(bias_by_offset(model), folder / f"bias-of-{target.name}.png")
         policy = "no BOS" if bos is None else "BOS first in every window"
         save(loss_by_position({arm.name: arm.results for arm in arms}), folder / "loss_by_position.png")
-        save(bias_by_offset(model), folder / "bias_by_offset.png")
-        demo = Demo("SmolLM2-135M-Instruct (4-bit weights, dequantised)", text.name, policy, done.report, arms, seconds)
+        demo = Demo("SmolLM2-135M-Instruct (4-bit weights, dequantised)", whole.name, policy, arms, seconds)
         write_report(demo, BEGINNINGS, folder)
-        (folder / "report.json").write_text(json.dumps({**asdict(demo), "cost": demo.cost}, indent=2) + "\n")
+        (folder / "report.json").write_text(json.dumps({**asdict(demo), "costs": demo.costs}, indent=2) + "\n")
     return demo
 
 
