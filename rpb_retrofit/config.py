@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from rpb_retrofit.errors import ConfigError
-from rpb_retrofit.tables import CALIBRATED, INITIALISATIONS
+from rpb_retrofit.tables import CALIBRATED, FROM, INITIALISATIONS
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class RetrofitConfig:
     ``relative_attention_num_buckets``: scalars per head; a bidirectional table gives half to each direction.
     ``relative_attention_max_distance``: offsets from here on share the last bucket.
     ``init``: where the numbers in the tables come from: ``calibrated`` fits them to what the source attends to on
-    text; ``zeros``, ``normal`` (as Transformers' T5 initialises) and ``alibi`` need no text.
+    text; ``zeros``, ``normal`` (as Transformers' T5 initialises) and ``alibi`` need no text; ``from:CHECKPOINT`` takes
+    the tables of a model of the T5 family or of another retrofit.
     ``keep_frequencies``: how many of RoPE's highest frequencies go on rotating, beside the bias; ``auto``: those whose
     wavelength fits in the trained context.
     ``shared``: one table for all layers (of one direction) instead of one per layer.
@@ -39,8 +40,9 @@ class RetrofitConfig:
                 raise ConfigError(f"{field.name}={value!r}: expected {kind.__name__}, got {type(value).__name__}")
         if self.keep_frequencies != "auto" and self.keep_frequencies < 0:
             raise ConfigError(f"keep_frequencies={self.keep_frequencies}: a number from 0 on, or 'auto'")
-        if self.init not in (CALIBRATED, *INITIALISATIONS):
-            raise ConfigError(f"init='{self.init}': choose one of {', '.join((CALIBRATED, *INITIALISATIONS))}")
+        if self.init not in (CALIBRATED, *INITIALISATIONS) and not self.init.startswith(FROM):
+            choices = ", ".join((CALIBRATED, *INITIALISATIONS, f"{FROM}CHECKPOINT"))
+            raise ConfigError(f"init='{self.init}': choose one of {choices}")
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> RetrofitConfig:

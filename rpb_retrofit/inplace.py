@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -19,9 +19,10 @@ from rpb_retrofit.errors import ConfigError, NotRetrofittedError, RevertError, U
 from rpb_retrofit.runtime.families import TABLE, Family, family_of, is_table
 from rpb_retrofit.runtime.mechanisms import inverse_frequencies, trained_context
 from rpb_retrofit.runtime.modeling import attach, attention_modules, block_names, detach, submodels, table_names
-from rpb_retrofit.tables import CALIBRATED, INITIALISATIONS
+from rpb_retrofit.tables import CALIBRATED, FROM, INITIALISATIONS
 from rpb_retrofit.tables.calibrate import Calibration, CalibrationReport
 from rpb_retrofit.tables.place import Place
+from rpb_retrofit.tables.reuse import Reused, reuse
 from rpb_retrofit.version import __version__
 
 _SNAPSHOT = "_rpb_source"
@@ -40,6 +41,7 @@ class RetrofitReport:
     max_distance: int
     init: str
     calibration: CalibrationReport | None = None
+    notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         swap = (
@@ -47,7 +49,7 @@ class RetrofitReport:
             f"{len(self.tables)} tables of {self.num_buckets} buckets to distance {self.max_distance} "
             f"(init {self.init}), {self.parameters_added:,} parameters added"
         )
-        return swap if self.calibration is None else f"{swap}\n{self.calibration}"
+        return "\n".join([swap, *([] if self.calibration is None else [str(self.calibration)]), *self.notes])
 
 
 _WRITTEN = (
@@ -102,6 +104,11 @@ def retrofit(
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(f"{type(model).__name__} is not a Transformers model: retrofit first, then wrap it")
     family = check_eligible(model.config.to_dict(), model.name_or_path or type(model).__name__)
+    if config.init == CALIBRATED and family.mechanism == "t5":
+        raise ConfigError(
+            f"init='calibrated': '{model.name_or_path or type(model).__name__}' has T5's tables already, nothing is to "
+            f"be fitted; take them over with init='{FROM}{model.name_or_path or 'CHECKPOINT'}'"
+        )
     attentions = attention_modules(model, family)
     parameters = dict(model.named_parameters())
     meta = [name for name, parameter in parameters.items() if parameter.is_meta]
@@ -128,14 +135,11 @@ def retrofit(
             raise
         setattr(model, _SNAPSHOT, snapshot)
         try:
-            calibrated = None if fitting is None else fitting.apply(model, attentions)
+            found = _fill(model, config) if fitting is None else fitting.apply(model, attentions)
         except BaseException:
             revert(model)
             raise
-    if fitting is None:
-        for name, table in closed_form_tables(model, config).items():
-            model.get_parameter(name).data.copy_(table)
-    return report(model, config, calibrated)
+    return report(model, config, found)
 
 
 def revert(model: PreTrainedModel) -> None:
@@ -239,22 +243,30 @@ def auto_map(config: Any) -> dict[str, str]:
     return classes
 
 
-def closed_form_tables(model: PreTrainedModel, config: RetrofitConfig) -> dict[str, torch.Tensor]:
-    """The tables that an attached model begins with, by parameter name, where they need no text; on the CPU."""
-    tables = {}
-    for number, name in enumerate(table_names(model)):
-        bias: Any = model.get_submodule(name.removesuffix(".weight"))
-        hidden_size = model.config.get_text_config().hidden_size
-        context = trained_context(model, family_of(model.config)) or 2 * config.relative_attention_max_distance
-        place = Place(len(bias.weight), bias.bucketing, hidden_size, context, config.seed + number)
-        tables[name] = INITIALISATIONS[config.init](place)
-    return tables
+def first_tables(model: PreTrainedModel, config: RetrofitConfig) -> Reused:
+    """The tables that an attached model begins with, where they need no text, by parameter name; on the CPU."""
+    biases: dict[str, Any] = {name: model.get_submodule(name.removesuffix(".weight")) for name in table_names(model)}
+    context = trained_context(model, family_of(model.config)) or 2 * config.relative_attention_max_distance
+    if config.init.startswith(FROM):
+        wanted = {name: (len(bias.weight), bias.bucketing) for name, bias in biases.items()}
+        return reuse(config.init.removeprefix(FROM), wanted, context)
+    hidden_size = model.config.get_text_config().hidden_size
+    places = {
+        name: Place(len(bias.weight), bias.bucketing, hidden_size, context, config.seed + number)
+        for number, (name, bias) in enumerate(biases.items())
+    }
+    return Reused({name: INITIALISATIONS[config.init](place) for name, place in places.items()}, [])
 
 
-def report(
-    model: PreTrainedModel, config: RetrofitConfig, calibration: CalibrationReport | None = None
-) -> RetrofitReport:
-    """Describe an attached model."""
+def _fill(model: PreTrainedModel, config: RetrofitConfig) -> Reused:
+    found = first_tables(model, config)
+    for name, table in found.tables.items():
+        model.get_parameter(name).data.copy_(table)
+    return found
+
+
+def report(model: PreTrainedModel, config: RetrofitConfig, found: CalibrationReport | Reused) -> RetrofitReport:
+    """Describe an attached model, and where its tables come from."""
     family = family_of(model.config)
     attentions = attention_modules(model, family)
     tables = table_names(model)
@@ -267,5 +279,6 @@ def report(
         num_buckets=config.relative_attention_num_buckets,
         max_distance=config.relative_attention_max_distance,
         init=config.init,
-        calibration=calibration,
+        calibration=found if isinstance(found, CalibrationReport) else None,
+        notes=[] if isinstance(found, CalibrationReport) else found.notes,
     )

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from rpb_retrofit.checkpoint.folder import check_absent, whole_folder
-from rpb_retrofit.checkpoint.shards import place, place_without, tensor_names
-from rpb_retrofit.checkpoint.source import Source, find, model_class
 from rpb_retrofit.config import RetrofitConfig
 from rpb_retrofit.eligibility import check_eligible
 from rpb_retrofit.errors import ConfigError
+from rpb_retrofit.files.folder import check_absent, whole_folder
+from rpb_retrofit.files.shards import place, place_without, tensor_names
+from rpb_retrofit.files.source import Source, find, model_class
 from rpb_retrofit.runtime.families import family_of, is_table
 from rpb_retrofit.tables import CALIBRATED
 
@@ -133,7 +133,7 @@ def _write_all_but_weights(
     from transformers.initialization import no_init_weights
 
     from rpb_retrofit.checkpoint.load import open_tokenizer, open_weights
-    from rpb_retrofit.inplace import closed_form_tables, retrofit
+    from rpb_retrofit.inplace import first_tables, retrofit
     from rpb_retrofit.runtime.modeling import write_runtime
 
     settings = source.config()
@@ -144,7 +144,7 @@ def _write_all_but_weights(
     else:
         with torch.device("meta"), no_init_weights():
             model = model_class(settings)(settings)
-        report, tables = retrofit(model, config), closed_form_tables(model, config)
+        report, tables = retrofit(model, config), first_tables(model, config).tables
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     write_runtime(folder)

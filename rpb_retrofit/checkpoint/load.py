@@ -10,8 +10,8 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from rpb_retrofit.checkpoint.gguf import load_gguf
-from rpb_retrofit.checkpoint.source import Source, find, model_class, one_line
 from rpb_retrofit.errors import CheckpointError, DataError, NotRetrofittedError, RetrofitError, UnsupportedModelError
+from rpb_retrofit.files.source import Source, find, model_class, one_line
 from rpb_retrofit.runtime.modeling import retrofit_class
 
 

@@ -21,7 +21,8 @@ def command(
     buckets: Buckets = 32,
     max_distance: MaxDistance = 128,
     init: Annotated[
-        str, typer.Option(help="Where the numbers in the tables come from: calibrated, zeros, normal or alibi.")
+        str,
+        typer.Option(help="Where the tables' numbers come from: calibrated, zeros, normal, alibi, from:CHECKPOINT."),
     ] = "calibrated",
     keep_frequencies: Annotated[
         Any,

@@ -15,13 +15,13 @@ import torch
 from transformers import PreTrainedModel
 
 from rpb_retrofit.checkpoint.convert import retrofit_checkpoint
-from rpb_retrofit.checkpoint.folder import whole_folder
 from rpb_retrofit.checkpoint.load import open_causal_lm
 from rpb_retrofit.config import RetrofitConfig
 from rpb_retrofit.demo.fetch import SMOLLM2, fetch
 from rpb_retrofit.demo.report import write_report
 from rpb_retrofit.evaluation.nll import LengthResult, Windows, nll_at_length
 from rpb_retrofit.evaluation.plots import bias_by_offset, loss_by_position, save
+from rpb_retrofit.files.folder import whole_folder
 from rpb_retrofit.inplace import RetrofitReport
 from rpb_retrofit.text import CalibrationText, Text, bos_policy, read_text, tokenise
 

@@ -22,5 +22,8 @@ CALIBRATED = "calibrated"
 Initialisation = Callable[[Place], "Tensor"]
 """A table's place -> the table, float32 (heads, buckets)."""
 
+FROM = "from:"
+"""What ``init`` begins with where tables are taken from the checkpoint named behind it."""
+
 INITIALISATIONS: dict[str, Initialisation] = {"zeros": zeros, "normal": normal, "alibi": alibi}
 """Initialisations that need no forward pass of the source, by the name that ``--init`` takes."""

@@ -1,0 +1,1 @@
+"""Checkpoints as files: finding them, their headers, whole folders."""

@@ -1,0 +1,125 @@
+"""Tables taken from another checkpoint: a model of the T5 family, or another retrofit.
+
+Nothing is guessed silently: which layer, head and direction became which is said in notes, and what cannot be
+converted is an error. Both conventions of scale (T5 does not divide the content term by the square root of the head's
+width) add the bias to what the softmax sees, so the numbers need no conversion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from rpb_retrofit.errors import ConfigError
+from rpb_retrofit.files.source import Source, find
+from rpb_retrofit.runtime.buckets import Bucketing
+from rpb_retrofit.runtime.families import is_table
+from rpb_retrofit.tables import FROM
+from rpb_retrofit.tables.rebucket import rebucket
+
+
+@dataclass(frozen=True)
+class Found:
+    """A table (heads, buckets) of a checkpoint, under its name there."""
+
+    name: str
+    table: Tensor
+    bucketing: Bucketing
+
+
+@dataclass(frozen=True)
+class Reused:
+    """New tables by name, and what was converted on the way."""
+
+    tables: dict[str, Tensor]
+    notes: list[str]
+
+
+def reuse(checkpoint: str, wanted: Mapping[str, tuple[int, Bucketing]], context: int) -> Reused:
+    """The tables of ``checkpoint`` for the ``wanted`` ones, name -> (heads, bucketing), in the order of their layers.
+
+    Raises ConfigError where the checkpoint has no tables, or none for a direction that is wanted.
+    """
+    found = read_tables(checkpoint)
+    tables: dict[str, Tensor] = {}
+    notes: list[str] = []
+    for direction in sorted({bucketing.bidirectional for _, bucketing in wanted.values()}):
+        names = [name for name, (_, bucketing) in wanted.items() if bucketing.bidirectional == direction]
+        sources = [table for table in found if table.bucketing.bidirectional == direction]
+        kind = "bidirectional" if direction else "causal"
+        if not sources:
+            if direction:
+                raise ConfigError(
+                    f"init='{FROM}{checkpoint}': its tables are causal and say nothing of the keys after the query, "
+                    f"but {names[0]} is bidirectional; take a checkpoint with an encoder"
+                )
+            sources = found
+            notes.append("causal tables are the half for the keys before the query of bidirectional ones")
+        if len(sources) not in (1, len(names)):
+            notes.append(f"{kind}: layer i of {len(names)} takes the table of layer i * {len(sources)} // {len(names)}")
+        worst: tuple[float, int, str] | None = None
+        for number, name in enumerate(names):
+            heads, bucketing = wanted[name]
+            source = sources[number * len(sources) // len(names)]
+            if len(source.table) != heads:
+                note = f"{kind}: head h of {heads} takes head h * {len(source.table)} // {heads}"
+                notes += [note] if note not in notes else []
+            head = torch.arange(heads) * len(source.table) // heads
+            changed = rebucket(source.table[head], source.bucketing, bucketing, context)
+            at = int(changed.error.argmax())
+            if worst is None or float(changed.error[at]) > worst[0]:
+                worst = float(changed.error[at]), int(changed.offset[at]), name
+            tables[name] = changed.table
+        old, new = sources[0].bucketing, wanted[names[0]][1]
+        if old.num_buckets != new.num_buckets or old.max_distance != new.max_distance:
+            assert worst is not None, "there is a name for each direction"
+            notes.append(
+                f"{kind}: {old.num_buckets} buckets to {old.max_distance} became {new.num_buckets} to "
+                f"{new.max_distance}; the bias changes most, by {worst[0]:.3g}, at offset {worst[1]} of {worst[2]}"
+            )
+    return Reused({name: tables[name] for name in wanted}, notes)
+
+
+def read_tables(checkpoint: str) -> list[Found]:
+    """The tables of a retrofit or of a model of the T5 family, by layer; no other weight is read."""
+    source = find(checkpoint)
+    retrofit = source.settings.get("rpb_retrofit")
+    stored = _tensors(source)
+    if retrofit is not None:
+        buckets, distance = retrofit["relative_attention_num_buckets"], retrofit["relative_attention_max_distance"]
+        both, first = len(retrofit["bidirectional"]) > 1, retrofit["bidirectional"][0]
+        return [
+            Found(name, table, Bucketing(buckets, distance, _is_encoder(name) if both else first))
+            for name, table in stored.items()
+        ]
+    if not stored:
+        raise ConfigError(
+            f"init='{FROM}{checkpoint}': a '{source.settings.get('model_type')}' without tables of relative positions; "
+            "take a retrofit or a model of the T5 family"
+        )
+    config = source.config()
+    buckets, distance = config.relative_attention_num_buckets, config.relative_attention_max_distance
+    return [
+        Found(name, table.T.contiguous(), Bucketing(buckets, distance, _is_encoder(name)))
+        for name, table in stored.items()
+    ]
+
+
+def _is_encoder(name: str) -> bool:
+    return "decoder" not in name.split(".")
+
+
+def _tensors(source: Source) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for shard in source.shards:
+        with safe_open(shard, framework="pt") as file:
+            found |= {name: file.get_tensor(name).float() for name in file.keys() if is_table(name)}
+
+    def layer(name: str) -> list[tuple[int, str]]:
+        return [(int(part), "") if part.isdigit() else (0, part) for part in name.split(".")]
+
+    return dict(sorted(found.items(), key=lambda item: layer(item[0])))
