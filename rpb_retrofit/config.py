@@ -20,6 +20,7 @@ class RetrofitConfig:
     ``init``: where the numbers in the tables come from: ``calibrated`` fits them to what the source attends to on
     text; ``zeros``, ``normal`` (as Transformers' T5 initialises) and ``alibi`` need no text; ``from:CHECKPOINT`` takes
     the tables of a model of the T5 family or of another retrofit.
+    ``polish``: so many steps then train the tables alone to predict what the source predicts, on text.
     ``keep_frequencies``: how many of RoPE's highest frequencies go on rotating, beside the bias; ``auto``: those whose
     wavelength fits in the trained context.
     ``shared``: one table for all layers (of one direction) instead of one per layer.
@@ -30,6 +31,7 @@ class RetrofitConfig:
     relative_attention_max_distance: int = 128
     init: str = CALIBRATED
     keep_frequencies: int | Literal["auto"] = 0
+    polish: int = 0
     shared: bool = False
     seed: int = 0
 
@@ -40,6 +42,8 @@ class RetrofitConfig:
                 raise ConfigError(f"{field.name}={value!r}: expected {kind.__name__}, got {type(value).__name__}")
         if self.keep_frequencies != "auto" and self.keep_frequencies < 0:
             raise ConfigError(f"keep_frequencies={self.keep_frequencies}: a number from 0 on, or 'auto'")
+        if self.polish < 0:
+            raise ConfigError(f"polish={self.polish}: a number of steps, 0 for none")
         if self.init not in (CALIBRATED, *INITIALISATIONS) and not self.init.startswith(FROM):
             choices = ", ".join((CALIBRATED, *INITIALISATIONS, f"{FROM}CHECKPOINT"))
             raise ConfigError(f"init='{self.init}': choose one of {choices}")

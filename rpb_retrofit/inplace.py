@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -20,9 +19,11 @@ from rpb_retrofit.runtime.families import TABLE, Family, family_of, is_table
 from rpb_retrofit.runtime.mechanisms import inverse_frequencies, trained_context
 from rpb_retrofit.runtime.modeling import attach, attention_modules, block_names, detach, submodels, table_names
 from rpb_retrofit.tables import CALIBRATED, FROM, INITIALISATIONS
-from rpb_retrofit.tables.calibrate import Calibration, CalibrationReport
+from rpb_retrofit.tables.calibrate import Calibration, CalibrationReport, check_windows
 from rpb_retrofit.tables.place import Place
+from rpb_retrofit.tables.polish import Polish, PolishReport
 from rpb_retrofit.tables.reuse import Reused, reuse
+from rpb_retrofit.tables.spool import temporary_spool
 from rpb_retrofit.version import __version__
 
 _SNAPSHOT = "_rpb_source"
@@ -41,6 +42,7 @@ class RetrofitReport:
     max_distance: int
     init: str
     calibration: CalibrationReport | None = None
+    polish: PolishReport | None = None
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -49,7 +51,8 @@ class RetrofitReport:
             f"{len(self.tables)} tables of {self.num_buckets} buckets to distance {self.max_distance} "
             f"(init {self.init}), {self.parameters_added:,} parameters added"
         )
-        return "\n".join([swap, *([] if self.calibration is None else [str(self.calibration)]), *self.notes])
+        more = [str(part) for part in (self.calibration, self.polish) if part is not None]
+        return "\n".join([swap, *self.notes, *more])
 
 
 _WRITTEN = (
@@ -75,7 +78,10 @@ class _Snapshot:
 
 
 def retrofit(
-    model: PreTrainedModel, config: RetrofitConfig | None = None, calibration: Any | None = None
+    model: PreTrainedModel,
+    config: RetrofitConfig | None = None,
+    calibration: Any | None = None,
+    polishing: Any | None = None,
 ) -> RetrofitReport:
     """Swap the positional mechanism of ``model`` for the T5 bucketed bias, in place.
 
@@ -88,19 +94,14 @@ def retrofit(
         config: the settings; by default `RetrofitConfig()`.
         calibration: text for ``init="calibrated"``: batches of token ids, (n,) or (batch, n), unpadded. A few windows
             as long as the trained context or as the maximum distance, together some thousand tokens, will do.
+        polishing: text for ``polish``, likewise: 512 tokens a step; by default ``calibration``'s, again and again.
 
     Raises:
         AlreadyRetrofittedError, UnsupportedModelError, PartialMatchError, ConfigError, DataError: the model is left as
             it was.
     """
     config = config or RetrofitConfig()
-    if calibration is not None and config.init != CALIBRATED:
-        raise ConfigError(f"calibration was given, but init='{config.init}' uses none: leave it out")
-    if calibration is None and config.init == CALIBRATED:
-        raise ConfigError(
-            "init='calibrated' needs text: give calibration=[batches of token ids], or choose another init: "
-            f"{', '.join(INITIALISATIONS)}"
-        )
+    _check_text(config, calibration, polishing)
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(f"{type(model).__name__} is not a Transformers model: retrofit first, then wrap it")
     family = check_eligible(model.config.to_dict(), model.name_or_path or type(model).__name__)
@@ -120,11 +121,15 @@ def retrofit(
         fingerprints=_fingerprints(model),
     )
     settings = describe(model, config, family)
-    with ExitStack() as closing:
-        fitting = None
+    with temporary_spool() as spool:
+        fitting = polish = None
         if calibration is not None:
-            fitting = closing.enter_context(Calibration(family, calibration, config.seed))
+            fitting = Calibration(family, check_windows(model, calibration), config.seed, spool)
             fitting.record(model, attentions)
+        if config.polish:
+            windows = check_windows(model, calibration if polishing is None else polishing)
+            polish = Polish(windows, config.polish, spool)
+            polish.teach(model)
         for submodel in submodels(model):
             submodel.config.rpb_retrofit = settings
             submodel.config.auto_map = auto_map(submodel.config)
@@ -136,10 +141,25 @@ def retrofit(
         setattr(model, _SNAPSHOT, snapshot)
         try:
             found = _fill(model, config) if fitting is None else fitting.apply(model, attentions)
+            polished = None if polish is None else polish.apply(model, table_names(model))
         except BaseException:
             revert(model)
             raise
-    return report(model, config, found)
+    return report(model, config, found, polished)
+
+
+def _check_text(config: RetrofitConfig, calibration: Any | None, polishing: Any | None) -> None:
+    if calibration is None and config.init == CALIBRATED:
+        raise ConfigError(
+            "init='calibrated' needs text: give calibration=[batches of token ids], or choose another init: "
+            f"{', '.join(INITIALISATIONS)}"
+        )
+    if calibration is not None and config.init != CALIBRATED:
+        raise ConfigError(f"calibration was given, but init='{config.init}' uses none: leave it out")
+    if polishing is not None and not config.polish:
+        raise ConfigError("polishing was given, but polish=0 uses none: leave it out")
+    if config.polish and calibration is None and polishing is None:
+        raise ConfigError(f"polish={config.polish} needs text: give polishing=[batches of token ids]")
 
 
 def revert(model: PreTrainedModel) -> None:
@@ -265,7 +285,12 @@ def _fill(model: PreTrainedModel, config: RetrofitConfig) -> Reused:
     return found
 
 
-def report(model: PreTrainedModel, config: RetrofitConfig, found: CalibrationReport | Reused) -> RetrofitReport:
+def report(
+    model: PreTrainedModel,
+    config: RetrofitConfig,
+    found: CalibrationReport | Reused,
+    polished: PolishReport | None = None,
+) -> RetrofitReport:
     """Describe an attached model, and where its tables come from."""
     family = family_of(model.config)
     attentions = attention_modules(model, family)
@@ -280,5 +305,6 @@ def report(model: PreTrainedModel, config: RetrofitConfig, found: CalibrationRep
         max_distance=config.relative_attention_max_distance,
         init=config.init,
         calibration=found if isinstance(found, CalibrationReport) else None,
+        polish=polished,
         notes=[] if isinstance(found, CalibrationReport) else found.notes,
     )

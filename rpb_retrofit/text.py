@@ -83,11 +83,11 @@ def bos_policy(tokenizer: Any, policy: str) -> int | None:
 def spread_windows(tokenizer: Any, text: Text, length: int, tokens: int) -> list[Tensor]:
     """Windows (length,) of token ids, ``tokens`` together, spread evenly over the text and never across documents.
 
-    Each begins with the tokenizer's beginning-of-sequence token, where it adds one. Raises DataError where the text
-    has too few tokens for one window.
+    Each stands between the special tokens that the tokenizer adds. Raises DataError where the text has too few tokens
+    for one window.
     """
-    bos = bos_policy(tokenizer, "auto")
-    room = length - (bos is not None)
+    before, after = _special_tokens(tokenizer)
+    room = length - len(before) - len(after)
     documents = tokenise(tokenizer, text.documents)
     longest = max(map(len, documents))
     if longest < room:
@@ -98,8 +98,15 @@ def spread_windows(tokenizer: Any, text: Text, length: int, tokens: int) -> list
     starts = [(i, start) for i, ids in enumerate(documents) for start in range(0, len(ids) - room + 1, room)]
     count = max(1, min(len(starts), tokens // length))
     chosen = [starts[i * len(starts) // count] for i in range(count)]
-    first = torch.tensor([] if bos is None else [bos], dtype=torch.long)
-    return [torch.cat([first, documents[i][start : start + room]]) for i, start in chosen]
+    return [torch.cat([before, documents[i][start : start + room], after]) for i, start in chosen]
+
+
+def _special_tokens(tokenizer: Any) -> tuple[Tensor, Tensor]:
+    """What the tokenizer puts before and after a text: BOS, CLS, SEP, ..."""
+    plain, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+    extra = len(whole) - len(plain)
+    start = next((i for i in range(extra + 1) if whole[i : i + len(plain)] == plain), 0)
+    return torch.tensor(whole[:start], dtype=torch.long), torch.tensor(whole[start + len(plain) :], dtype=torch.long)
 
 
 @dataclass(frozen=True)
@@ -125,6 +132,14 @@ class CalibrationText:
             raise DataError(f"--calibration-length {self.length}: the source was made for {context} tokens at most")
         return spread_windows(tokenizer, self.text, self.length or min(context or LONGEST, LONGEST), self.tokens)
 
+    def polishing(self, tokenizer: Any, context: int | None, steps: int) -> list[Tensor]:
+        """The windows for so many steps of polish, and some to be held out; fewer where the text is short."""
+        length = min(context or POLISH, POLISH)
+        return spread_windows(tokenizer, self.text, length, length * (steps + max(1, steps // 10)))
+
+
+POLISH = 512
+"""Tokens of a step of polish."""
 
 LONGEST = 2048
 """Tokens of a window of calibration, unless a length is asked for: the time grows with its square."""

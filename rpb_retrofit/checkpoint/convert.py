@@ -22,7 +22,6 @@ from rpb_retrofit.runtime.families import family_of, is_table
 from rpb_retrofit.tables import CALIBRATED
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel
 
     from rpb_retrofit.inplace import RetrofitReport
@@ -63,7 +62,7 @@ def retrofit_checkpoint(
     """
     out = Path(out).expanduser()
     check_absent(out)
-    if config.init != CALIBRATED:
+    if config.init != CALIBRATED and not config.polish:
         if calibration is not None:
             raise ConfigError(f"calibration text was given, but init='{config.init}' uses none: leave it out")
     elif calibration is None:
@@ -139,7 +138,7 @@ def _write_all_but_weights(
     settings = source.config()
     if calibration is not None:
         tokenizer, model = open_tokenizer(source), open_weights(source, model_class(settings).from_pretrained)
-        report = retrofit(model, config, _windows(calibration, tokenizer, model))
+        report = retrofit(model, config, *_texts(config, calibration, tokenizer, model))
         tables = {name: model.get_parameter(name).detach() for name in report.tables}
     else:
         with torch.device("meta"), no_init_weights():
@@ -152,10 +151,17 @@ def _write_all_but_weights(
     return report, dict.fromkeys(tables, shard)
 
 
-def _windows(calibration: CalibrationText, tokenizer: Any, model: PreTrainedModel) -> list[Tensor]:
+def _texts(config: RetrofitConfig, text: CalibrationText | None, tokenizer: Any, model: PreTrainedModel) -> Any:
+    """What `retrofit` takes for ``calibration`` and ``polishing``."""
     from rpb_retrofit.runtime.mechanisms import trained_context
 
-    return calibration.windows(tokenizer, trained_context(model, family_of(model.config)))
+    if text is None:
+        return None, None
+    context = trained_context(model, family_of(model.config))
+    return (
+        text.windows(tokenizer, context) if config.init == CALIBRATED else None,
+        text.polishing(tokenizer, context, config.polish) if config.polish else None,
+    )
 
 
 def _of(number: int, shards: list[Path]) -> str:
@@ -167,8 +173,7 @@ def _convert_gguf(file: Path, out: Path, config: RetrofitConfig, calibration: Ca
     from rpb_retrofit.inplace import retrofit
 
     model, tokenizer = load_gguf(file)
-    windows = None if calibration is None else _windows(calibration, tokenizer, model)
-    report = retrofit(model, config, windows)
+    report = retrofit(model, config, *_texts(config, calibration, tokenizer, model))
     with whole_folder(out) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -32,6 +32,10 @@ def command(
             help="RoPE's highest frequencies that go on rotating; auto: those whose wavelength the context holds.",
         ),
     ] = 0,
+    polish: Annotated[
+        int,
+        typer.Option(min=0, metavar="STEPS", help="Steps of training the tables alone to predict as the source does."),
+    ] = 0,
     calibration: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="Text to calibrate on. [default: Python's help texts]"),
@@ -57,11 +61,12 @@ def command(
         relative_attention_max_distance=max_distance,
         init=init,
         keep_frequencies=keep_frequencies,
+        polish=polish,
         shared=shared,
         seed=seed,
     )
     text = None
-    if init == CALIBRATED:
+    if init == CALIBRATED or polish:
         from rpb_retrofit.text import CalibrationText
 
         text = CalibrationText.of(calibration, tokens=calibration_tokens, length=calibration_length)

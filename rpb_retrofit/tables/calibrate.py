@@ -7,10 +7,8 @@ lost; and its output, with its new table, is what the next layer reads.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -22,8 +20,9 @@ from rpb_retrofit.errors import ConfigError, DataError
 from rpb_retrofit.runtime.bias import RelativePositionBias
 from rpb_retrofit.runtime.families import TABLE, Family
 from rpb_retrofit.tables.fit import Fit, fit
-from rpb_retrofit.tables.recording import Spool, StopForward, blocks_of, record_source, resumed, run, watch
+from rpb_retrofit.tables.recording import StopForward, blocks_of, record_source, resumed, run, watch
 from rpb_retrofit.tables.rows import Rows
+from rpb_retrofit.tables.spool import Spool
 
 EVERY = 16
 """One query in so many is compared: neighbours say much the same."""
@@ -94,25 +93,14 @@ class CalibrationReport:
 class Calibration:
     """A calibration in two acts: `record` on the plain model, `apply` on the same model with tables attached."""
 
-    def __init__(self, family: Family, windows: Sequence[Tensor], seed: int) -> None:
-        self.family, self.windows = family, check_windows(windows)
+    def __init__(self, family: Family, windows: Sequence[Tensor], seed: int, spool: Spool) -> None:
+        self.family, self.windows, self.spool = family, windows, spool
         generator = torch.Generator().manual_seed(seed)
         self.positions = [_positions(len(window), generator) for window in self.windows]
-        self._folder = tempfile.TemporaryDirectory(prefix="rpb-calibration-")
-        self.spool = Spool(Path(self._folder.name))
         self.order: list[str] = []
 
-    def __enter__(self) -> Calibration:
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self._folder.cleanup()
-
     def record(self, model: PreTrainedModel, attentions: Mapping[str, Any]) -> None:
-        """Run the source on all windows, once. DataError for token ids that are not the model's."""
-        known: int = cast(Any, model.get_input_embeddings()).num_embeddings
-        if (highest := max(int(window.max()) for window in self.windows)) >= known:
-            raise DataError(f"calibration: token id {highest}; the model knows {known}: use its own tokenizer")
+        """Run the source on all windows, once."""
         with tqdm(total=len(self.windows), desc="source", unit="window", leave=False) as bar:
             self.order = record_source(
                 model, self.family, attentions, self.windows, self.positions, self.spool, bar.update
@@ -164,8 +152,11 @@ class _Pairs:
             yield self.spool["source", self.name, number], self.spool["student", self.name, number]
 
 
-def check_windows(calibration: Any) -> list[Tensor]:
-    """Token ids as windows (n,): from tensors (n,) or (batch, n), or mappings with ``input_ids``, without padding."""
+def check_windows(model: PreTrainedModel, calibration: Any) -> list[Tensor]:
+    """Token ids as windows (n,): from tensors (n,) or (batch, n), or mappings with ``input_ids``.
+
+    DataError where they are padded, too short to say anything, or not the model's.
+    """
     windows: list[Tensor] = []
     for batch in calibration:
         if hasattr(batch, "keys"):
@@ -182,6 +173,9 @@ def check_windows(calibration: Any) -> list[Tensor]:
     if not windows or min(map(len, windows)) < 2 * EVERY:
         shortest = f"a window of {min(map(len, windows))} tokens" if windows else "no text"
         raise DataError(f"calibration: {shortest}; give windows of at least {2 * EVERY} tokens")
+    known: int = cast(Any, model.get_input_embeddings()).num_embeddings
+    if (highest := max(int(window.max()) for window in windows)) >= known:
+        raise DataError(f"calibration: token id {highest}; the model knows {known}: use its own tokenizer")
     return windows
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,31 +21,13 @@ from rpb_retrofit.runtime.interface import ATTENTION, CAUSAL, RUN, biased_attent
 from rpb_retrofit.runtime.modeling import block_names, num_heads, submodels
 from rpb_retrofit.runtime.visibility import is_runs, runs_of
 from rpb_retrofit.tables.rows import Rows
+from rpb_retrofit.tables.spool import Spool
 
 Take = Callable[[str, Rows], None]
 """Told the name of an attention module and the rows of its attention."""
 
 FAINTEST = -80.0
 """The least logarithm of an attention weight, where a model hands out only weights: smaller ones round to zero."""
-
-
-class Spool:
-    """Objects with tensors on disk, by key, until the folder goes."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __setitem__(self, key: tuple[Any, ...], value: Any) -> None:
-        torch.save(value, self._file(key))
-
-    def __getitem__(self, key: tuple[Any, ...]) -> Any:
-        return torch.load(self._file(key), weights_only=False)  # written by this process
-
-    def __delitem__(self, key: tuple[Any, ...]) -> None:
-        self._file(key).unlink()
-
-    def _file(self, key: tuple[Any, ...]) -> Path:
-        return self.folder / "-".join(map(str, key))
 
 
 class StopForward(Exception):  # noqa: N818 - nothing went wrong

@@ -16,6 +16,7 @@ import rpb_retrofit as rpb
 from rpb_retrofit.errors import ConfigError, DataError, RetrofitError
 from rpb_retrofit.runtime.families import family_of
 from rpb_retrofit.tables.calibrate import Calibration
+from rpb_retrofit.tables.spool import temporary_spool
 from tests.families.cases import CASES, Case
 from tests.families.test_contract import CONFIG, VOCAB, build, inputs_of, tokens
 
@@ -79,14 +80,15 @@ def test_the_upper_layers_are_fitted_on_the_lower_ones() -> None:
     config, windows = CALIBRATED, [tokens(1, 40, seed=5)[0]]
     report = rpb.retrofit(model, config, calibration=windows)
     heard: dict[str, Tensor] = {}
-    whole = Calibration(family_of(model.config), windows, config.seed)
     attentions = {name: model.get_submodule(name) for name in report.layers_patched}
-    with whole:
+    with temporary_spool() as spool:
+        whole = Calibration(family_of(model.config), windows, config.seed, spool)
         whole.record(model, attentions)  # the retrofit itself, whole
         last = report.layers_patched[-1]
         heard["whole"] = whole.spool["source", last, 0].query
     again = build(case)
-    with Calibration(family_of(again.config), windows, config.seed) as stepwise:
+    with temporary_spool() as spool:
+        stepwise = Calibration(family_of(again.config), windows, config.seed, spool)
         plain = {name: again.get_submodule(name) for name in report.layers_patched}
         stepwise.record(again, plain)
         kept = stepwise._keep

@@ -1,0 +1,100 @@
+"""What each way to fill the tables costs, in nats, seconds and memory: on SmolLM2-135M-Instruct, untrained.
+
+Each arm runs in a fresh process: it retrofits the model, calibrating on Python's help texts where it calibrates, then
+scores a text of another kind, the same tokens for every arm. Memory is the process' peak; beside it stands that of a
+process which runs the source once on a window of calibration's length.
+
+    python scripts/bench_calibration.py --data alice29.txt
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+LENGTHS = (512, 2048)
+
+ARMS: dict[str, dict[str, Any]] = {
+    "zeros": {"init": "zeros"},
+    "alibi": {"init": "alibi"},
+    "calibrated": {},
+    "calibrated, 64 to 2048": {"relative_attention_num_buckets": 64, "relative_attention_max_distance": 2048},
+    "auto kept": {"keep_frequencies": "auto"},
+    "auto kept, 64 to 2048": {
+        "keep_frequencies": "auto",
+        "relative_attention_num_buckets": 64,
+        "relative_attention_max_distance": 2048,
+    },
+    "16 kept, 64 to 2048": {
+        "keep_frequencies": 16,
+        "relative_attention_num_buckets": 64,
+        "relative_attention_max_distance": 2048,
+    },
+    "polished": {"polish": 100},
+    "auto kept, polished": {"keep_frequencies": "auto", "polish": 100},
+}
+
+
+def gigabytes() -> float:
+    """This process' peak so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def measure(arm: str | None, data: str, tokens: int, calibration_tokens: int) -> dict[str, Any]:
+    """One arm, or the source (None)."""
+    import torch
+
+    import rpb_retrofit as rpb
+    from rpb_retrofit.checkpoint.gguf import load_gguf
+    from rpb_retrofit.demo.fetch import SMOLLM2, fetch
+    from rpb_retrofit.evaluation.nll import Windows, nll_at_length
+    from rpb_retrofit.text import CalibrationText, read_text, tokenise
+
+    model, tokenizer = load_gguf(fetch(SMOLLM2))
+    found: dict[str, Any] = {"arm": arm or "source"}
+    if arm is None:
+        with torch.no_grad():
+            model(torch.arange(1000, 3048)[None], use_cache=False)
+    else:
+        config = rpb.RetrofitConfig(**ARMS[arm])
+        text = CalibrationText.of(None, tokens=calibration_tokens)
+        texts = {"calibration": text.windows(tokenizer, 8192)} if config.init == "calibrated" else {}
+        if config.polish:
+            texts["polishing"] = text.polishing(tokenizer, 8192, config.polish)
+        start = time.perf_counter()
+        report = rpb.retrofit(model, config, **texts)
+        found |= {"seconds": time.perf_counter() - start, "report": str(report)}
+    found["gigabytes"] = gigabytes()
+    documents = tokenise(tokenizer, read_text(data).documents)
+    for length in LENGTHS:
+        found[str(length)] = nll_at_length(model, documents, Windows(length, length, None), tokens).nll
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="text to score, as of `rpb evaluate`")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens of it")
+    parser.add_argument("--calibration-tokens", type=int, default=4096)
+    parser.add_argument("--json", type=Path, help="a file for the figures")
+    options = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for arm in (None, *options.arms):
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+            rows.append(fresh.submit(measure, arm, options.data, options.tokens, options.calibration_tokens).result())
+        source, row = rows[0], rows[-1]
+        costs = "  ".join(f"{row[str(n)]:7.3f} ({row[str(n)] - source[str(n)]:+.3f})" for n in LENGTHS)
+        print(f"{row['arm']:24s} {row.get('seconds', 0):6.0f} s  {row['gigabytes']:.2f} GB  {costs}", flush=True)
+        if options.json:
+            options.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
