@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+from timing import forget_peak, kilobytes
 
 LENGTHS = (512, 2048)
 
@@ -41,11 +42,6 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 
 
-def gigabytes() -> float:
-    """This process' peak so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
 def measure(arm: str | None, data: str, tokens: int, calibration_tokens: int) -> dict[str, Any]:
     """One arm, or the source (None)."""
     import torch
@@ -58,6 +54,7 @@ def measure(arm: str | None, data: str, tokens: int, calibration_tokens: int) ->
 
     model, tokenizer = load_gguf(fetch(SMOLLM2))
     found: dict[str, Any] = {"arm": arm or "source"}
+    forget_peak()  # dequantising the file took more than what comes now
     if arm is None:
         with torch.no_grad():
             model(torch.arange(1000, 3048)[None], use_cache=False)
@@ -70,7 +67,7 @@ def measure(arm: str | None, data: str, tokens: int, calibration_tokens: int) ->
         start = time.perf_counter()
         report = rpb.retrofit(model, config, **texts)
         found |= {"seconds": time.perf_counter() - start, "report": str(report)}
-    found["gigabytes"] = gigabytes()
+    found["gigabytes"] = kilobytes("/proc/self/status", "VmHWM") / 1e6
     documents = tokenise(tokenizer, read_text(data).documents)
     for length in LENGTHS:
         found[str(length)] = nll_at_length(model, documents, Windows(length, length, None), tokens).nll

@@ -20,7 +20,7 @@ from rpb_retrofit.checkpoint.convert import retrofit_checkpoint
 from rpb_retrofit.checkpoint.gguf import load_gguf
 from rpb_retrofit.demo.fetch import MINILM, SMOLLM2, fetch
 from rpb_retrofit.evaluation.nll import Windows, nll_at_length
-from rpb_retrofit.text import read_text, tokenise
+from rpb_retrofit.text import Text, read_text, spread_windows, tokenise
 
 PROMPTS = ["The three primary colours are", "In 1969, after years of work, the first people who"]
 
@@ -95,6 +95,25 @@ def test_what_the_swap_costs(smollm2: Path) -> None:
     assert 2.0 < after.nll - before.nll < 3.5
 
 
+def test_what_calibration_saves() -> None:
+    """On 1,024 tokens that it did not see: half of what zero tables cost; next to nothing with frequencies kept."""
+    model, tokenizer = load_gguf(fetch(SMOLLM2))
+    (prose,) = read_text(None).documents
+    windows = spread_windows(tokenizer, Text("the second half", [prose[len(prose) // 2 :]]), 512, 1024)
+    documents = tokenise(tokenizer, [prose[:20_000]])
+
+    def score() -> float:
+        return nll_at_length(model, documents, Windows(512, 512, None), 1024).nll
+
+    source, costs = score(), {}
+    for keep in (0, 20):
+        rpb.retrofit(model, rpb.RetrofitConfig(keep_frequencies=keep), windows)
+        costs[keep] = score() - source
+        rpb.revert(model)
+    assert 0.5 < costs[0] < 1.6
+    assert -0.05 < costs[20] < 0.08
+
+
 def test_revert_gives_the_source_bit_for_bit() -> None:
     source, _ = load_gguf(fetch(SMOLLM2))
     ids = torch.arange(100, 164)[None]
@@ -137,3 +156,18 @@ def test_minilm_embeds_what_its_source_cannot(tmp_path: Path) -> None:
     assert float(embed(model, long) @ embed(model, "budget for schools")) > float(
         embed(model, long) @ embed(model, sentences[0])
     )
+
+
+def test_minilm_calibrated() -> None:
+    """Cosine with the source's embeddings on paragraphs of help texts that calibration did not see."""
+    folder = fetch(MINILM)
+    tokenizer, source = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    (prose,) = read_text(None).documents
+    windows = spread_windows(tokenizer, Text("the second half", [prose[len(prose) // 2 :]]), 128, 4096)
+    paragraphs = [p for p in prose[: len(prose) // 2].split("\n\n") if 200 < len(p) < 800][:30]
+    embed, cosines = sentence_embedding(tokenizer), {}
+    for init in ("zeros", "calibrated"):
+        model = AutoModel.from_pretrained(folder).eval()
+        rpb.retrofit(model, rpb.RetrofitConfig(init=init), windows if init == "calibrated" else None)
+        cosines[init] = sum(float(embed(source, p) @ embed(model, p)) for p in paragraphs) / len(paragraphs)
+    assert cosines["calibrated"] > 0.85 > 0.75 > cosines["zeros"]

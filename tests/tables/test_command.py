@@ -1,0 +1,114 @@
+"""`rpb retrofit` where it reads text: the same as in memory, shards untouched, and wrong input in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
+
+import rpb_retrofit as rpb
+from rpb_retrofit.errors import DataError
+from rpb_retrofit.text import CalibrationText, Text, spread_windows
+from tests.families.cases import CASES
+from tests.families.test_contract import VOCAB, build
+from tests.test_checkpoint import rpb_command
+from tests.test_evaluation import WORDS, tokenizer
+
+LLAMA = next(case for case in CASES if str(case) == "llama")
+SMALL = ("--buckets", 8, "--max-distance", 16)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / "source"
+    build(LLAMA).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def prose(tmp_path: Path) -> Path:
+    file = tmp_path / "prose.txt"
+    generator = torch.Generator().manual_seed(0)
+    file.write_text(" ".join(WORDS[i] for i in torch.randint(VOCAB, (1800,), generator=generator)))
+    return file
+
+
+@pytest.mark.parametrize("link", [True, False])
+def test_a_calibrated_checkpoint(link: bool, source: Path, prose: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, said = source.parent / "out", source.parent / "said.json"
+    cut = ("--calibration", prose, "--calibration-length", 64, "--calibration-tokens", 256)
+    options = (*SMALL, *cut, "--polish", 3, "--keep-frequencies", 1, "--json", said, *(["--link"] if link else []))
+    shard = (source / "model.safetensors").read_bytes()
+    assert rpb_command(monkeypatch, "retrofit", source, out, *options) == 0
+    assert (
+        (source / "model.safetensors").read_bytes() == (out / "model-00001-of-00002.safetensors").read_bytes() == shard
+    )
+    text = CalibrationText.of(str(prose), tokens=256, length=64)
+    model, words = build(LLAMA), AutoTokenizer.from_pretrained(source)
+    settings = {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 16}
+    config = rpb.RetrofitConfig(**settings, polish=3, keep_frequencies=1)
+    report = rpb.retrofit(model, config, text.windows(words, 2048), text.polishing(words, 2048, 3))
+    written = rpb.load(out)
+    for name in report.tables:
+        assert torch.equal(written.get_parameter(name), model.get_parameter(name))
+        assert written.get_parameter(name).abs().max() > 0
+    told = json.loads(said.read_text())
+    assert told["calibration_text"] == "prose.txt"
+    assert told["calibration"]["layers"][0]["after"] == report.calibration.layers[0].after
+    assert told["polish"]["steps"] == 3
+    assert written.config.rpb_retrofit["kept_frequencies"] == {"inv_freq": 1}
+
+
+@pytest.mark.parametrize(
+    ("options", "answer"),
+    [
+        (("--calibration", "nowhere.txt"), "--calibration 'nowhere.txt': no such file"),
+        (("--calibration-length", "4096"), "--calibration-length 4096: the source was made for 2048 tokens at most"),
+        (("--calibration", "PROSE"), "prose.txt: its longest document has 1800 tokens, too few for a window of 2048"),
+        (("--init", "zeros", "--calibration", "PROSE"), "--init zeros uses no text; leave one of the two out"),
+        (("--keep-frequencies", "many"), "'many' is neither a whole number nor 'auto'"),
+        (("--keep-frequencies", "-1"), "keep_frequencies=-1: a number from 0 on, or 'auto'"),
+        (("--init", "from:nowhere/at/all"), "'nowhere/at/all': no such folder"),
+        (("--polish", "2", "--init", "zeros", "--calibration", "TOKENIZER"), "has no tokenizer"),
+    ],
+)
+def test_wrong_input(
+    options: tuple[str, ...],
+    answer: str,
+    source: Path,
+    prose: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if "TOKENIZER" in options:
+        for file in source.glob("tokenizer*"):
+            file.unlink()
+    given = [str(prose) if option in ("PROSE", "TOKENIZER") else option for option in options]
+    assert rpb_command(monkeypatch, "retrofit", source, source.parent / "out", *SMALL, *given) == 2
+    error = capsys.readouterr().err
+    assert answer in " ".join(error.replace("│", " ").split())
+    assert not (source.parent / "out").exists()
+
+
+def test_windows_are_spread_and_keep_their_special_tokens() -> None:
+    words = tokenizer()
+    text = Text("two", [" ".join(WORDS[5:30]), " ".join(WORDS[30:55])])
+    inside = torch.tensor(words(text.documents)["input_ids"])
+    windows = torch.stack(spread_windows(words, text, length=8, tokens=32))
+    assert windows.shape == (4, 8)
+    stretches = {tuple(stretch.tolist()) for document in inside for stretch in document.unfold(0, 8, 1)}
+    assert {tuple(window.tolist()) for window in windows} < stretches, "each is one stretch of one document"
+    assert len(windows.unique(dim=0)) == 4
+    assert bool((windows < 30).any() and (windows > 40).any()), "from the whole text"
+    with pytest.raises(DataError, match="two: its longest document has 25 tokens, too few for a window of 40"):
+        spread_windows(words, text, length=40, tokens=80)
+    words._tokenizer.post_processor = TemplateProcessing(
+        single="<cls> $A <sep>", special_tokens=[("<cls>", 1), ("<sep>", 2)]
+    )
+    around = torch.stack(spread_windows(words, text, length=8, tokens=32))
+    assert around.shape == (4, 8) and (around[:, 0] == 1).all() and (around[:, -1] == 2).all()
