@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from rpb_retrofit.errors import ConfigError
-from rpb_retrofit.tables import CALIBRATED, FROM, INITIALISATIONS
+from rpb_retrofit.tables import CALIBRATED, CONTENT, FROM, INITIALISATIONS
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,10 @@ class RetrofitConfig:
     text; ``zeros``, ``normal`` (as Transformers' T5 initialises) and ``alibi`` need no text; ``from:CHECKPOINT`` takes
     the tables of a model of the T5 family or of another retrofit.
     ``polish``: so many steps then train the tables alone to predict what the source predicts, on text.
+    ``calibrate``: what calibration fits: ``tables`` leaves all weights as they are; ``tables+content`` also multiplies
+    the content term by a factor for each query head and rotary frequency, which folds into the query projection.
+    ``tail``: beyond the maximum distance the bias is constant (``flat``, as T5's), or goes on with the logarithm of the
+    distance (``log``), at a slope that each head begins at zero, fits or learns.
     ``keep_frequencies``: how many of RoPE's highest frequencies go on rotating, beside the bias; ``auto``: those whose
     wavelength fits in the trained context.
     ``shared``: one table for all layers (of one direction) instead of one per layer.
@@ -30,8 +34,10 @@ class RetrofitConfig:
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
     init: str = CALIBRATED
+    calibrate: str = "tables"
     keep_frequencies: int | Literal["auto"] = 0
     polish: int = 0
+    tail: str = "flat"
     shared: bool = False
     seed: int = 0
 
@@ -44,6 +50,11 @@ class RetrofitConfig:
             raise ConfigError(f"keep_frequencies={self.keep_frequencies}: a number from 0 on, or 'auto'")
         if self.polish < 0:
             raise ConfigError(f"polish={self.polish}: a number of steps, 0 for none")
+        for name, choices in (("calibrate", ("tables", CONTENT)), ("tail", ("flat", "log"))):
+            if (value := getattr(self, name)) not in choices:
+                raise ConfigError(f"{name}='{value}': choose {' or '.join(choices)}")
+        if self.calibrate == CONTENT and self.init != CALIBRATED:
+            raise ConfigError(f"calibrate='{CONTENT}' needs init='calibrated', not init='{self.init}'")
         if self.init not in (CALIBRATED, *INITIALISATIONS) and not self.init.startswith(FROM):
             choices = ", ".join((CALIBRATED, *INITIALISATIONS, f"{FROM}CHECKPOINT"))
             raise ConfigError(f"init='{self.init}': choose one of {choices}")

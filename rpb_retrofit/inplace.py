@@ -15,11 +15,12 @@ from transformers.models.auto import modeling_auto
 from rpb_retrofit.config import RetrofitConfig
 from rpb_retrofit.eligibility import check_eligible
 from rpb_retrofit.errors import ConfigError, NotRetrofittedError, RevertError, UnsupportedModelError
-from rpb_retrofit.runtime.families import TABLE, Family, family_of, is_table
-from rpb_retrofit.runtime.mechanisms import inverse_frequencies, trained_context
-from rpb_retrofit.runtime.modeling import attach, attention_modules, block_names, detach, submodels, table_names
-from rpb_retrofit.tables import CALIBRATED, FROM, INITIALISATIONS
+from rpb_retrofit.runtime.families import FACTOR, TABLE, Family, family_of, is_own
+from rpb_retrofit.runtime.mechanisms import inverse_frequencies, rotary_pairs, trained_context
+from rpb_retrofit.runtime.modeling import attach, attention_modules, block_names, detach, own_names, submodels, table_names
+from rpb_retrofit.tables import CALIBRATED, CONTENT, FROM, INITIALISATIONS
 from rpb_retrofit.tables.calibrate import Calibration, CalibrationReport, check_windows
+from rpb_retrofit.tables.folding import fold
 from rpb_retrofit.tables.place import Place
 from rpb_retrofit.tables.polish import Polish, PolishReport
 from rpb_retrofit.tables.reuse import Reused, reuse
@@ -71,7 +72,8 @@ class _Snapshot:
 
     configs: list[tuple[Any, dict[str, Any]]]  # each config, and its attributes as they were
     own_tables: dict[str, nn.Module]  # T5's
-    fingerprints: dict[str, Fingerprint]  # of the source's parameters, T5's tables aside
+    fingerprints: dict[str, Fingerprint]  # of the source's parameters, T5's tables aside; of folded ones, as folded
+    folded: dict[str, torch.Tensor] = field(default_factory=dict)  # weights as they were before factors were folded in
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # a copied or pickled model has configs of its own, so it has no snapshot
@@ -124,7 +126,8 @@ def retrofit(
     with temporary_spool() as spool:
         fitting = polish = None
         if calibration is not None:
-            fitting = Calibration(family, check_windows(model, calibration), config.seed, spool)
+            kept = max(settings.get("kept_frequencies", {"": 0}).values())
+            fitting = Calibration(family, check_windows(model, calibration), config.seed, spool, kept)
             fitting.record(model, attentions)
         if config.polish:
             windows = check_windows(model, calibration if polishing is None else polishing)
@@ -141,8 +144,13 @@ def retrofit(
         setattr(model, _SNAPSHOT, snapshot)
         try:
             found = _fill(model, config) if fitting is None else fitting.apply(model, attentions)
-            polished = None if polish is None else polish.apply(model, table_names(model))
+            polished = None if polish is None else polish.apply(model, own_names(model))
+            if config.calibrate == CONTENT:
+                assert fitting is not None, "a config without calibration fits no factors"
+                fold(model, family, attentions, fitting.windows[0], fitting.kept, snapshot.folded)
+                snapshot.fingerprints |= {name: _fingerprint(model.get_parameter(name)) for name in snapshot.folded}
         except BaseException:
+            _unfold(model, snapshot)
             revert(model)
             raise
     return report(model, config, found, polished)
@@ -184,6 +192,7 @@ def revert(model: PreTrainedModel) -> None:
             f"{len(changed)} of the source's parameters changed since the retrofit ({changed[0]}"
             f"{', ...' if len(changed) > 1 else ''}): load the source again from '{settings['source']}'"
         )
+    _unfold(model, snapshot)
     detach(model)
     for name, module in snapshot.own_tables.items():
         attention: Any = model.get_submodule(name)
@@ -191,6 +200,11 @@ def revert(model: PreTrainedModel) -> None:
         attention.has_relative_attention_bias = True
     _restore_configs(snapshot)
     delattr(model, _SNAPSHOT)
+
+
+def _unfold(model: PreTrainedModel, snapshot: _Snapshot) -> None:
+    for name, weight in snapshot.folded.items():
+        model.get_parameter(name).data.copy_(weight)
 
 
 def _restore_configs(snapshot: _Snapshot) -> None:
@@ -208,7 +222,7 @@ def _distinct(configs: Iterable[Any]) -> list[Any]:
 
 def _fingerprints(model: nn.Module) -> dict[str, Fingerprint]:
     """Of all parameters but the tables, the source's (T5's) and the retrofit's."""
-    return {name: _fingerprint(parameter) for name, parameter in model.named_parameters() if not is_table(name)}
+    return {name: _fingerprint(parameter) for name, parameter in model.named_parameters() if not is_own(name)}
 
 
 def _fingerprint(parameter: torch.Tensor) -> Fingerprint:
@@ -228,6 +242,7 @@ def describe(model: PreTrainedModel, config: RetrofitConfig, family: Family) -> 
         "mechanism": family.mechanism,
         **asdict(config),
         **({"kept_frequencies": kept} if kept else {}),
+        **({FACTOR: rotary_pairs(model, family)._asdict()} if config.calibrate == CONTENT else {}),
     }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .buckets import Bucketing, bucket_of, descending_buckets, first_distances
+from .buckets import Bucketing, bucket_of, descending_buckets, first_distances, log_beyond
 
 
 class RelativePositionBias(nn.Module):
@@ -17,14 +17,19 @@ class RelativePositionBias(nn.Module):
     A module of its own, so that PEFT's ``modules_to_save``, FSDP and tensor-parallel plans can name it. Always read
     it by calling it: a wrapper (PEFT's, FSDP's) may stand in its place.
 
-    Source: ``relative_attention_bias`` of ``T5Attention``, which stores the transpose, (buckets, heads).
+    With ``tail`` the last bucket is not constant: from the maximum distance on a slope of each head, ``tail`` (heads,
+    directions), times the logarithm of the distance is added. At slope zero that is T5 exactly.
+
+    Source: ``relative_attention_bias`` of ``T5Attention``, which stores the transpose, (buckets, heads); the logarithm
+    is KERPLE's, Chi et al. 2022, arXiv:2205.09921.
     """
 
-    def __init__(self, num_heads: int, bucketing: Bucketing) -> None:
+    def __init__(self, num_heads: int, bucketing: Bucketing, tail: bool = False) -> None:
         super().__init__()
         self.bucketing = bucketing.validate()
-        self._kept: tuple[tuple[int, int], Tensor] | None = None
+        self._kept: tuple[tuple[int, ...], Tensor] | None = None
         self.weight = nn.Parameter(torch.zeros(num_heads, bucketing.num_buckets, dtype=torch.float32))
+        self.tail = nn.Parameter(torch.zeros(num_heads, bucketing.directions, dtype=torch.float32)) if tail else None
 
     takes_range = True
 
@@ -35,14 +40,24 @@ class RelativePositionBias(nn.Module):
         of one query behind all its keys, ``range(n - 1, -1, -1)``, without gradients, not even that.
         """
         if not isinstance(offset, range):
-            return self.weight.index_select(1, bucket_of(offset, self.bucketing))
+            return self._with_tail(self.weight.index_select(1, bucket_of(offset, self.bucketing)), offset)
         if offset.stop == -1 and not torch.is_grad_enabled() and not self.weight.is_inference():
             return self._row(len(offset))
         self._kept = None
         return self._gather(offset)
 
     def _gather(self, offsets: range) -> Tensor:
-        return self.weight.index_select(1, descending_buckets(offsets, self.bucketing, self.weight.device))
+        device = self.weight.device
+        line = self.weight.index_select(1, descending_buckets(offsets, self.bucketing, device))
+        if self.tail is None:
+            return line
+        return self._with_tail(line, torch.arange(offsets.start, offsets.stop, offsets.step, device=device))
+
+    def _with_tail(self, line: Tensor, offset: Tensor) -> Tensor:
+        if self.tail is None:
+            return line
+        # Not a matrix product, which autocast would round.
+        return line + (self.tail[:, :, None] * log_beyond(offset, self.bucketing)).sum(1)
 
     def _row(self, keys: int) -> Tensor:
         """The bias of the offsets ``keys - 1 .. 0``: a view of a vector that decoding keeps from token to token.
@@ -50,7 +65,9 @@ class RelativePositionBias(nn.Module):
         It is dropped when the table changes or more than one token comes in, so it is never older than the keys and
         values that are cached beside it, even where a table was written behind autograd's back.
         """
-        stamp = (self.weight.data_ptr(), self.weight._version)
+        stamp: tuple[int, ...] = (self.weight.data_ptr(), self.weight._version)
+        if self.tail is not None:
+            stamp += (self.tail.data_ptr(), self.tail._version)
         if self._kept is None or self._kept[0] != stamp or self._kept[1].shape[1] < keys:
             self._kept = stamp, self._gather(range((1 << keys.bit_length()) - 1, -1, -1))
         line = self._kept[1]
@@ -65,19 +82,23 @@ class RelativePositionBias(nn.Module):
 
         None: no such end. Attention needs only the sum of the gradients there, which is cheap.
         """
+        if self.tail is not None:
+            return None, None
         last = first_distances(self.bucketing)[-1]
         return (-last if self.bucketing.bidirectional else None, last)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # ``model.to(torch.bfloat16)`` must not round the tables: they follow to the device and keep their dtype.
-        return super()._apply(lambda tensor: _keep_dtype(fn, tensor), recurse)
+        return super()._apply(lambda tensor: keep_dtype(fn, tensor), recurse)
 
     def extra_repr(self) -> str:
         kind = "bidirectional" if self.bucketing.bidirectional else "causal"
         heads, buckets = self.weight.shape
-        return f"heads={heads}, buckets={buckets}, max_distance={self.bucketing.max_distance}, {kind}"
+        tail = "" if self.tail is None else ", logarithmic tail"
+        return f"heads={heads}, buckets={buckets}, max_distance={self.bucketing.max_distance}, {kind}{tail}"
 
 
-def _keep_dtype(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+def keep_dtype(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """What ``fn`` (a cast, a move) makes of a tensor, in the dtype that it had."""
     moved = fn(tensor)
     return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)

@@ -39,6 +39,11 @@ class Bucketing(NamedTuple):
         return self.num_buckets // 2 if self.bidirectional else self.num_buckets
 
     @property
+    def directions(self) -> int:
+        """Directions that have buckets of their own: keys before the query, and keys after it."""
+        return 2 if self.bidirectional else 1
+
+    @property
     def num_exact(self) -> int:
         """Distances 0 .. num_exact - 1 have a bucket of their own; larger ones share, ever more widely."""
         return self.per_direction // 2
@@ -104,6 +109,13 @@ def bucket_of(offset: Tensor, bucketing: Bucketing) -> Tensor:
     if bucketing.bidirectional:
         bucket = bucket + (offset < 0) * bucketing.per_direction
     return bucket
+
+
+def log_beyond(offset: Tensor, bucketing: Bucketing) -> Tensor:
+    """How far offsets (n,) lie beyond the maximum distance: the logarithm of their ratio, 0 inside; float32
+    (directions, n): of keys before the query, and for a bidirectional table of keys after it."""
+    signed = torch.stack([offset, -offset]) if bucketing.bidirectional else offset[None]
+    return (signed.float() / bucketing.max_distance).clamp(min=1).log()
 
 
 def descending_buckets(offsets: range, bucketing: Bucketing, device: torch.device) -> Tensor:

@@ -14,9 +14,18 @@ TABLE = "relative_attention_bias"
 """Name of the bias module within its attention module; its table is the parameter ``weight``. T5's own has it too."""
 
 
+FACTOR = "relative_content_factor"
+"""Name of the module with the factors on the content term, beside the bias module, where there is one."""
+
+
 def is_table(key: str) -> bool:
     """Whether a state dict key names a table."""
     return key.endswith(f"{TABLE}.weight")
+
+
+def is_own(key: str) -> bool:
+    """Whether a state dict key names a parameter that a retrofit has and its source has not (T5's tables aside)."""
+    return key.endswith((f"{TABLE}.weight", f"{TABLE}.tail", f"{FACTOR}.weight"))
 
 
 @dataclass(frozen=True)
@@ -29,6 +38,8 @@ class Family:
     ``bias_argument``: forward argument of the attention that takes the bias: ``attention_mask`` (the bias is added to
     it) or ``position_bias`` (the bias replaces it). Empty where the model uses Transformers' attention interface.
     ``silenced``: forward argument of the attention that carries the source's mechanism, replaced by zeros.
+    ``pairing``: which dimensions of a query rotate together, ``half`` or ``interleaved``: see ``factor.Pairs``.
+    ``rotary_after``: config attribute with the number of a query's dimensions before those that rotate.
     ``when``: a config attribute and the value for which this row holds.
     """
 
@@ -37,6 +48,8 @@ class Family:
     positions: str = ""
     bias_argument: str = ""
     silenced: str = ""
+    pairing: str = "half"
+    rotary_after: str = ""
     when: tuple[str, object] | None = None
 
     @property
@@ -59,8 +72,8 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
     "phi": (_ROTARY,),
     "olmo2": (_ROTARY,),
     "mixtral": (_ROTARY,),
-    "deepseek_v3": (_ROTARY,),
-    "llama4_text": (_ROTARY,),
+    "deepseek_v3": (Family("rope", "self_attn", "rotary_emb", rotary_after="qk_nope_head_dim"),),
+    "llama4_text": (Family("rope", "self_attn", "rotary_emb", pairing="interleaved"),),
     "gpt_oss": (_ROTARY,),
     "gpt_neox": (Family("rope", "attention", "rotary_emb"),),
     # decoders with learned positions

@@ -25,7 +25,7 @@ from transformers.utils.output_capturing import _active_collector
 
 from .attention import attention, bias_matrix
 from .errors import AttentionImplementationError
-from .families import TABLE
+from .families import FACTOR, TABLE
 from .visibility import dense, is_runs, runs_of
 
 ATTENTION = "rpb_retrofit"
@@ -115,6 +115,8 @@ def biased_attention(
     Returns (batch, Q, heads, d_v) and the weights (batch, heads, Q, K) if asked for.
     """
     causal = getattr(module, CAUSAL)
+    if (factor := module._modules.get(FACTOR)) is not None:
+        query = factor(query)
     # Not at every token that is decoded, where it would take longer than the bias.
     if query.shape[2] > 1 and causal != (is_causal_module(module) if is_causal is None else is_causal):
         raise AttentionImplementationError(

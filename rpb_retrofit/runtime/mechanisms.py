@@ -24,7 +24,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .errors import PartialMatchError
+from .errors import PartialMatchError, UnsupportedModelError
+from .factor import Pairs
 from .families import Family
 
 
@@ -141,6 +142,19 @@ def inverse_frequencies(model: nn.Module, family: Family) -> dict[str, Tensor]:
         if not bool((frequencies.diff() <= 0).all()):
             raise PartialMatchError(f"{type(model).__name__}: the frequencies in {name} do not descend: keep none")
     return found
+
+
+def rotary_pairs(model: Any, family: Family) -> Pairs:
+    """Which dimensions of a query rotate together; UnsupportedModelError where none do, or nothing says which."""
+    name = type(model).__name__
+    if family.mechanism != "rope" or not family.uses_interface:
+        reason = "has no rotary frequencies" if family.mechanism != "rope" else "keeps its queries to itself"
+        raise UnsupportedModelError(f"{name} {reason}: its content term gets no factors, only tables can be fitted")
+    counts = {len(frequencies) for frequencies in inverse_frequencies(model, family).values()}
+    if len(counts) != 1:
+        raise UnsupportedModelError(f"{name} has layers with {sorted(counts)} frequencies: only tables can be fitted")
+    start = getattr(model.config.get_text_config(), family.rotary_after) if family.rotary_after else 0
+    return Pairs(family.pairing, start, counts.pop())
 
 
 def unbounded_positions(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:

@@ -30,7 +30,8 @@ from .errors import (
     NotRetrofittedError,
     PartialMatchError,
 )
-from .families import TABLE, Family, family_of, is_table
+from .factor import ContentFactor, Pairs
+from .families import FACTOR, TABLE, Family, family_of, is_own, is_table
 from .interface import (
     ATTENTION,
     BIAS_HOOKS,
@@ -56,6 +57,7 @@ RUNTIME_FILES = (
     "errors.py",
     "buckets.py",
     "bias.py",
+    "factor.py",
     "visibility.py",
     "blockwise.py",
     "split.py",
@@ -90,7 +92,7 @@ def attach(model: PreTrainedModel) -> dict[str, Any]:
         )
         heads = num_heads(module, model.config)
         bias = biases.get((heads, bucketing)) if settings["shared"] else None
-        tables[name] = biases[heads, bucketing] = bias or RelativePositionBias(heads, bucketing)
+        tables[name] = biases[heads, bucketing] = bias or RelativePositionBias(heads, bucketing, tail=settings.get("tail") == "log")
     _check_directions(settings, {table.bucketing.bidirectional for table in tables.values()})
     neutralise(model, family, settings.get("kept_frequencies", {}))
     for module in model.modules():
@@ -99,6 +101,8 @@ def attach(model: PreTrainedModel) -> dict[str, Any]:
     for name, module in modules.items():
         device = next(module.parameters()).device
         setattr(module, TABLE, tables[name].to(device))
+        if pairs := settings.get(FACTOR):
+            setattr(module, FACTOR, ContentFactor(num_heads(module, model.config), Pairs(**pairs)).to(device))
         setattr(module, RUN, biased_attention)
         setattr(module, CAUSAL, not tables[name].bucketing.bidirectional)
         if hasattr(module, "has_relative_attention_bias"):  # T5: no table of its own any more
@@ -123,9 +127,18 @@ def detach(model: PreTrainedModel) -> None:
     for module in attention_modules(model, family).values():
         remove_hooks(module, *BIAS_HOOKS.values(), *SILENCERS.values())
         delattr(module, TABLE)
+        module._modules.pop(FACTOR, None)
     for submodel in submodels(model):
         submodel.__class__ = cast(Any, type(submodel)).source_class
         submodel.all_tied_weights_keys = submodel.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+def detach_factors(model: PreTrainedModel) -> None:
+    """Take the factors on the content term off, and out of the configs: they are part of the weights now."""
+    for module in model.modules():
+        module._modules.pop(FACTOR, None)
+    for submodel in submodels(model):
+        submodel.config.rpb_retrofit = {k: v for k, v in submodel.config.rpb_retrofit.items() if k != FACTOR}
 
 
 def attention_modules(model: nn.Module, family: Family) -> dict[str, Any]:
@@ -145,6 +158,11 @@ def attention_modules(model: nn.Module, family: Family) -> dict[str, Any]:
 def table_names(model: nn.Module) -> list[str]:
     """Names of the tables' parameters in the model's state dict, a shared table once."""
     return [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, RelativePositionBias)]
+
+
+def own_names(model: nn.Module) -> list[str]:
+    """Names of all parameters that the retrofit added: tables, tails and factors; shared ones once."""
+    return [name for name, _ in model.named_parameters() if is_own(name)]
 
 
 def block_names(model: nn.Module) -> list[str]:
@@ -225,10 +243,10 @@ class RetrofitModel:
         model, info = super().from_pretrained(  # type: ignore[misc]
             path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
-        if missing := sorted(filter(is_table, info["missing_keys"])):
+        if missing := sorted(filter(is_own, info["missing_keys"])):
             raise MissingTablesError(f"'{path}' lacks {len(missing)} tables of its retrofit: {', '.join(missing)}")
         for key, found, expected in sorted(info["mismatched_keys"]):
-            if is_table(key) or not ignore_mismatched_sizes:
+            if is_own(key) or not ignore_mismatched_sizes:
                 meaning = " (heads, buckets)" if is_table(key) else ""
                 raise ConfigError(
                     f"'{path}': {key} has shape {tuple(found)}{meaning}, the config asks for {tuple(expected)}"
@@ -274,7 +292,7 @@ class RetrofitModel:
     def _shared_tables(self) -> dict[str, str]:
         """Each further name of a table, and its first."""
         owners: dict[int, str] = {}
-        names = [n for n, _ in self.named_parameters(remove_duplicate=False) if is_table(n)]  # type: ignore[attr-defined]
+        names = [n for n, _ in self.named_parameters(remove_duplicate=False) if is_own(n)]  # type: ignore[attr-defined]
         tied = {name: owners.setdefault(id(self.get_parameter(name)), name) for name in names}  # type: ignore[attr-defined]
         return {name: owner for name, owner in tied.items() if name != owner}
 
@@ -289,7 +307,7 @@ def retrofit_class(source: Any) -> Any:
 
 @cache
 def _retrofit_class(source: Any) -> Any:
-    keep = {*(source._keep_in_fp32_modules_strict or ()), TABLE}
+    keep = {*(source._keep_in_fp32_modules_strict or ()), TABLE, FACTOR}
     name = f"Rpb{source.__name__}"
     if (conversion := get_checkpoint_conversion_mapping(source.__name__)) is not None:
         # Some classes (GPTNeoXForCausalLM) have weight names of their own in checkpoints.

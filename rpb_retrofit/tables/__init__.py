@@ -19,6 +19,9 @@ from rpb_retrofit.tables.zeros import zeros
 CALIBRATED = "calibrated"
 """The initialisation that fits the tables to the source's attention on text."""
 
+CONTENT = "tables+content"
+"""What calibration fits where the content term gets factors, too."""
+
 Initialisation = Callable[[Place], "Tensor"]
 """A table's place -> the table, float32 (heads, buckets)."""
 

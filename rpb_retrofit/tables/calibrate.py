@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 
 from rpb_retrofit.errors import ConfigError, DataError
 from rpb_retrofit.runtime.bias import RelativePositionBias
-from rpb_retrofit.runtime.families import TABLE, Family
+from rpb_retrofit.runtime.families import FACTOR, TABLE, Family
 from rpb_retrofit.tables.fit import Fit, fit
+from rpb_retrofit.tables.form import Form
 from rpb_retrofit.tables.recording import StopForward, blocks_of, record_source, resumed, run, watch
 from rpb_retrofit.tables.rows import Rows
 from rpb_retrofit.tables.spool import Spool
@@ -91,10 +92,13 @@ class CalibrationReport:
 
 
 class Calibration:
-    """A calibration in two acts: `record` on the plain model, `apply` on the same model with tables attached."""
+    """A calibration in two acts: `record` on the plain model, `apply` on the same model with tables attached.
 
-    def __init__(self, family: Family, windows: Sequence[Tensor], seed: int, spool: Spool) -> None:
-        self.family, self.windows, self.spool = family, windows, spool
+    The ``kept`` highest rotary frequencies go on rotating, and get no factor.
+    """
+
+    def __init__(self, family: Family, windows: Sequence[Tensor], seed: int, spool: Spool, kept: int = 0) -> None:
+        self.family, self.windows, self.spool, self.kept = family, windows, spool, kept
         generator = torch.Generator().manual_seed(seed)
         self.positions = [_positions(len(window), generator) for window in self.windows]
         self.order: list[str] = []
@@ -117,12 +121,19 @@ class Calibration:
                     with resumed(model, blocks, index, self.spool, number):
                         run(model, window)
                 bias: RelativePositionBias = getattr(attentions[name], TABLE)
-                found = fit(_Pairs(self.spool, name, len(self.windows)), bias.bucketing)
+                factor = attentions[name]._modules.get(FACTOR)
+                form = Form(bias.bucketing, bias.tail is not None, None if factor is None else factor.pairs, self.kept)
+                found = fit(_Pairs(self.spool, name, len(self.windows)), form)
+                layers.append(_describe(name, found, form))
                 fits = shared.setdefault(id(bias), [])
-                fits.append(found.table)
+                fits.append(found.numbers)
+                mean = torch.stack(fits).mean(0)
                 with torch.no_grad():
-                    bias.weight.copy_(torch.stack(fits).mean(0))
-                layers.append(_describe(name, found))
+                    bias.weight.copy_(form.table(mean))
+                    if bias.tail is not None:
+                        bias.tail.copy_(form.slopes(mean))
+                    if factor is not None:
+                        factor.weight.copy_(form.factor(found.numbers))
                 for number in range(len(self.windows)):
                     del self.spool["source", name, number], self.spool["student", name, number]
         queries = sum(len(positions) for positions in self.positions)
@@ -185,8 +196,8 @@ def _positions(length: int, generator: torch.Generator) -> range:
     return range(last, -1, -EVERY)
 
 
-def _describe(name: str, found: Fit) -> LayerFit:
-    if not found.table.isfinite().all():
+def _describe(name: str, found: Fit, form: Form) -> LayerFit:
+    if not found.numbers.isfinite().all():
         raise ConfigError(f"{name}: its attention could not be fitted, the scores are not finite; take init='zeros'")
     return LayerFit(name, found.before.tolist(), found.after.tolist(), found.visits.tolist(), found.steps)
 

@@ -1,19 +1,19 @@
-"""The fit of one layer: the table whose attention, on top of the content scores, is nearest to the source's.
+"""The fit of one layer: the numbers with which its attention is nearest to the source's.
 
-For a head let ``p_i`` be the source's attention of query ``i`` and ``s_ij`` the content score that is left once its
-mechanism is gone. Minimised is the mean over queries of ``KL(p_i || softmax_j(s_ij + u[bucket(i - j)]))`` over the
-table ``u``. That is convex, and all that it asks of the data are bucket masses: with ``m_i`` those of the fit, the
-gradient is the mean of ``m_i`` less the source's, the Hessian the mean of ``diag(m_i) - m_i m_i^T``. So each step of
-Newton's method reads the rows once, a block at a time.
+For a head let ``p_i`` be the source's attention of query ``i`` and ``s_ij`` the score left once its mechanism is gone,
+with everything that a `Form` adds: a table, a tail, factors on the content. Minimised is the mean over queries of
+``KL(p_i || softmax_j s_ij)``. The numbers enter the scores linearly, so that is convex, and all that it asks of the data
+are moments: the gradient is the mean of the fit's moments less the source's, the Hessian the mean covariance of the
+features under the fit. So each step of Newton's method reads the rows once, a block at a time.
 
 Softmax ignores a constant, so the loss is flat along one direction per head (unless there are sinks): the answer is
 the table of mean zero. A very weak pull of each bucket to its neighbours decides what the data leave open: a bucket
-that no pair of tokens fell into continues the one before it.
+that no pair of tokens fell into continues the one before it. Factors are pulled to 1, a tail to none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -21,13 +21,18 @@ import torch
 from torch import Tensor
 
 from rpb_retrofit.runtime.buckets import Bucketing
+from rpb_retrofit.tables.form import Form
 from rpb_retrofit.tables.rows import Rows
 
 Pairs = Iterable[tuple[Rows, Rows]]
 """Rows of the source's attention, and the same rows of the model without its mechanism. Read once per step."""
 
 PULL = 1e-5
-"""Weight of the squared difference of neighbouring buckets, beside the sum (not the mean) of the KL over the rows."""
+"""Weight of the squared difference of neighbouring buckets and of the squared slopes of a tail, beside the sum (not the
+mean) of the KL over the rows."""
+
+STIFFNESS = 0.1
+"""Weight of the squared distance of each factor from 1, likewise."""
 
 GAUGE = 1.0
 """Weight of the squared mean of a table, where a constant is free: picks one of the equal tables."""
@@ -35,13 +40,18 @@ GAUGE = 1.0
 STEPS, TOLERANCE = 20, 1e-7
 """Most Newton steps; a head is done once a step promises less than this many nats."""
 
+THIN, THIN_STEPS, THIN_TOLERANCE = 4, 12, 1e-4
+"""The same with factors, whose covariance is dear: it is taken from one row in four, which makes the steps a little
+worse and does not move what they lead to."""
+
 
 class Target(NamedTuple):
-    """What the fit needs to know of the source: the mean bucket masses (heads, buckets) of its attention, the mean of
+    """What the fit needs to know of the source: the mean moments (heads, size) of its attention, the mean of
     ``sum_j p_ij (log p_ij - s_ij)`` (heads,), how many pairs of tokens fell into each bucket, how many rows there are,
-    and whether a constant is free: not beside a sink, whose size is fixed."""
+    and whether a constant is free: not beside a sink, whose size is fixed. Moments are None where a soft cap bends the
+    features, so that they have to be taken anew at each step."""
 
-    masses: Tensor
+    moments: Tensor | None
     constant: Tensor
     visits: Tensor
     rows: int
@@ -49,69 +59,105 @@ class Target(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """The mean KL (heads,), with the pull; its gradient (heads, buckets) and Hessian (heads, buckets, buckets)."""
+    """The mean KL (heads,) and, with the pull, the loss; its gradient (heads, size) and Hessian (heads, size, size)."""
 
+    kl: Tensor
     value: Tensor
     gradient: Tensor
     hessian: Tensor
 
 
 class Fit(NamedTuple):
-    """A layer's table (heads, buckets), the mean KL per head of zeros and of the table, in nats, pairs of tokens by
-    bucket, and the steps that it took."""
+    """A layer's numbers (heads, size), float32; per head the mean KL of a zero table and of the fit, in nats; pairs of
+    tokens by bucket; and the steps that it took."""
 
-    table: Tensor
+    numbers: Tensor
     before: Tensor
     after: Tensor
     visits: Tensor
     steps: int
 
 
-def target_of(pairs: Pairs, bucketing: Bucketing, dtype: torch.dtype = torch.float32) -> Target:
-    """Read all rows once for what does not depend on the table."""
-    sums: list[Tensor] = []  # constant, masses, visits
-    rows, free = 0, True
+def target_of(pairs: Pairs, form: Form, dtype: torch.dtype = torch.float32) -> Target:
+    """Read all rows once for what does not depend on the numbers."""
+    sums: list[Tensor] = []  # constant, moments, visits
+    rows, free, bent = 0, True, False
     for source, student in pairs:
         for theirs, ours in zip(source.blocks(), student.blocks(), strict=True):
-            scores, content = theirs.content(dtype), ours.content(dtype)
-            normaliser = theirs.log_normaliser(scores)
-            log = scores - normaliser[..., None]
-            weights = log.exp()
-            constant = torch.where(weights > 0, weights * (log - content), 0).sum((1, 2), dtype=torch.double)
-            if theirs.sinks is not None:  # the sink's own term: both models have the same
-                free = False
-                constant -= ((theirs.sinks[:, None] - normaliser).exp() * normaliser).sum(1)
-            seen = (scores[:1] > -torch.inf).to(dtype)
-            new = [constant, *(theirs.masses(x, bucketing).sum(1, dtype=torch.double) for x in (weights, seen))]
+            content = ours.content(dtype)
+            weights, relative = _against(theirs, content)
+            free = free and theirs.sinks is None
+            bent = bent or (ours.softcap is not None and form.num_factors > 0)
+            seen = (content[:1] > -torch.inf).to(dtype)
+            visits = theirs.masses(seen, form.bucketing)
+            moments = form.moments(ours, weights, content)
+            new = [relative, *(x.sum(1, dtype=torch.double) for x in (moments, visits))]
             sums = [a + b for a, b in zip(sums, new, strict=True)] if sums else new
             rows += len(theirs.positions)
-    constant, masses, visits = sums
+    constant, moments, visits = sums
     if free:  # a row's masses sum to one, but for rounding, which would push buckets that no pair fell into
-        masses = masses * (rows / masses.sum(1, keepdim=True))
-    return Target(masses / rows, constant / rows, visits[0].round().long(), rows, free)
+        masses = form.table(moments)
+        masses *= rows / masses.sum(1, keepdim=True)
+    return Target(None if bent else moments / rows, constant / rows, visits[0].round().long(), rows, free)
 
 
-def loss(table: Tensor, target: Target, students: Iterable[Rows], bucketing: Bucketing) -> Loss:
-    """The loss of a table (heads, buckets) with its derivatives, float64; rows are computed in the table's dtype."""
-    heads, buckets = table.shape
-    value, mean = target.constant.new_zeros(heads), target.constant.new_zeros(heads, buckets)
-    square = target.constant.new_zeros(heads, buckets, buckets)
-    for student in students:
-        for block in student.blocks():
-            scores = block.content(table.dtype).add_(block.bias(table, bucketing))
+def _against(theirs: Rows, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The source's weights (heads, R, K), and ``sum p (log p - s)`` over the rows, (heads,) float64."""
+    own = theirs.content(scores.dtype)
+    normaliser = theirs.log_normaliser(own)
+    log = own - normaliser[..., None]
+    weights = log.exp()
+    relative = torch.where(weights > 0, weights * (log - scores), 0).sum((1, 2), dtype=torch.double)
+    if theirs.sinks is not None:  # the sink's own term: both models have the same
+        relative -= ((theirs.sinks[:, None] - normaliser).exp() * normaliser).sum(1)
+    return weights, relative
+
+
+def loss(numbers: Tensor, target: Target, pairs: Pairs, form: Form, thin: int = 1) -> Loss:
+    """The loss of numbers (heads, size) with its derivatives, float64; rows are computed in the dtype of the numbers.
+
+    The Hessian is taken from one row in ``thin``.
+    """
+    heads, size = numbers.shape
+    value, mean = target.constant.new_zeros(heads), target.constant.new_zeros(heads, size)
+    hessian, count = target.constant.new_zeros(heads, size, size), 0
+    for source, student in pairs:
+        for theirs, block in zip(source.blocks(), student.blocks(), strict=True):
+            scores, content = form.scores(block, numbers)
             normaliser = block.log_normaliser(scores)
-            masses = block.masses(scores.sub_(normaliser[..., None]).exp_(), bucketing)
+            weights = (scores - normaliser[..., None]).exp_()
+            moments = form.moments(block, weights, content)
             value += normaliser.sum(1, dtype=torch.double)
-            mean += masses.sum(1, dtype=torch.double)
-            square += masses.transpose(1, 2) @ masses
-    u = table.double()
-    pull = (neighbours(bucketing) * (PULL / target.rows) + (GAUGE / buckets**2 if target.free else 0)).to(u)
-    mean /= mean.sum(1, keepdim=True) if target.free else target.rows
-    return Loss(
-        value / target.rows + target.constant - (target.masses * u).sum(1) + ((u @ pull) * u).sum(1) / 2,
-        mean - target.masses + u @ pull,
-        torch.diag_embed(mean) - square / target.rows + pull,
-    )
+            mean += moments.sum(1, dtype=torch.double)
+            some = slice(None, None, thin)
+            moments = moments[:, some]
+            hessian += form.covariance(block.part(some), weights[:, some], content[:, some], moments)
+            count += moments.shape[1]
+            if target.moments is None:
+                weights, relative = _against(theirs, scores)
+                value += relative
+                mean -= form.moments(block, weights, content).sum(1, dtype=torch.double)
+    x, pull = numbers.double(), _pull(form, target).to(numbers.device)
+    value, mean = value / target.rows, mean / target.rows
+    if target.moments is not None:
+        if target.free:
+            masses = form.table(mean)
+            masses /= masses.sum(1, keepdim=True)
+        value += target.constant - (target.moments * x).sum(1)
+        mean -= target.moments
+    return Loss(value, value + ((x @ pull) * x).sum(1) / 2, mean + x @ pull, hessian / count + pull)
+
+
+def _pull(form: Form, target: Target) -> Tensor:
+    buckets, bias = form.bucketing.num_buckets, form.num_bias
+    pull = torch.zeros(form.size, form.size, dtype=torch.double)
+    pull[:buckets, :buckets] = neighbours(form.bucketing) * (PULL / target.rows)
+    if target.free:
+        pull[:buckets, :buckets] += GAUGE / buckets**2
+    diagonal = pull.diagonal()
+    diagonal[buckets:bias] += PULL / target.rows
+    diagonal[bias:] += STIFFNESS / target.rows
+    return pull
 
 
 def neighbours(bucketing: Bucketing) -> Tensor:
@@ -125,31 +171,42 @@ def neighbours(bucketing: Bucketing) -> Tensor:
     return difference.T @ difference
 
 
-def fit(pairs: Pairs, bucketing: Bucketing, dtype: torch.dtype = torch.float32) -> Fit:
-    """The table of a layer, float32, by Newton's method with a step length per head."""
-    target = target_of(pairs, bucketing, dtype)
-    heads = len(target.constant)
+def fit(pairs: Pairs, form: Form, dtype: torch.dtype = torch.float32) -> Fit:
+    """The numbers of a layer, by Newton's method with a step length per head; the table goes first, alone."""
+    plain = Form(form.bucketing, form.tail)
+    target = target_of(pairs, plain, dtype)
+    zeros = target.constant.new_zeros(len(target.constant), plain.num_bias)
+    numbers, before, after, steps = _newton(lambda x: loss(x.to(dtype), target, pairs, plain), zeros, STEPS, TOLERANCE)
+    if form.num_factors:
+        target = target_of(pairs, form, dtype)
+        start = torch.nn.functional.pad(numbers, (0, 2 * form.num_factors))
+        numbers, _, after, more = _newton(
+            lambda x: loss(x.to(dtype), target, pairs, form, THIN), start, THIN_STEPS, THIN_TOLERANCE
+        )
+        steps += more
+    return Fit(numbers.float(), before, after, target.visits, steps)
 
-    def evaluate(table: Tensor) -> Loss:
-        return loss(table.to(dtype), target, (student for _, student in pairs), bucketing)
 
-    table = target.constant.new_zeros(heads, bucketing.num_buckets)
-    now = evaluate(table)
-    before, steps = now.value, 0
-    length = target.constant.new_ones(heads, 1)
-    while steps < STEPS:
+def _newton(
+    evaluate: Callable[[Tensor], Loss], numbers: Tensor, most: int, tolerance: float
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """The numbers of least loss, the KL (heads,) at the start and there, and the steps taken."""
+    now = evaluate(numbers)
+    before, steps = now.kl, 0
+    length = numbers.new_ones(len(numbers), 1)
+    while steps < most:
         direction = -torch.linalg.solve(now.hessian, now.gradient)
         promised = -(direction * now.gradient).sum(1) / 2
-        if not (promised > TOLERANCE).any():
-            # What is left is next to nothing in the loss but not in the table: the loss is flat here.
-            table = table + direction
+        if not (promised > tolerance).any():
+            # What is left is next to nothing in the loss but not in the numbers: the loss is flat here.
+            numbers = torch.where(promised[:, None] >= 0, numbers + direction, numbers)
             break
         steps += 1
-        there = table + length * direction
+        there = numbers + length * direction
         new = evaluate(there)
         # Sufficient decrease, or a decrease that is lost in rounding; a head that gets worse tries a shorter step.
         better = new.value <= now.value - 1e-4 * length[:, 0] * promised + 1e-6
-        table = torch.where(better[:, None], there, table)
+        numbers = torch.where(better[:, None], there, numbers)
         now = Loss(*(torch.where(better.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in zip(new, now, strict=True)))
         length = torch.where(better[:, None], (length * 4).clamp(max=1), length / 4)
-    return Fit(table.float(), before, now.value, target.visits, steps)
+    return numbers, before, now.kl, steps

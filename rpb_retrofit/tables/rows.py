@@ -6,13 +6,13 @@ vector over offsets, as in ``runtime/blockwise.py``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from rpb_retrofit.runtime.buckets import Bucketing, bucket_of, first_distances
+from rpb_retrofit.runtime.buckets import Bucketing, first_distances
 
 BLOCK = 2**22
 """Scores that are computed at a time."""
@@ -48,29 +48,47 @@ class Rows:
         """The same rows, few enough at a time that their scores have `BLOCK` entries at most."""
         size = max(1, BLOCK // (self.heads * self.keys))
         for start in range(0, len(self.positions), size):
-            part = slice(start, start + size)
-            yield replace(
-                self,
-                positions=self.positions[part],
-                seen=self.seen[part],
-                query=None if self.query is None else self.query[:, part],
-                scores=None if self.scores is None else self.scores[:, part],
-            )
+            yield self.part(slice(start, start + size))
 
-    def content(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The content scores (heads, R, K), minus infinity where a key is hidden."""
+    def part(self, rows: slice) -> Rows:
+        """Some of the rows, a fixed distance apart."""
+        return replace(
+            self,
+            positions=self.positions[rows],
+            seen=self.seen[rows],
+            query=None if self.query is None else self.query[:, rows],
+            scores=None if self.scores is None else self.scores[:, rows],
+        )
+
+    def content(self, dtype: torch.dtype = torch.float32, turn: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """The content scores (heads, R, K), minus infinity where a key is hidden; ``turn`` changes the queries."""
         if self.scores is not None:
             scores = self.scores.to(dtype)
         else:
             assert self.query is not None and self.key is not None
-            (heads, rows, width), groups = self.query.shape, self.key.shape[0]
-            query = self.query.to(dtype).reshape(groups, -1, width) * self.scale
-            scores = (query @ self.key.to(dtype).transpose(1, 2)).view(heads, rows, -1)
+            query = self.query.to(dtype) * self.scale
+            query = query if turn is None else turn(query)
+            scores = self.ungrouped(self.grouped(query) @ self.key.to(dtype).transpose(1, 2))
             if self.softcap is not None:
                 scores = self.softcap * torch.tanh(scores / self.softcap)
         at = torch.arange(self.keys, device=scores.device)
         hidden = (at < self.seen[:, :1]) | (at >= self.seen[:, 1:])
         return scores.masked_fill(hidden, -torch.inf)
+
+    def grouped(self, x: Tensor) -> Tensor:
+        """(heads, R, n) as (key-value heads, heads of a group * R, n)."""
+        assert self.key is not None
+        return x.reshape(len(self.key), -1, x.shape[-1])
+
+    def ungrouped(self, x: Tensor) -> Tensor:
+        """Undo `grouped`."""
+        return x.reshape(self.heads, -1, x.shape[-1])
+
+    def cap_slope(self, content: Tensor) -> Tensor | None:
+        """How much a content score, as of `content`, changes with what the soft cap bends; None where there is none."""
+        if self.softcap is None:
+            return None
+        return 1 - (content.masked_fill(content == -torch.inf, 0) / self.softcap) ** 2
 
     def log_normaliser(self, scores: Tensor) -> Tensor:
         """(heads, R): the logarithm of what the softmax of (heads, R, K) scores divides by; sinks are part of it."""
@@ -78,12 +96,16 @@ class Rows:
             return scores.logsumexp(-1)
         return torch.logaddexp(scores.logsumexp(-1), self.sinks[:, None].to(scores.dtype))
 
-    def bias(self, table: Tensor, bucketing: Bucketing) -> Tensor:
-        """The bias (heads, R, K) of a table (heads, buckets): a view."""
+    @property
+    def offsets(self) -> Tensor:
+        """All offsets between these queries and keys, descending and consecutive, int64."""
         step = -self.positions.step
         count = step * (len(self.positions) - 1) + self.keys
-        offsets = self.positions[0] - torch.arange(count, device=table.device)
-        return table[:, bucket_of(offsets, bucketing)].unfold(1, self.keys, step)
+        return self.positions[0] - torch.arange(count, device=self.seen.device)
+
+    def diagonals(self, line: Tensor) -> Tensor:
+        """Numbers (n, offsets) of the `offsets` as (n, R, K), for every row and key: a view."""
+        return line.unfold(1, self.keys, -self.positions.step)
 
     def masses(self, weights: Tensor, bucketing: Bucketing) -> Tensor:
         """(heads, R, buckets): what of each row of attention weights (heads, R, K) lies in each bucket."""
