@@ -10,13 +10,14 @@ from rpb_retrofit.version import __version__
 if TYPE_CHECKING:
     from rpb_retrofit.checkpoint.load import load
     from rpb_retrofit.config import RetrofitConfig
-    from rpb_retrofit.inplace import RetrofitReport, retrofit, revert
+    from rpb_retrofit.inplace import retrofit, revert
+    from rpb_retrofit.report import RetrofitReport
 
 __all__ = ["RetrofitConfig", "RetrofitReport", "__version__", "load", "retrofit", "revert"]
 
 _HOME = {
     "RetrofitConfig": "rpb_retrofit.config",
-    "RetrofitReport": "rpb_retrofit.inplace",
+    "RetrofitReport": "rpb_retrofit.report",
     "load": "rpb_retrofit.checkpoint.load",
     "retrofit": "rpb_retrofit.inplace",
     "revert": "rpb_retrofit.inplace",

@@ -10,12 +10,15 @@ from typing import Any, Literal
 from rpb_retrofit.errors import ConfigError
 from rpb_retrofit.tables import CALIBRATED, CONTENT, FROM, INITIALISATIONS
 
+_MAY_BE_AUTO = ("relative_attention_num_buckets", "keep_frequencies")
+
 
 @dataclass(frozen=True)
 class RetrofitConfig:
     """What to put in the place of a model's positional mechanism. Names follow Transformers' T5 where it has one.
 
-    ``relative_attention_num_buckets``: scalars per head; a bidirectional table gives half to each direction.
+    ``relative_attention_num_buckets``: scalars per head; a bidirectional table gives half to each direction. ``auto``:
+    as few, and of such a reach, as text that calibration did not see allows.
     ``relative_attention_max_distance``: offsets from here on share the last bucket.
     ``init``: where the numbers in the tables come from: ``calibrated`` fits them to what the source attends to on
     text; ``zeros``, ``normal`` (as Transformers' T5 initialises) and ``alibi`` need no text; ``from:CHECKPOINT`` takes
@@ -31,7 +34,7 @@ class RetrofitConfig:
     ``seed``: of whatever is drawn: ``normal``'s numbers, the queries that calibration compares.
     """
 
-    relative_attention_num_buckets: int = 32
+    relative_attention_num_buckets: int | Literal["auto"] = 32
     relative_attention_max_distance: int = 128
     init: str = CALIBRATED
     calibrate: str = "tables"
@@ -44,17 +47,22 @@ class RetrofitConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             kind, value = type(field.default), getattr(self, field.name)
-            if type(value) is not kind and not (field.name == "keep_frequencies" and value == "auto"):
+            if type(value) is not kind and not (value == "auto" and field.name in _MAY_BE_AUTO):
                 raise ConfigError(f"{field.name}={value!r}: expected {kind.__name__}, got {type(value).__name__}")
         if self.keep_frequencies != "auto" and self.keep_frequencies < 0:
             raise ConfigError(f"keep_frequencies={self.keep_frequencies}: a number from 0 on, or 'auto'")
         if self.polish < 0:
             raise ConfigError(f"polish={self.polish}: a number of steps, 0 for none")
-        for name, choices in (("calibrate", ("tables", CONTENT)), ("tail", ("flat", "log"))):
-            if (value := getattr(self, name)) not in choices:
-                raise ConfigError(f"{name}='{value}': choose {' or '.join(choices)}")
+        for name, either in (("calibrate", ("tables", CONTENT)), ("tail", ("flat", "log"))):
+            if (value := getattr(self, name)) not in either:
+                raise ConfigError(f"{name}='{value}': choose {' or '.join(either)}")
         if self.calibrate == CONTENT and self.init != CALIBRATED:
             raise ConfigError(f"calibrate='{CONTENT}' needs init='calibrated', not init='{self.init}'")
+        if self.relative_attention_num_buckets == "auto" and self.init != CALIBRATED:
+            raise ConfigError(
+                f"relative_attention_num_buckets='auto' needs init='calibrated', which has text to choose by, not "
+                f"init='{self.init}'"
+            )
         if self.init not in (CALIBRATED, *INITIALISATIONS) and not self.init.startswith(FROM):
             choices = ", ".join((CALIBRATED, *INITIALISATIONS, f"{FROM}CHECKPOINT"))
             raise ConfigError(f"init='{self.init}': choose one of {choices}")

@@ -2,58 +2,30 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.models.auto import modeling_auto
 
 from rpb_retrofit.config import RetrofitConfig
 from rpb_retrofit.eligibility import check_eligible
 from rpb_retrofit.errors import ConfigError, NotRetrofittedError, RevertError, UnsupportedModelError
-from rpb_retrofit.runtime.families import FACTOR, TABLE, Family, family_of, is_own
-from rpb_retrofit.runtime.mechanisms import inverse_frequencies, rotary_pairs, trained_context
-from rpb_retrofit.runtime.modeling import attach, attention_modules, block_names, detach, own_names, submodels, table_names
+from rpb_retrofit.filling import fill
+from rpb_retrofit.report import RetrofitReport, report
+from rpb_retrofit.runtime.families import FACTOR, TABLE, is_own
+from rpb_retrofit.runtime.modeling import attach, attention_modules, detach, own_names, submodels
+from rpb_retrofit.settings import auto_map, describe
 from rpb_retrofit.tables import CALIBRATED, CONTENT, FROM, INITIALISATIONS
-from rpb_retrofit.tables.calibrate import Calibration, CalibrationReport, check_windows
+from rpb_retrofit.tables.calibrate import Calibration, check_windows
+from rpb_retrofit.tables.choose import TRIED_FIRST, Candidate
 from rpb_retrofit.tables.folding import fold
-from rpb_retrofit.tables.place import Place
-from rpb_retrofit.tables.polish import Polish, PolishReport
-from rpb_retrofit.tables.reuse import Reused, reuse
+from rpb_retrofit.tables.polish import Polish
 from rpb_retrofit.tables.spool import temporary_spool
-from rpb_retrofit.version import __version__
 
 _SNAPSHOT = "_rpb_source"
-
-
-@dataclass(frozen=True)
-class RetrofitReport:
-    """What a retrofit did: to which mechanism, in which layers, at how many parameters."""
-
-    mechanism: str
-    layers_expected: int
-    layers_patched: list[str]
-    tables: list[str]
-    parameters_added: int
-    num_buckets: int
-    max_distance: int
-    init: str
-    calibration: CalibrationReport | None = None
-    polish: PolishReport | None = None
-    notes: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        swap = (
-            f"{self.mechanism} -> T5 bias: {len(self.layers_patched)} of {self.layers_expected} layers patched, "
-            f"{len(self.tables)} tables of {self.num_buckets} buckets to distance {self.max_distance} "
-            f"(init {self.init}), {self.parameters_added:,} parameters added"
-        )
-        more = [str(part) for part in (self.calibration, self.polish) if part is not None]
-        return "\n".join([swap, *self.notes, *more])
 
 
 _WRITTEN = (
@@ -87,7 +59,8 @@ def retrofit(
 ) -> RetrofitReport:
     """Swap the positional mechanism of ``model`` for the T5 bucketed bias, in place.
 
-    No weight of the source changes; `revert` gives it back bit for bit. ``save_pretrained`` then writes a checkpoint
+    No weight of the source changes, but for the query projections with ``calibrate="tables+content"``; `revert` gives
+    the source back bit for bit. ``save_pretrained`` then writes a checkpoint
     that loads with `rpb_retrofit.load` or, without this package, with ``trust_remote_code=True``.
 
     Args:
@@ -95,7 +68,8 @@ def retrofit(
             or wrapped.
         config: the settings; by default `RetrofitConfig()`.
         calibration: text for ``init="calibrated"``: batches of token ids, (n,) or (batch, n), unpadded. A few windows
-            as long as the trained context or as the maximum distance, together some thousand tokens, will do.
+            as long as the trained context or as the maximum distance, together some thousand tokens, will do. With
+            ``init="from:..."`` it decides which head gets the table of which.
         polishing: text for ``polish``, likewise: 512 tokens a step; by default ``calibration``'s, again and again.
 
     Raises:
@@ -122,7 +96,8 @@ def retrofit(
         own_tables={name: getattr(module, TABLE) for name, module in attentions.items() if hasattr(module, TABLE)},
         fingerprints=_fingerprints(model),
     )
-    settings = describe(model, config, family)
+    first = _with_buckets(config, TRIED_FIRST) if config.relative_attention_num_buckets == "auto" else config
+    settings = describe(model, first, family)
     with temporary_spool() as spool:
         fitting = polish = None
         if calibration is not None:
@@ -133,17 +108,21 @@ def retrofit(
             windows = check_windows(model, calibration if polishing is None else polishing)
             polish = Polish(windows, config.polish, spool)
             polish.teach(model)
-        for submodel in submodels(model):
-            submodel.config.rpb_retrofit = settings
-            submodel.config.auto_map = auto_map(submodel.config)
         try:
-            attach(model)
+            _attach(model, settings)
         except BaseException:
             _restore_configs(snapshot)
             raise
         setattr(model, _SNAPSHOT, snapshot)
         try:
-            found = _fill(model, config) if fitting is None else fitting.apply(model, attentions)
+            choice = None
+            if config.relative_attention_num_buckets == "auto":
+                assert fitting is not None, "a config without calibration chooses no buckets"
+                choice = fitting.choose(model, attentions)
+                config = _with_buckets(config, choice.chosen)
+                detach(model)
+                _attach(model, describe(model, config, family))
+            found, notes = fill(model, config, fitting, attentions)
             polished = None if polish is None else polish.apply(model, own_names(model))
             if config.calibrate == CONTENT:
                 assert fitting is not None, "a config without calibration fits no factors"
@@ -153,7 +132,35 @@ def retrofit(
             _unfold(model, snapshot)
             revert(model)
             raise
-    return report(model, config, found, polished)
+    said = [*([str(choice)] if choice else []), *notes]
+    if config.calibrate == CONTENT:
+        said.append(_where_factors_are(model, snapshot))
+    return report(model, said, found, polished)
+
+
+def _where_factors_are(model: PreTrainedModel, snapshot: _Snapshot) -> str:
+    kept = sum(parameter.numel() for name, parameter in model.named_parameters() if FACTOR in name)
+    if kept:
+        return (
+            f"factors on the content term kept as {kept:,} parameters: a norm stands between the query projections and "
+            "the scores"
+        )
+    return f"factors on the content term folded into {len(snapshot.folded)} weights of the query projections"
+
+
+def _with_buckets(config: RetrofitConfig, chosen: Candidate) -> RetrofitConfig:
+    return replace(
+        config,
+        relative_attention_num_buckets=chosen.num_buckets,
+        relative_attention_max_distance=chosen.max_distance,
+    )
+
+
+def _attach(model: PreTrainedModel, settings: dict[str, Any]) -> None:
+    for submodel in submodels(model):
+        submodel.config.rpb_retrofit = settings
+        submodel.config.auto_map = auto_map(submodel.config)
+    attach(model)
 
 
 def _check_text(config: RetrofitConfig, calibration: Any | None, polishing: Any | None) -> None:
@@ -162,12 +169,18 @@ def _check_text(config: RetrofitConfig, calibration: Any | None, polishing: Any 
             "init='calibrated' needs text: give calibration=[batches of token ids], or choose another init: "
             f"{', '.join(INITIALISATIONS)}"
         )
-    if calibration is not None and config.init != CALIBRATED:
+    if calibration is not None and config.init != CALIBRATED and not config.init.startswith(FROM):
         raise ConfigError(f"calibration was given, but init='{config.init}' uses none: leave it out")
     if polishing is not None and not config.polish:
         raise ConfigError("polishing was given, but polish=0 uses none: leave it out")
     if config.polish and calibration is None and polishing is None:
         raise ConfigError(f"polish={config.polish} needs text: give polishing=[batches of token ids]")
+
+
+def folded(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Of a model that was retrofitted in this process: the weights that factors were folded into, as they were."""
+    snapshot: _Snapshot = getattr(model, _SNAPSHOT)
+    return snapshot.folded
 
 
 def revert(model: PreTrainedModel) -> None:
@@ -231,95 +244,3 @@ def _fingerprint(parameter: torch.Tensor) -> Fingerprint:
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = parameter.detach().contiguous().view(integers[parameter.element_size()])
     return parameter.dtype, parameter.shape, int(bits.sum(dtype=torch.int64))
-
-
-def describe(model: PreTrainedModel, config: RetrofitConfig, family: Family) -> dict[str, Any]:
-    """What the model's config says about its retrofit: the key ``rpb_retrofit`` of config.json."""
-    kept = kept_frequencies(model, config.keep_frequencies, family)
-    return {
-        "version": __version__,
-        "source": str(model.name_or_path or type(model).__name__),
-        "mechanism": family.mechanism,
-        **asdict(config),
-        **({"kept_frequencies": kept} if kept else {}),
-        **({FACTOR: rotary_pairs(model, family)._asdict()} if config.calibrate == CONTENT else {}),
-    }
-
-
-def kept_frequencies(model: PreTrainedModel, keep: int | str, family: Family) -> dict[str, int]:
-    """How many of the highest frequencies of each rotary buffer stay; empty where none do."""
-    if keep == 0:
-        return {}
-    source = model.name_or_path or type(model).__name__
-    if family.mechanism != "rope":
-        raise ConfigError(
-            f"keep_frequencies={keep!r}: '{source}' has {family.mechanism} positions and no frequencies: leave it out"
-        )
-    found = inverse_frequencies(model, family)
-    if keep == "auto":
-        context = trained_context(model, family) or 0
-        kept = {name: int((2 * math.pi / frequencies <= context).sum()) for name, frequencies in found.items()}
-        return kept if any(kept.values()) else {}
-    for name, frequencies in found.items():
-        if int(keep) > len(frequencies):
-            raise ConfigError(f"keep_frequencies={keep}: '{source}' has {len(frequencies)} in {name}; keep fewer")
-    return dict.fromkeys(found, int(keep))
-
-
-def auto_map(config: Any) -> dict[str, str]:
-    """For every Auto class that serves this config, the retrofitted class in the checkpoint's own code."""
-    classes = {}
-    for name, auto in vars(modeling_auto).items():
-        mapping = getattr(auto, "_model_mapping", None)
-        if name.startswith("AutoModel") and mapping is not None and type(config) in mapping:
-            served = mapping[type(config)]
-            model = served[0] if isinstance(served, tuple | list) else served
-            classes[name] = f"modeling.Rpb{model.__name__}"
-    return classes
-
-
-def first_tables(model: PreTrainedModel, config: RetrofitConfig) -> Reused:
-    """The tables that an attached model begins with, where they need no text, by parameter name; on the CPU."""
-    biases: dict[str, Any] = {name: model.get_submodule(name.removesuffix(".weight")) for name in table_names(model)}
-    context = trained_context(model, family_of(model.config)) or 2 * config.relative_attention_max_distance
-    if config.init.startswith(FROM):
-        wanted = {name: (len(bias.weight), bias.bucketing) for name, bias in biases.items()}
-        return reuse(config.init.removeprefix(FROM), wanted, context)
-    hidden_size = model.config.get_text_config().hidden_size
-    places = {
-        name: Place(len(bias.weight), bias.bucketing, hidden_size, context, config.seed + number)
-        for number, (name, bias) in enumerate(biases.items())
-    }
-    return Reused({name: INITIALISATIONS[config.init](place) for name, place in places.items()}, [])
-
-
-def _fill(model: PreTrainedModel, config: RetrofitConfig) -> Reused:
-    found = first_tables(model, config)
-    for name, table in found.tables.items():
-        model.get_parameter(name).data.copy_(table)
-    return found
-
-
-def report(
-    model: PreTrainedModel,
-    config: RetrofitConfig,
-    found: CalibrationReport | Reused,
-    polished: PolishReport | None = None,
-) -> RetrofitReport:
-    """Describe an attached model, and where its tables come from."""
-    family = family_of(model.config)
-    attentions = attention_modules(model, family)
-    tables = table_names(model)
-    return RetrofitReport(
-        mechanism=family.mechanism,
-        layers_expected=len(block_names(model)),
-        layers_patched=[name for name, module in attentions.items() if hasattr(module, TABLE)],
-        tables=tables,
-        parameters_added=sum(model.get_parameter(name).numel() for name in tables),
-        num_buckets=config.relative_attention_num_buckets,
-        max_distance=config.relative_attention_max_distance,
-        init=config.init,
-        calibration=found if isinstance(found, CalibrationReport) else None,
-        polish=polished,
-        notes=[] if isinstance(found, CalibrationReport) else found.notes,
-    )

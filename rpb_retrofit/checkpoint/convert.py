@@ -19,12 +19,13 @@ from rpb_retrofit.files.folder import check_absent, whole_folder
 from rpb_retrofit.files.shards import place, place_without, tensor_names
 from rpb_retrofit.files.source import Source, find, model_class
 from rpb_retrofit.runtime.families import family_of, is_table
-from rpb_retrofit.tables import CALIBRATED
+from rpb_retrofit.tables import CALIBRATED, FROM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from rpb_retrofit.inplace import RetrofitReport
+    from rpb_retrofit.checkpoint.rewrite import Change
+    from rpb_retrofit.report import RetrofitReport
     from rpb_retrofit.text import CalibrationText
 
 # Transformers is imported late in this file: its import and the copying of gigabytes overlap.
@@ -40,7 +41,7 @@ class Conversion:
     report: RetrofitReport
     out: Path
     shards: int
-    weights: str  # "linked", "copied" or "dequantised"
+    weights: str  # "linked" (what did not change), "copied" or "dequantised"
 
 
 def retrofit_checkpoint(
@@ -54,7 +55,8 @@ def retrofit_checkpoint(
     """Retrofit ``source`` (a folder, a hub id, or a GGUF file) into a new folder ``out``.
 
     ``out`` appears whole or not at all. With ``link`` the shards are hard links to the source's (instant, no space);
-    else clones where the file system can share blocks, else copies. Saving a model over a link replaces the link,
+    else clones where the file system can share blocks, else copies. Factors on the content term are written into those
+    that hold query projections, which are then no links. Saving a model over a link replaces the link,
     never the source's file. Weights are loaded only where the tables are calibrated, on ``calibration`` or by default
     on Python's help texts, and from a GGUF file, which is dequantised to float32.
 
@@ -62,8 +64,9 @@ def retrofit_checkpoint(
     """
     out = Path(out).expanduser()
     check_absent(out)
+    takes_text = config.init == CALIBRATED or config.init.startswith(FROM)
     if config.init != CALIBRATED and not config.polish:
-        if calibration is not None:
+        if calibration is not None and not takes_text:
             raise ConfigError(f"calibration text was given, but init='{config.init}' uses none: leave it out")
     elif calibration is None:
         from rpb_retrofit.text import CalibrationText
@@ -88,11 +91,15 @@ def _convert_folder(
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source.folder / file, target)
             shard = f"model-{_of(len(shards) + 1, shards)}"
-            report, tables = _write_all_but_weights(source, config, folder, shard, calibration)
+            report, tables, changes = _write_all_but_weights(source, config, folder, shard, calibration)
         except BaseException:
             stop.set()
             raise
         weight_map, linked = placing.result()
+        if changes:
+            from rpb_retrofit.checkpoint.rewrite import rewrite
+
+            linked = len(rewrite(folder, weight_map, changes)) < len(shards) and linked
         weight_map |= tables
         total = sum((folder / name).stat().st_size for name in set(weight_map.values()))
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -125,30 +132,34 @@ def _place_weights(shards: list[Path], folder: Path, link: bool, stop: threading
 
 def _write_all_but_weights(
     source: Source, config: RetrofitConfig, folder: Path, shard: str, calibration: CalibrationText | None
-) -> tuple[RetrofitReport, dict[str, str]]:
-    """Write config, runtime and tables; report, and the tables' part of the weight map."""
+) -> tuple[RetrofitReport, dict[str, str], dict[str, Change]]:
+    """Write config, runtime and tables; report, the tables' part of the weight map, and weights that changed."""
     import torch
     from safetensors.torch import save_file
     from transformers.initialization import no_init_weights
 
     from rpb_retrofit.checkpoint.load import open_tokenizer, open_weights
-    from rpb_retrofit.inplace import first_tables, retrofit
-    from rpb_retrofit.runtime.modeling import write_runtime
+    from rpb_retrofit.checkpoint.rewrite import Change
+    from rpb_retrofit.filling import first_tables, parameters_of, places
+    from rpb_retrofit.inplace import folded, retrofit
+    from rpb_retrofit.runtime.modeling import own_names, write_runtime
 
     settings = source.config()
     if calibration is not None:
         tokenizer, model = open_tokenizer(source), open_weights(source, model_class(settings).from_pretrained)
         report = retrofit(model, config, *_texts(config, calibration, tokenizer, model))
-        tables = {name: model.get_parameter(name).detach() for name in report.tables}
+        tables = {name: model.get_parameter(name).detach() for name in own_names(model)}
+        changes = {name: Change(before, model.get_parameter(name)) for name, before in folded(model).items()}
     else:
         with torch.device("meta"), no_init_weights():
             model = model_class(settings)(settings)
-        report, tables = retrofit(model, config), first_tables(model, config).tables
+        report, changes = retrofit(model, config), {}
+        tables = parameters_of(first_tables(model, config), places(model, config))
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     write_runtime(folder)
     save_file(tables, folder / shard, metadata={"format": "pt"})
-    return report, dict.fromkeys(tables, shard)
+    return report, dict.fromkeys(tables, shard), changes
 
 
 def _texts(config: RetrofitConfig, text: CalibrationText | None, tokenizer: Any, model: PreTrainedModel) -> Any:
@@ -159,7 +170,7 @@ def _texts(config: RetrofitConfig, text: CalibrationText | None, tokenizer: Any,
         return None, None
     context = trained_context(model, family_of(model.config))
     return (
-        text.windows(tokenizer, context) if config.init == CALIBRATED else None,
+        text.windows(tokenizer, context) if config.init == CALIBRATED or config.init.startswith(FROM) else None,
         text.polishing(tokenizer, context, config.polish) if config.polish else None,
     )
 

@@ -38,6 +38,18 @@ def whole_or_auto(text: str) -> int | Literal["auto"]:
         raise typer.BadParameter(f"'{text}' is neither a whole number nor 'auto'") from error
 
 
+AutoBuckets = Annotated[
+    Any,
+    typer.Option(
+        "--buckets",
+        "--relative-attention-num-buckets",
+        parser=whole_or_auto,
+        metavar="N|auto",
+        help="Scalars per head; T5's default is 32. auto: number and reach by held-out text.",
+    ),
+]
+
+
 def check_writable(option: str, file: Path | None, suffixes: tuple[str, ...] = ()) -> None:
     """ConfigError where a file cannot be written, before hours of work end in it."""
     if file is None:

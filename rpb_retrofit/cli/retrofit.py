@@ -9,21 +9,27 @@ from typing import Annotated, Any
 
 import typer
 
-from rpb_retrofit.cli.options import Buckets, Json, MaxDistance, check_writable, show, whole_or_auto
+from rpb_retrofit.cli.options import AutoBuckets, Json, MaxDistance, check_writable, show, whole_or_auto
 from rpb_retrofit.config import RetrofitConfig
 from rpb_retrofit.errors import ConfigError
-from rpb_retrofit.tables import CALIBRATED
+from rpb_retrofit.tables import CALIBRATED, FROM
 
 
 def command(
     source: Annotated[str, typer.Argument(help="A folder, a hub id, or a GGUF file.", metavar="SOURCE")],
     out: Annotated[Path, typer.Argument(help="A folder that does not exist yet.", metavar="OUT")],
-    buckets: Buckets = 32,
+    buckets: AutoBuckets = 32,
     max_distance: MaxDistance = 128,
     init: Annotated[
         str,
         typer.Option(help="Where the tables' numbers come from: calibrated, zeros, normal, alibi, from:CHECKPOINT."),
     ] = "calibrated",
+    calibrate: Annotated[
+        str, typer.Option(help="What calibration fits: tables, or tables+content, which changes the query projections.")
+    ] = "tables",
+    tail: Annotated[
+        str, typer.Option(help="The bias beyond the maximum distance: flat, or log: on with the distance's logarithm.")
+    ] = "flat",
     keep_frequencies: Annotated[
         Any,
         typer.Option(
@@ -60,13 +66,15 @@ def command(
         relative_attention_num_buckets=buckets,
         relative_attention_max_distance=max_distance,
         init=init,
+        calibrate=calibrate,
+        tail=tail,
         keep_frequencies=keep_frequencies,
         polish=polish,
         shared=shared,
         seed=seed,
     )
     text = None
-    if init == CALIBRATED or polish:
+    if init == CALIBRATED or polish or (calibration is not None and init.startswith(FROM)):
         from rpb_retrofit.text import CalibrationText
 
         text = CalibrationText.of(calibration, tokens=calibration_tokens, length=calibration_length)

@@ -22,7 +22,7 @@ from rpb_retrofit.demo.report import write_report
 from rpb_retrofit.evaluation.nll import LengthResult, Windows, nll_at_length
 from rpb_retrofit.evaluation.plots import bias_by_offset, loss_by_position, save
 from rpb_retrofit.files.folder import whole_folder
-from rpb_retrofit.inplace import RetrofitReport
+from rpb_retrofit.report import RetrofitReport
 from rpb_retrofit.text import CalibrationText, Text, bos_policy, read_text, tokenise
 
 LENGTHS = (128, 512, 2048)

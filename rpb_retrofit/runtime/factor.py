@@ -1,9 +1,9 @@
 """A complex factor on the content term, for each query head and rotary frequency.
 
-A rotary head scores a query and a key by ``sum_f Re(q_f conj(k_f) e^{i f (i - j)})``. Without the rotation the best
-stand-in that knows no positions is ``sum_f Re(c_f q_f conj(k_f))``: the mean turn, and its length, of the frequency over
-the offsets that the head looks at. The factor belongs to the query, so it folds into the query projection, unless a norm
-stands between: then it is this module, which the attention calls.
+A rotary head scores a query at ``m`` and a key at ``n`` by the sum over frequencies of ``Re(q_f conj(k_f) e^{i f (m -
+n)})``. Without the rotation the best stand-in that knows no positions is ``Re(c_f q_f conj(k_f))``: the mean turn, and
+its length, of the frequency over the offsets that the head looks at. The factor belongs to the query, so it folds into
+the query projection, unless a norm stands between: then it is this module, which the attention calls.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def turned(x: Tensor, factor: Tensor, pairs: Pairs) -> Tensor:
 
 
 class ContentFactor(nn.Module):
-    """Turns and stretches the queries; ``weight`` (heads, F, 2), float32, holds real and imaginary parts, 1 at first."""
+    """Turns and stretches queries: ``weight`` (heads, F, 2), float32, holds real and imaginary parts, 1 at first."""
 
     def __init__(self, num_heads: int, pairs: Pairs) -> None:
         super().__init__()

@@ -92,7 +92,9 @@ def attach(model: PreTrainedModel) -> dict[str, Any]:
         )
         heads = num_heads(module, model.config)
         bias = biases.get((heads, bucketing)) if settings["shared"] else None
-        tables[name] = biases[heads, bucketing] = bias or RelativePositionBias(heads, bucketing, tail=settings.get("tail") == "log")
+        tables[name] = biases[heads, bucketing] = bias or RelativePositionBias(
+            heads, bucketing, tail=settings.get("tail") == "log"
+        )
     _check_directions(settings, {table.bucketing.bidirectional for table in tables.values()})
     neutralise(model, family, settings.get("kept_frequencies", {}))
     for module in model.modules():

@@ -6,14 +6,10 @@ Those of `INITIALISATIONS` need to know nothing but a table's place; `calibrate`
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 from rpb_retrofit.tables.alibi import alibi
 from rpb_retrofit.tables.normal import normal
-from rpb_retrofit.tables.place import Place
+from rpb_retrofit.tables.place import Place, Start
 from rpb_retrofit.tables.zeros import zeros
 
 CALIBRATED = "calibrated"
@@ -22,8 +18,8 @@ CALIBRATED = "calibrated"
 CONTENT = "tables+content"
 """What calibration fits where the content term gets factors, too."""
 
-Initialisation = Callable[[Place], "Tensor"]
-"""A table's place -> the table, float32 (heads, buckets)."""
+Initialisation = Callable[[Place], Start]
+"""A table's place -> what it begins with."""
 
 FROM = "from:"
 """What ``init`` begins with where tables are taken from the checkpoint named behind it."""

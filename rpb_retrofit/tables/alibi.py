@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from rpb_retrofit.runtime.buckets import Bucketing
 
-from rpb_retrofit.tables.place import Place
+from rpb_retrofit.tables.place import Place, Start
 
 
 def slopes(heads: int) -> list[float]:
@@ -43,9 +43,18 @@ def mean_distances(bucketing: Bucketing, context: int) -> Tensor:
     return torch.where(seen > 0, mean, begin)
 
 
-def alibi(place: Place) -> Tensor:
-    """A float32 table (heads, buckets): minus the slope times the mean distance of the bucket's offsets."""
+def alibi(place: Place) -> Start:
+    """Minus the slope times the mean distance of each bucket's offsets.
+
+    A logarithmic tail goes on from the maximum distance as steeply as ALiBi falls there; the last bucket, which it
+    starts from, then stands for the offsets up to there.
+    """
     import torch
 
-    distance = mean_distances(place.bucketing, place.context)
-    return (-torch.tensor(slopes(place.heads), dtype=torch.double)[:, None] * distance).float()
+    bucketing = place.bucketing
+    context = min(place.context, bucketing.max_distance + 1) if place.tail else place.context
+    slope = -torch.tensor(slopes(place.heads), dtype=torch.double)[:, None]
+    table = (slope * mean_distances(bucketing, context)).float()
+    if not place.tail:
+        return Start(table)
+    return Start(table, (slope * bucketing.max_distance).float().repeat(1, bucketing.directions))

@@ -7,8 +7,10 @@ lost; and its output, with its new table, is what the next layer reads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -17,10 +19,12 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rpb_retrofit.errors import ConfigError, DataError
-from rpb_retrofit.runtime.bias import RelativePositionBias
 from rpb_retrofit.runtime.families import FACTOR, TABLE, Family
+from rpb_retrofit.tables.choose import Choice, Trial
 from rpb_retrofit.tables.fit import Fit, fit
 from rpb_retrofit.tables.form import Form
+from rpb_retrofit.tables.match import match
+from rpb_retrofit.tables.place import Start
 from rpb_retrofit.tables.recording import StopForward, blocks_of, record_source, resumed, run, watch
 from rpb_retrofit.tables.rows import Rows
 from rpb_retrofit.tables.spool import Spool
@@ -35,13 +39,15 @@ POOR = 1.0
 @dataclass(frozen=True)
 class LayerFit:
     """How one attention was fitted. Per head: the mean KL from the source's attention in nats, of zero tables and of
-    the fitted ones. Per bucket: the pairs of tokens that fell into it."""
+    the fitted ones. Per bucket: the pairs of tokens that fell into it. ``heads``: where nothing was fitted, the head of
+    the other checkpoint whose table each head took."""
 
     name: str
     before: list[float]
     after: list[float]
     visits: list[int]
     steps: int
+    heads: list[int] | None = None
 
     @property
     def unvisited(self) -> list[int]:
@@ -76,8 +82,9 @@ class CalibrationReport:
 
     def __str__(self) -> str:
         poor, heads = self.poor, sum(len(layer.after) for layer in self.layers)
+        done = "calibrated" if self.layers[0].heads is None else "heads matched"
         lines = [
-            f"calibrated on {self.windows} windows of {self.length} tokens, {self.queries} queries a head: attention "
+            f"{done} on {self.windows} windows of {self.length} tokens, {self.queries} queries a head: attention "
             f"KL from the source {self.before:.3f} -> {self.after:.3f} nats, mean of {heads} heads"
         ]
         if unvisited := sorted({bucket for layer in self.layers for bucket in layer.unvisited}):
@@ -110,34 +117,61 @@ class Calibration:
                 model, self.family, attentions, self.windows, self.positions, self.spool, bar.update
             )
 
-    def apply(self, model: PreTrainedModel, attentions: Mapping[str, Any]) -> CalibrationReport:
-        """Fill the tables of an attached model. Tables that layers share get the mean of the layers' fits."""
-        blocks, layers = blocks_of(model, self.order), []
-        shared: dict[int, list[Tensor]] = {}
-        with watch(model, self.family, attentions) as listen:
-            for index, name in enumerate(tqdm(self.order, desc="calibrating", unit="layer", leave=False)):
-                for number, (window, positions) in enumerate(zip(self.windows, self.positions, strict=True)):
-                    listen(self._keep(name, number), positions)
-                    with resumed(model, blocks, index, self.spool, number):
-                        run(model, window)
-                bias: RelativePositionBias = getattr(attentions[name], TABLE)
-                factor = attentions[name]._modules.get(FACTOR)
-                form = Form(bias.bucketing, bias.tail is not None, None if factor is None else factor.pairs, self.kept)
-                found = fit(_Pairs(self.spool, name, len(self.windows)), form)
-                layers.append(_describe(name, found, form))
-                fits = shared.setdefault(id(bias), [])
-                fits.append(found.numbers)
-                mean = torch.stack(fits).mean(0)
-                with torch.no_grad():
-                    bias.weight.copy_(form.table(mean))
-                    if bias.tail is not None:
-                        bias.tail.copy_(form.slopes(mean))
-                    if factor is not None:
-                        factor.weight.copy_(form.factor(found.numbers))
-                for number in range(len(self.windows)):
-                    del self.spool["source", name, number], self.spool["student", name, number]
+    def choose(self, model: PreTrainedModel, attentions: Mapping[str, Any]) -> Choice:
+        """How many buckets, and how far they reach, by a first calibration of an attached model's tables alone.
+
+        DataError where there is no window to hold out.
+        """
+        if len(self.windows) < 2:
+            raise DataError("calibration: one window of text; choosing buckets holds one out, so give two or more")
+        directions = {getattr(module, TABLE).bucketing.bidirectional for module in attentions.values()}
+        trial = Trial(self.order, max(map(len, self.windows)), sorted(directions))
+        for name, pairs in self._layers(model, attentions, "choosing buckets"):
+            form = replace(self._form(attentions[name]), pairs=None)
+            trial(name, partial(_Pairs, self.spool, name), len(self.windows), form)
+            _fill(attentions[name], form, fit(pairs, form).numbers)
+        return trial.choice()
+
+    def apply(
+        self, model: PreTrainedModel, attentions: Mapping[str, Any], candidates: Mapping[str, Start] | None = None
+    ) -> CalibrationReport:
+        """Fill the tables of an attached model. Tables that layers share get the mean of the layers' fits.
+
+        With ``candidates``, by the tables' names, nothing is fitted: each head gets the best of their heads.
+        """
+        starts = {id(model.get_submodule(name.removesuffix(".weight"))): c for name, c in (candidates or {}).items()}
+        layers, shared = [], defaultdict[int, list[Tensor]](list)
+        for name, pairs in self._layers(model, attentions, "calibrating"):
+            form, bias, heads = self._form(attentions[name]), getattr(attentions[name], TABLE), None
+            if candidates is None:
+                found = fit(pairs, form)
+            else:
+                found, heads = match(pairs, form, starts[id(bias)])
+            layers.append(_describe(name, found, form, heads))
+            shared[id(bias)].append(found.numbers[:, : form.num_bias])
+            bias_numbers = torch.stack(shared[id(bias)]).mean(0)
+            _fill(attentions[name], form, torch.cat([bias_numbers, found.numbers[:, form.num_bias :]], 1))
         queries = sum(len(positions) for positions in self.positions)
         return CalibrationReport(len(self.windows), max(map(len, self.windows)), queries, layers)
+
+    def _layers(
+        self, model: PreTrainedModel, attentions: Mapping[str, Any], doing: str
+    ) -> Iterator[tuple[str, _Pairs]]:
+        """Each attention in running order with its rows, on top of what was filled in until then."""
+        blocks, windows = blocks_of(model, self.order), range(len(self.windows))
+        with watch(model, self.family, attentions) as listen:
+            for index, name in enumerate(tqdm(self.order, desc=doing, unit="layer", leave=False)):
+                for number in windows:
+                    listen(self._keep(name, number), self.positions[number])
+                    with resumed(model, blocks, index, self.spool, number):
+                        run(model, self.windows[number])
+                yield name, _Pairs(self.spool, name, windows)
+                for number in windows:
+                    del self.spool["student", name, number]
+
+    def _form(self, attention: Any) -> Form:
+        bias, factor = getattr(attention, TABLE), attention._modules.get(FACTOR)
+        return Form(bias.bucketing, bias.tail is not None, None if factor is None else factor.pairs, self.kept)
 
     def _keep(self, wanted: str, number: int) -> Callable[[str, Rows], None]:
         """Take the rows of one attention, and end the forward pass there."""
@@ -150,16 +184,26 @@ class Calibration:
         return take
 
 
+@torch.no_grad()
+def _fill(attention: Any, form: Form, numbers: Tensor) -> None:
+    bias = getattr(attention, TABLE)
+    bias.weight.copy_(form.table(numbers))
+    if form.tail:
+        bias.tail.copy_(form.slopes(numbers))
+    if form.num_factors:
+        getattr(attention, FACTOR).weight.copy_(form.factor(numbers))
+
+
 @dataclass(frozen=True)
 class _Pairs:
     """The rows of the source and of the student, window by window, from disk."""
 
     spool: Spool
     name: str
-    windows: int
+    windows: Sequence[int]
 
     def __iter__(self) -> Any:
-        for number in range(self.windows):
+        for number in self.windows:
             yield self.spool["source", self.name, number], self.spool["student", self.name, number]
 
 
@@ -196,10 +240,10 @@ def _positions(length: int, generator: torch.Generator) -> range:
     return range(last, -1, -EVERY)
 
 
-def _describe(name: str, found: Fit, form: Form) -> LayerFit:
+def _describe(name: str, found: Fit, form: Form, heads: list[int] | None) -> LayerFit:
     if not found.numbers.isfinite().all():
         raise ConfigError(f"{name}: its attention could not be fitted, the scores are not finite; take init='zeros'")
-    return LayerFit(name, found.before.tolist(), found.after.tolist(), found.visits.tolist(), found.steps)
+    return LayerFit(name, found.before.tolist(), found.after.tolist(), found.visits.tolist(), found.steps, heads)
 
 
 def _mean(values: Sequence[float]) -> float:

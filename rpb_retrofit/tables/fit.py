@@ -2,9 +2,9 @@
 
 For a head let ``p_i`` be the source's attention of query ``i`` and ``s_ij`` the score left once its mechanism is gone,
 with everything that a `Form` adds: a table, a tail, factors on the content. Minimised is the mean over queries of
-``KL(p_i || softmax_j s_ij)``. The numbers enter the scores linearly, so that is convex, and all that it asks of the data
-are moments: the gradient is the mean of the fit's moments less the source's, the Hessian the mean covariance of the
-features under the fit. So each step of Newton's method reads the rows once, a block at a time.
+``KL(p_i || softmax_j s_ij)``. The numbers enter the scores linearly, so that is convex, and all that it asks of the
+data are moments: the gradient is the mean of the fit's moments less the source's, the Hessian the mean covariance of
+the features under the fit. So each step of Newton's method reads the rows once, a block at a time.
 
 Softmax ignores a constant, so the loss is flat along one direction per head (unless there are sinks): the answer is
 the table of mean zero. A very weak pull of each bucket to its neighbours decides what the data leave open: a bucket

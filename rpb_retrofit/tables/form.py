@@ -1,12 +1,11 @@
 """What a fit may change in a head, and what it has to know of the data for it.
 
-Everything that is fitted enters a score linearly: ``s_ij = content + sum_k x_k f_k(i, j)``. A bucket's feature is whether
-the offset lies in it; a tail's, the logarithm of the distance beyond the maximum; and of a rotary pair of dimensions
-the real and the imaginary part of the complex product of query and key are the features of the factor's two parts. So
-of a row of attention weights ``w`` only the *moments* ``sum_j w_j f_k`` are needed, and the features' covariance:
+Everything that is fitted enters a score linearly: ``s_ij = content + sum_k x_k f_k(i, j)``. A bucket's feature is
+whether the offset lies in it; a tail's, the logarithm of the distance beyond the maximum; and the features of a
+factor's two parts are the real and the imaginary part of its pair's complex product of query and key. So of a row of attention weights ``w`` only the *moments* ``sum_j w_j f_k`` are needed, and the features' covariance:
 sums over a row, and nothing of size N x N.
 
-(Under a soft cap the content's features are bent by its slope, and the covariance stands for Gauss and Newton's matrix.)
+(Under a soft cap the content's features are bent by its slope, and their covariance is Gauss and Newton's matrix.)
 """
 
 from __future__ import annotations
@@ -129,8 +128,8 @@ class Form:
                 found[head, bias:, bias:] += square
 
     def _rotary(self, rows: Rows, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Queries (heads, R, 2 F), scaled, and keys (key-value heads, K, 2 F): of the pairs that get a factor, the first
-        dimensions and then the second ones."""
+        """Queries (heads, R, 2 F), scaled, and keys (key-value heads, K, 2 F): of the pairs that get a factor, first
+        all the first dimensions, then the second ones."""
         assert self.pairs is not None and rows.query is not None and rows.key is not None
         dimensions = torch.cat([index[self.kept :] for index in self.pairs.dimensions()]).to(rows.key.device)
         return rows.query[..., dimensions].to(dtype) * rows.scale, rows.key[..., dimensions].to(dtype)

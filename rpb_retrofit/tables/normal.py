@@ -6,18 +6,13 @@ is ``initializer_factor * d_model ** -0.5``; the factor is 1.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-from rpb_retrofit.tables.place import Place
+from rpb_retrofit.tables.place import Place, Start
 
 
-def normal(place: Place) -> Tensor:
+def normal(place: Place) -> Start:
     """A float32 table (heads, buckets) of normal numbers, the same for the same seed."""
     import torch  # late: `rpb retrofit` starts copying before it
 
     generator = torch.Generator().manual_seed(place.seed)
     table = torch.randn(place.heads, place.bucketing.num_buckets, generator=generator)
-    return table * place.hidden_size**-0.5
+    return Start(table * place.hidden_size**-0.5)

@@ -17,38 +17,41 @@ from torch import Tensor
 from rpb_retrofit.errors import ConfigError
 from rpb_retrofit.files.source import Source, find
 from rpb_retrofit.runtime.buckets import Bucketing
-from rpb_retrofit.runtime.families import is_table
+from rpb_retrofit.runtime.families import TABLE
 from rpb_retrofit.tables import FROM
+from rpb_retrofit.tables.place import Place, Start
 from rpb_retrofit.tables.rebucket import rebucket
 
 
 @dataclass(frozen=True)
 class Found:
-    """A table (heads, buckets) of a checkpoint, under its name there."""
+    """A table (heads, buckets) of a checkpoint, under its name there, and its tail's slopes where it has one."""
 
     name: str
     table: Tensor
     bucketing: Bucketing
+    slopes: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Reused:
     """New tables by name, and what was converted on the way."""
 
-    tables: dict[str, Tensor]
+    starts: dict[str, Start]
     notes: list[str]
 
 
-def reuse(checkpoint: str, wanted: Mapping[str, tuple[int, Bucketing]], context: int) -> Reused:
-    """The tables of ``checkpoint`` for the ``wanted`` ones, name -> (heads, bucketing), in the order of their layers.
+def reuse(checkpoint: str, wanted: Mapping[str, Place]) -> Reused:
+    """The tables of ``checkpoint`` for the ``wanted`` places, by name in the order of their layers.
 
-    Raises ConfigError where the checkpoint has no tables, or none for a direction that is wanted.
+    Each has as many heads as the checkpoint's: `spread_heads` or a calibration says which head gets which. Raises
+    ConfigError where the checkpoint has no tables, or none for a direction that is wanted.
     """
     found = read_tables(checkpoint)
-    tables: dict[str, Tensor] = {}
+    starts: dict[str, Start] = {}
     notes: list[str] = []
-    for direction in sorted({bucketing.bidirectional for _, bucketing in wanted.values()}):
-        names = [name for name, (_, bucketing) in wanted.items() if bucketing.bidirectional == direction]
+    for direction in sorted({place.bucketing.bidirectional for place in wanted.values()}):
+        names = [name for name, place in wanted.items() if place.bucketing.bidirectional == direction]
         sources = [table for table in found if table.bucketing.bidirectional == direction]
         kind = "bidirectional" if direction else "causal"
         if not sources:
@@ -63,37 +66,55 @@ def reuse(checkpoint: str, wanted: Mapping[str, tuple[int, Bucketing]], context:
             notes.append(f"{kind}: layer i of {len(names)} takes the table of layer i * {len(sources)} // {len(names)}")
         worst: tuple[float, int, str] | None = None
         for number, name in enumerate(names):
-            heads, bucketing = wanted[name]
-            source = sources[number * len(sources) // len(names)]
-            if len(source.table) != heads:
-                note = f"{kind}: head h of {heads} takes head h * {len(source.table)} // {heads}"
-                notes += [note] if note not in notes else []
-            head = torch.arange(heads) * len(source.table) // heads
-            changed = rebucket(source.table[head], source.bucketing, bucketing, context)
+            place, source = wanted[name], sources[number * len(sources) // len(names)]
+            changed = rebucket(
+                source.table, source.bucketing, place.bucketing, place.context, source.slopes, place.tail
+            )
             at = int(changed.error.argmax())
             if worst is None or float(changed.error[at]) > worst[0]:
                 worst = float(changed.error[at]), int(changed.offset[at]), name
-            tables[name] = changed.table
-        old, new = sources[0].bucketing, wanted[names[0]][1]
-        if old.num_buckets != new.num_buckets or old.max_distance != new.max_distance:
+            starts[name] = Start(changed.table, changed.slopes)
+        old, new = sources[0].bucketing, wanted[names[0]].bucketing
+        flattened = sources[0].slopes is not None and not wanted[names[0]].tail
+        if old.num_buckets != new.num_buckets or old.max_distance != new.max_distance or flattened:
             assert worst is not None, "there is a name for each direction"
             notes.append(
                 f"{kind}: {old.num_buckets} buckets to {old.max_distance} became {new.num_buckets} to "
-                f"{new.max_distance}; the bias changes most, by {worst[0]:.3g}, at offset {worst[1]} of {worst[2]}"
+                f"{new.max_distance}{', without the tail' if flattened else ''}; the bias changes most, by "
+                f"{worst[0]:.3g}, at offset {worst[1]} of {worst[2]}"
             )
-    return Reused({name: tables[name] for name in wanted}, notes)
+    return Reused({name: starts[name] for name in wanted}, notes)
+
+
+def spread_heads(reused: Reused, wanted: Mapping[str, Place]) -> Reused:
+    """Give each wanted head the table of the head at the same height in the checkpoint."""
+    starts, notes = {}, list(reused.notes)
+    for name, place in wanted.items():
+        start, heads = reused.starts[name], place.heads
+        if (theirs := len(start.table)) != heads:
+            kind = "bidirectional" if place.bucketing.bidirectional else "causal"
+            note = f"{kind}: head h of {heads} takes head h * {theirs} // {heads}"
+            notes += [note] if note not in notes else []
+        head = torch.arange(heads) * theirs // heads
+        starts[name] = Start(start.table[head], None if start.slopes is None else start.slopes[head])
+    return Reused(starts, notes)
 
 
 def read_tables(checkpoint: str) -> list[Found]:
     """The tables of a retrofit or of a model of the T5 family, by layer; no other weight is read."""
     source = find(checkpoint)
     retrofit = source.settings.get("rpb_retrofit")
-    stored = _tensors(source)
+    stored, tails = _tensors(source, f"{TABLE}.weight"), _tensors(source, f"{TABLE}.tail")
     if retrofit is not None:
         buckets, distance = retrofit["relative_attention_num_buckets"], retrofit["relative_attention_max_distance"]
         both, first = len(retrofit["bidirectional"]) > 1, retrofit["bidirectional"][0]
         return [
-            Found(name, table, Bucketing(buckets, distance, _is_encoder(name) if both else first))
+            Found(
+                name,
+                table,
+                Bucketing(buckets, distance, _is_encoder(name) if both else first),
+                tails.get(name.replace(f"{TABLE}.weight", f"{TABLE}.tail")),
+            )
             for name, table in stored.items()
         ]
     if not stored:
@@ -113,11 +134,11 @@ def _is_encoder(name: str) -> bool:
     return "decoder" not in name.split(".")
 
 
-def _tensors(source: Source) -> dict[str, Tensor]:
+def _tensors(source: Source, ending: str) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for shard in source.shards:
         with safe_open(shard, framework="pt") as file:
-            found |= {name: file.get_tensor(name).float() for name in file.keys() if is_table(name)}
+            found |= {name: file.get_tensor(name).float() for name in file.keys() if name.endswith(ending)}
 
     def layer(name: str) -> list[tuple[int, str]]:
         return [(int(part), "") if part.isdigit() else (0, part) for part in name.split(".")]

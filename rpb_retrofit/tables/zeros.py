@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-from rpb_retrofit.tables.place import Place
+from rpb_retrofit.tables.place import Place, Start
 
 
-def zeros(place: Place) -> Tensor:
+def zeros(place: Place) -> Start:
     """A float32 table (heads, buckets) of zeros."""
     import torch  # late: `rpb retrofit` starts copying before it
 
-    return torch.zeros(place.heads, place.bucketing.num_buckets)
+    return Start(torch.zeros(place.heads, place.bucketing.num_buckets))

@@ -1,0 +1,29 @@
+"""Which head of another checkpoint serves each head best: whose table brings its attention nearest to the source's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rpb_retrofit.tables.fit import Fit, Pairs, loss, target_of
+from rpb_retrofit.tables.form import Form
+from rpb_retrofit.tables.place import Start
+
+
+def match(pairs: Pairs, form: Form, start: Start, dtype: torch.dtype = torch.float32) -> tuple[Fit, list[int]]:
+    """The best of the heads of ``start`` for each head of a layer, as if fitted, and which one it is.
+
+    A head may serve several. One step is one candidate that was tried.
+    """
+    slopes = torch.zeros(len(start.table), form.bucketing.directions) if start.slopes is None else start.slopes
+    candidates = torch.cat([start.table, slopes], 1) if form.tail else start.table
+    target = target_of(pairs, form, dtype)
+    heads = len(target.constant)
+
+    def divergence(numbers: Tensor) -> Tensor:
+        return loss(numbers.to(dtype).expand(heads, -1), target, pairs, form).kl
+
+    after = torch.stack([divergence(candidate) for candidate in candidates])
+    best, chosen = after.min(0)
+    before = divergence(torch.zeros(form.size))
+    return Fit(candidates[chosen].float(), before, best, target.visits, len(candidates)), chosen.tolist()
