@@ -1,10 +1,10 @@
 """What each way to fill the tables costs, in nats, seconds and memory: on SmolLM2-135M-Instruct, untrained.
 
-Each arm runs in a fresh process: it retrofits the model, calibrating on Python's help texts where it calibrates, then
-scores a text of another kind, the same tokens for every arm. Memory is the process' peak; beside it stands that of a
-process which runs the source once on a window of calibration's length.
+Each arm runs in a fresh process: it retrofits the model, calibrating on one text where it calibrates, then scores a text
+of another kind, the same tokens for every arm. Memory is the process' peak; beside it stands that of a process which runs
+the source once on a window of calibration's length.
 
-    python scripts/bench_calibration.py --data alice29.txt
+    python scripts/bench_calibration.py --calibration proceedings.txt --data novel.txt
 """
 
 from __future__ import annotations
@@ -21,28 +21,24 @@ from timing import forget_peak, kilobytes
 
 LENGTHS = (512, 2048)
 
+FAR = {"relative_attention_num_buckets": 64, "relative_attention_max_distance": 2048}
+CONTENT = {"calibrate": "tables+content"}
+
 ARMS: dict[str, dict[str, Any]] = {
     "zeros": {"init": "zeros"},
     "alibi": {"init": "alibi"},
-    "calibrated": {},
-    "calibrated, 64 to 2048": {"relative_attention_num_buckets": 64, "relative_attention_max_distance": 2048},
-    "auto kept": {"keep_frequencies": "auto"},
-    "auto kept, 64 to 2048": {
-        "keep_frequencies": "auto",
-        "relative_attention_num_buckets": 64,
-        "relative_attention_max_distance": 2048,
-    },
-    "16 kept, 64 to 2048": {
-        "keep_frequencies": 16,
-        "relative_attention_num_buckets": 64,
-        "relative_attention_max_distance": 2048,
-    },
-    "polished": {"polish": 100},
-    "auto kept, polished": {"keep_frequencies": "auto", "polish": 100},
+    "tables": {},
+    "tables, auto buckets": {"relative_attention_num_buckets": "auto"},
+    "tables+content": CONTENT,
+    "tables+content, polished": {**CONTENT, "polish": 100},
+    "16 kept, tables": {"keep_frequencies": 16, **FAR},
+    "16 kept, tables+content": {"keep_frequencies": 16, **FAR, **CONTENT},
+    "auto kept, tables": {"keep_frequencies": "auto", **FAR},
+    "auto kept, tables+content": {"keep_frequencies": "auto", **FAR, **CONTENT},
 }
 
 
-def measure(arm: str | None, data: str, tokens: int, calibration_tokens: int) -> dict[str, Any]:
+def measure(arm: str | None, data: str, tokens: int, calibration: str | None, cut: dict[str, int]) -> dict[str, Any]:
     """One arm, or the source (None)."""
     import torch
 
@@ -60,7 +56,7 @@ def measure(arm: str | None, data: str, tokens: int, calibration_tokens: int) ->
             model(torch.arange(1000, 3048)[None], use_cache=False)
     else:
         config = rpb.RetrofitConfig(**ARMS[arm])
-        text = CalibrationText.of(None, tokens=calibration_tokens)
+        text = CalibrationText.of(calibration, **cut)
         texts = {"calibration": text.windows(tokenizer, 8192)} if config.init == "calibrated" else {}
         if config.polish:
             texts["polishing"] = text.polishing(tokenizer, 8192, config.polish)
@@ -79,13 +75,15 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="text to score, as of `rpb evaluate`")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of it")
-    parser.add_argument("--calibration-tokens", type=int, default=4096)
+    parser.add_argument("--calibration", help="text to calibrate and to polish on. Default: Python's help texts")
+    parser.add_argument("--calibration-tokens", type=int, help="tokens of it. Default: as of `rpb retrofit`")
     parser.add_argument("--json", type=Path, help="a file for the figures")
     options = parser.parse_args()
+    cut = {"tokens": options.calibration_tokens} if options.calibration_tokens else {}
     rows: list[dict[str, Any]] = []
     for arm in (None, *options.arms):
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
-            rows.append(fresh.submit(measure, arm, options.data, options.tokens, options.calibration_tokens).result())
+            rows.append(fresh.submit(measure, arm, options.data, options.tokens, options.calibration, cut).result())
         source, row = rows[0], rows[-1]
         costs = "  ".join(f"{row[str(n)]:7.3f} ({row[str(n)] - source[str(n)]:+.3f})" for n in LENGTHS)
         print(f"{row['arm']:24s} {row.get('seconds', 0):6.0f} s  {row['gigabytes']:.2f} GB  {costs}", flush=True)

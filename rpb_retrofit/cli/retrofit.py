@@ -46,10 +46,13 @@ def command(
         str | None,
         typer.Option(metavar="FILE", help="Text to calibrate on. [default: Python's help texts]"),
     ] = None,
-    calibration_tokens: Annotated[int, typer.Option(min=1, help="Tokens of it that are read.")] = 4096,
+    calibration_tokens: Annotated[int, typer.Option(min=1, help="Tokens of it that are read.")] = 8192,
     calibration_length: Annotated[
         int | None,
-        typer.Option(min=32, help="Tokens of a window of it. [default: the trained context, at most 2048]"),
+        typer.Option(
+            min=32,
+            help="Tokens of a window of it; half come in shorter ones. [default: the context, at most 2048]",
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of whatever is drawn.")] = 0,
     shared: Annotated[bool, typer.Option("--shared", help="One table for all layers.")] = False,

@@ -29,8 +29,12 @@ from rpb_retrofit.tables.recording import StopForward, blocks_of, record_source,
 from rpb_retrofit.tables.rows import Rows
 from rpb_retrofit.tables.spool import Spool
 
-EVERY = 16
-"""One query in so many is compared: neighbours say much the same."""
+QUERIES = 128
+"""Queries of the longest window that are compared, evenly spaced: neighbours say much the same. Shorter windows have
+the same spacing."""
+
+SHORTEST = 32
+"""Tokens of the shortest window that says anything."""
 
 POOR = 1.0
 """Mean KL in nats beyond which a head counts as not fitted."""
@@ -107,7 +111,8 @@ class Calibration:
     def __init__(self, family: Family, windows: Sequence[Tensor], seed: int, spool: Spool, kept: int = 0) -> None:
         self.family, self.windows, self.spool, self.kept = family, windows, spool, kept
         generator = torch.Generator().manual_seed(seed)
-        self.positions = [_positions(len(window), generator) for window in self.windows]
+        every = max(1, max(map(len, windows)) // QUERIES)
+        self.positions = [_positions(len(window), every, generator) for window in self.windows]
         self.order: list[str] = []
 
     def record(self, model: PreTrainedModel, attentions: Mapping[str, Any]) -> None:
@@ -225,19 +230,19 @@ def check_windows(model: PreTrainedModel, calibration: Any) -> list[Tensor]:
                 f"calibration: {ids.dtype} of shape {tuple(ids.shape)}; it takes token ids (n,) or (batch, n)"
             )
         windows += list(ids.reshape(-1, ids.shape[-1]).long())
-    if not windows or min(map(len, windows)) < 2 * EVERY:
+    if not windows or min(map(len, windows)) < SHORTEST:
         shortest = f"a window of {min(map(len, windows))} tokens" if windows else "no text"
-        raise DataError(f"calibration: {shortest}; give windows of at least {2 * EVERY} tokens")
+        raise DataError(f"calibration: {shortest}; give windows of at least {SHORTEST} tokens")
     known: int = cast(Any, model.get_input_embeddings()).num_embeddings
     if (highest := max(int(window.max()) for window in windows)) >= known:
         raise DataError(f"calibration: token id {highest}; the model knows {known}: use its own tokenizer")
     return windows
 
 
-def _positions(length: int, generator: torch.Generator) -> range:
-    """Descending positions of the queries that are compared, `EVERY` apart, from a random one of the last on."""
-    last = length - 1 - int(torch.randint(EVERY, (), generator=generator))
-    return range(last, -1, -EVERY)
+def _positions(length: int, every: int, generator: torch.Generator) -> range:
+    """Descending positions of the queries that are compared, ``every`` apart, from a random one of the last on."""
+    last = length - 1 - int(torch.randint(min(every, length), (), generator=generator))
+    return range(last, -1, -every)
 
 
 def _describe(name: str, found: Fit, form: Form, heads: list[int] | None) -> LayerFit:

@@ -17,8 +17,8 @@ from rpb_retrofit.tables.form import Form
 BUCKETS, REACHES = (16, 32, 64, 128), (64, 128, 512, 2048, 8192, 32768)
 """Candidates: of the reaches those below the longest window, and the first that is not."""
 
-CLOSE = 0.01
-"""Candidates whose held-out KL exceeds the best one's by less than this share count as good."""
+CLOSE, CLOSE_NATS = 0.01, 1e-4
+"""Candidates whose held-out KL exceeds the best one's by less than this share, or by so few nats, count as good."""
 
 LAYERS = 6
 """Layers that are tried, spread over the model."""
@@ -103,5 +103,6 @@ class Trial:
         """The fewest buckets among the good candidates, and of those the best."""
         candidates = [Candidate(*size, sum(scores) / len(scores)) for size, scores in self.scores.items()]
         candidates.sort(key=lambda candidate: candidate.held_out)
-        good = [c for c in candidates if c.held_out <= candidates[0].held_out * (1 + CLOSE)]
+        limit = candidates[0].held_out
+        good = [c for c in candidates if c.held_out <= max(limit * (1 + CLOSE), limit + CLOSE_NATS)]
         return Choice(min(good, key=lambda c: (c.num_buckets, c.held_out)), candidates, len(self.layers))

@@ -31,18 +31,26 @@ PULL = 1e-5
 """Weight of the squared difference of neighbouring buckets and of the squared slopes of a tail, beside the sum (not the
 mean) of the KL over the rows."""
 
-STIFFNESS = 0.1
+STIFFNESS = 1.0
 """Weight of the squared distance of each factor from 1, likewise."""
 
 GAUGE = 1.0
 """Weight of the squared mean of a table, where a constant is free: picks one of the equal tables."""
 
-STEPS, TOLERANCE = 20, 1e-7
-"""Most Newton steps; a head is done once a step promises less than this many nats."""
 
-THIN, THIN_STEPS, THIN_TOLERANCE = 4, 12, 1e-4
-"""The same with factors, whose covariance is dear: it is taken from one row in four, which makes the steps a little
-worse and does not move what they lead to."""
+class Pace(NamedTuple):
+    """How far Newton's steps go: at most ``steps``, until each promises less than ``tolerance`` nats to every head. The
+    Hessian is taken from one row in ``thin``, and anew in each step or, with ``stale``, in steps 1, 2, 4, 8, ...: both
+    make the steps a little worse, and neither moves what they lead to."""
+
+    steps: int
+    tolerance: float
+    thin: int = 1
+    stale: bool = False
+
+
+BIAS, FACTORS = Pace(20, 1e-7), Pace(16, 1e-4, thin=4, stale=True)
+"""For tables and tails alone, and with factors, whose covariance is dear."""
 
 
 class Target(NamedTuple):
@@ -59,12 +67,13 @@ class Target(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """The mean KL (heads,) and, with the pull, the loss; its gradient (heads, size) and Hessian (heads, size, size)."""
+    """The mean KL (heads,) and, with the pull, the loss; its gradient (heads, size) and Hessian (heads, size, size), if
+    it was asked for."""
 
     kl: Tensor
     value: Tensor
     gradient: Tensor
-    hessian: Tensor
+    hessian: Tensor | None
 
 
 class Fit(NamedTuple):
@@ -113,10 +122,10 @@ def _against(theirs: Rows, scores: Tensor) -> tuple[Tensor, Tensor]:
     return weights, relative
 
 
-def loss(numbers: Tensor, target: Target, pairs: Pairs, form: Form, thin: int = 1) -> Loss:
+def loss(numbers: Tensor, target: Target, pairs: Pairs, form: Form, thin: int | None = 1) -> Loss:
     """The loss of numbers (heads, size) with its derivatives, float64; rows are computed in the dtype of the numbers.
 
-    The Hessian is taken from one row in ``thin``.
+    The Hessian is taken from one row in ``thin``, or left out.
     """
     heads, size = numbers.shape
     value, mean = target.constant.new_zeros(heads), target.constant.new_zeros(heads, size)
@@ -129,10 +138,11 @@ def loss(numbers: Tensor, target: Target, pairs: Pairs, form: Form, thin: int = 
             moments = form.moments(block, weights, content)
             value += normaliser.sum(1, dtype=torch.double)
             mean += moments.sum(1, dtype=torch.double)
-            some = slice(None, None, thin)
-            moments = moments[:, some]
-            hessian += form.covariance(block.part(some), weights[:, some], content[:, some], moments)
-            count += moments.shape[1]
+            if thin is not None:
+                some = slice(None, None, thin)
+                part, moments = block.part(some), moments[:, some]
+                hessian += form.covariance(part, weights[:, some], content[:, some], moments)
+                count += moments.shape[1]
             if target.moments is None:
                 weights, relative = _against(theirs, scores)
                 value += relative
@@ -145,7 +155,7 @@ def loss(numbers: Tensor, target: Target, pairs: Pairs, form: Form, thin: int = 
             masses /= masses.sum(1, keepdim=True)
         value += target.constant - (target.moments * x).sum(1)
         mean -= target.moments
-    return Loss(value, value + ((x @ pull) * x).sum(1) / 2, mean + x @ pull, hessian / count + pull)
+    return Loss(value, value + ((x @ pull) * x).sum(1) / 2, mean + x @ pull, hessian / count + pull if count else None)
 
 
 def _pull(form: Form, target: Target) -> Tensor:
@@ -172,41 +182,50 @@ def neighbours(bucketing: Bucketing) -> Tensor:
 
 
 def fit(pairs: Pairs, form: Form, dtype: torch.dtype = torch.float32) -> Fit:
-    """The numbers of a layer, by Newton's method with a step length per head; the table goes first, alone."""
+    """The numbers of a layer, by Newton's method with a step length per head; the bias goes first, alone."""
     plain = Form(form.bucketing, form.tail)
     target = target_of(pairs, plain, dtype)
     zeros = target.constant.new_zeros(len(target.constant), plain.num_bias)
-    numbers, before, after, steps = _newton(lambda x: loss(x.to(dtype), target, pairs, plain), zeros, STEPS, TOLERANCE)
+    numbers, before, after, steps = _newton(lambda x, thin: loss(x.to(dtype), target, pairs, plain, thin), zeros, BIAS)
     if form.num_factors:
-        target = target_of(pairs, form, dtype)
+        whole = target_of(pairs, form, dtype)
         start = torch.nn.functional.pad(numbers, (0, 2 * form.num_factors))
-        numbers, _, after, more = _newton(
-            lambda x: loss(x.to(dtype), target, pairs, form, THIN), start, THIN_STEPS, THIN_TOLERANCE
-        )
+        numbers, _, after, more = _newton(lambda x, thin: loss(x.to(dtype), whole, pairs, form, thin), start, FACTORS)
         steps += more
     return Fit(numbers.float(), before, after, target.visits, steps)
 
 
 def _newton(
-    evaluate: Callable[[Tensor], Loss], numbers: Tensor, most: int, tolerance: float
+    evaluate: Callable[[Tensor, int | None], Loss], numbers: Tensor, pace: Pace
 ) -> tuple[Tensor, Tensor, Tensor, int]:
-    """The numbers of least loss, the KL (heads,) at the start and there, and the steps taken."""
-    now = evaluate(numbers)
-    before, steps = now.kl, 0
+    """The numbers of least loss, the KL (heads,) at the start and there, and the steps taken.
+
+    ``evaluate`` takes numbers, and one row in how many its Hessian is taken from (None: there is none).
+    """
+    now = evaluate(numbers, pace.thin)
+    hessian, before, steps = now.hessian, now.kl, 0
     length = numbers.new_ones(len(numbers), 1)
-    while steps < most:
-        direction = -torch.linalg.solve(now.hessian, now.gradient)
+    while steps < pace.steps:
+        assert hessian is not None, "the first evaluation has one"
+        direction = -torch.linalg.solve(hessian, now.gradient)
         promised = -(direction * now.gradient).sum(1) / 2
-        if not (promised > tolerance).any():
+        if not (promised > pace.tolerance).any():
             # What is left is next to nothing in the loss but not in the numbers: the loss is flat here.
             numbers = torch.where(promised[:, None] >= 0, numbers + direction, numbers)
             break
         steps += 1
         there = numbers + length * direction
-        new = evaluate(there)
+        new = evaluate(there, None if pace.stale and steps & (steps - 1) else pace.thin)
         # Sufficient decrease, or a decrease that is lost in rounding; a head that gets worse tries a shorter step.
         better = new.value <= now.value - 1e-4 * length[:, 0] * promised + 1e-6
         numbers = torch.where(better[:, None], there, numbers)
-        now = Loss(*(torch.where(better.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in zip(new, now, strict=True)))
+        if new.hessian is not None:
+            hessian = torch.where(better[:, None, None], new.hessian, hessian)
+        now = Loss(
+            torch.where(better, new.kl, now.kl),
+            torch.where(better, new.value, now.value),
+            torch.where(better[:, None], new.gradient, now.gradient),
+            None,
+        )
         length = torch.where(better[:, None], (length * 4).clamp(max=1), length / 4)
     return numbers, before, now.kl, steps

@@ -2,8 +2,9 @@
 
 Everything that is fitted enters a score linearly: ``s_ij = content + sum_k x_k f_k(i, j)``. A bucket's feature is
 whether the offset lies in it; a tail's, the logarithm of the distance beyond the maximum; and the features of a
-factor's two parts are the real and the imaginary part of its pair's complex product of query and key. So of a row of attention weights ``w`` only the *moments* ``sum_j w_j f_k`` are needed, and the features' covariance:
-sums over a row, and nothing of size N x N.
+factor's two parts are the real and the imaginary part of its pair's complex product of query and key. So of a row of
+attention weights ``w`` only the *moments* ``sum_j w_j f_k`` are needed, and the features' covariance: sums over a row,
+and nothing of size N x N.
 
 (Under a soft cap the content's features are bent by its slope, and their covariance is Gauss and Newton's matrix.)
 """

@@ -34,7 +34,7 @@ def table_for(bucketing: Bucketing, seed: int, heads: int = 3) -> Tensor:
 def test_rebucketing_keeps_the_function(old: Bucketing, new: Bucketing, seed: int, context: int) -> None:
     """Bit for bit where the old function is constant over a new bucket; else its mean by how often offsets occur."""
     table = table_for(old, seed)
-    result, offset, error = rebucket(table, old, new, context)
+    result, offset, error, _ = rebucket(table, old, new, context)
     for bucket in range(new.num_buckets):
         reach = offsets_of(bucket, new)
         if reach is None or reach.first >= context:
