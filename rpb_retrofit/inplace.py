@@ -97,16 +97,17 @@ def retrofit(
         fingerprints=_fingerprints(model),
     )
     first = _with_buckets(config, TRIED_FIRST) if config.relative_attention_num_buckets == "auto" else config
-    settings = describe(model, first, family)
+    windows = check_windows(model, calibration) if calibration is not None else []
+    settings = describe(model, first, family, windows)
     with temporary_spool() as spool:
         fitting = polish = None
-        if calibration is not None:
+        if windows:
             kept = max(settings.get("kept_frequencies", {"": 0}).values())
-            fitting = Calibration(family, check_windows(model, calibration), config.seed, spool, kept)
+            fitting = Calibration(family, windows, config.seed, spool, kept)
             fitting.record(model, attentions)
         if config.polish:
-            windows = check_windows(model, calibration if polishing is None else polishing)
-            polish = Polish(windows, config.polish, spool)
+            lessons = windows if polishing is None else check_windows(model, polishing)
+            polish = Polish(lessons, config.polish, spool)
             polish.teach(model)
         try:
             _attach(model, settings)
@@ -121,7 +122,7 @@ def retrofit(
                 choice = fitting.choose(model, attentions)
                 config = _with_buckets(config, choice.chosen)
                 detach(model)
-                _attach(model, describe(model, config, family))
+                _attach(model, describe(model, config, family, windows))
             found, notes = fill(model, config, fitting, attentions)
             polished = None if polish is None else polish.apply(model, own_names(model))
             if config.calibrate == CONTENT:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
@@ -17,8 +20,14 @@ from rpb_retrofit.tables import CONTENT
 from rpb_retrofit.version import __version__
 
 
-def describe(model: PreTrainedModel, config: RetrofitConfig, family: Family) -> dict[str, Any]:
-    """What the model's config says about its retrofit: the key ``rpb_retrofit`` of config.json."""
+def describe(
+    model: PreTrainedModel, config: RetrofitConfig, family: Family, windows: Sequence[Tensor] = ()
+) -> dict[str, Any]:
+    """What the model's config says about its retrofit: the key ``rpb_retrofit`` of config.json.
+
+    ``windows`` are those of calibration: their lengths say which of an absolute source's positions occur.
+    """
+    absolute = family.mechanism in ("learned", "sinusoidal") and windows
     kept = kept_frequencies(model, config.keep_frequencies, family)
     return {
         "version": __version__,
@@ -26,8 +35,17 @@ def describe(model: PreTrainedModel, config: RetrofitConfig, family: Family) -> 
         "mechanism": family.mechanism,
         **asdict(config),
         **({"kept_frequencies": kept} if kept else {}),
+        **({"text_lengths": text_lengths(windows)} if absolute else {}),
         **({FACTOR: rotary_pairs(model, family)._asdict()} if config.calibrate == CONTENT else {}),
     }
+
+
+def text_lengths(windows: Sequence[Tensor]) -> list[tuple[int, float]]:
+    """The lengths of texts, ascending, and the share of all tokens that lie in texts of each."""
+    tokens = Counter[int]()
+    for window in windows:
+        tokens[len(window)] += len(window)
+    return [(length, tokens[length] / tokens.total()) for length in sorted(tokens)]
 
 
 def kept_frequencies(model: PreTrainedModel, keep: int | str, family: Family) -> dict[str, int]:

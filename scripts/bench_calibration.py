@@ -1,8 +1,8 @@
 """What each way to fill the tables costs, in nats, seconds and memory: on SmolLM2-135M-Instruct, untrained.
 
-Each arm runs in a fresh process: it retrofits the model, calibrating on one text where it calibrates, then scores a text
-of another kind, the same tokens for every arm. Memory is the process' peak; beside it stands that of a process which runs
-the source once on a window of calibration's length.
+Each arm runs in a fresh process: it retrofits the model, calibrating on one text where it calibrates, then scores a
+text of another kind, the same tokens for every arm. Memory is the process' peak; beside it stands that of a process
+which runs the source once on a window of calibration's length.
 
     python scripts/bench_calibration.py --calibration proceedings.txt --data novel.txt
 """
@@ -21,6 +21,9 @@ from timing import forget_peak, kilobytes
 
 LENGTHS = (512, 2048)
 
+LONG = ((0, 2048), (2048, 4096), (4096, 8192), (8192, 10240), (10240, 12288), (12288, 16384))
+"""With --long: positions in one window of 16,384 tokens, twice what the source was trained on."""
+
 FAR = {"relative_attention_num_buckets": 64, "relative_attention_max_distance": 2048}
 CONTENT = {"calibrate": "tables+content"}
 
@@ -35,17 +38,36 @@ ARMS: dict[str, dict[str, Any]] = {
     "16 kept, tables+content": {"keep_frequencies": 16, **FAR, **CONTENT},
     "auto kept, tables": {"keep_frequencies": "auto", **FAR},
     "auto kept, tables+content": {"keep_frequencies": "auto", **FAR, **CONTENT},
+    "auto kept, tables+content, log tail to 8192": {
+        "keep_frequencies": "auto",
+        "relative_attention_num_buckets": 64,
+        "relative_attention_max_distance": 8192,
+        "tail": "log",
+        **CONTENT,
+    },
 }
 
 
-def measure(arm: str | None, data: str, tokens: int, calibration: str | None, cut: dict[str, int]) -> dict[str, Any]:
+def score(model: Any, documents: list[Any], tokens: int, long: bool) -> dict[str, float]:
+    """Losses in nats a token: by length, or by position in one long window."""
+    from rpb_retrofit.evaluation.nll import Windows, nll_at_length, token_losses
+
+    if not long:
+        return {str(n): nll_at_length(model, documents, Windows(n, n, None), tokens).nll for n in LENGTHS}
+    import torch
+
+    with torch.inference_mode():
+        losses = token_losses(model, max(documents, key=len)[: LONG[-1][1]])
+    return {f"{first}-{end}": losses[max(first, 1) - 1 : end - 1].double().mean().item() for first, end in LONG}
+
+
+def measure(arm: str | None, options: argparse.Namespace) -> dict[str, Any]:
     """One arm, or the source (None)."""
     import torch
 
     import rpb_retrofit as rpb
     from rpb_retrofit.checkpoint.gguf import load_gguf
     from rpb_retrofit.demo.fetch import SMOLLM2, fetch
-    from rpb_retrofit.evaluation.nll import Windows, nll_at_length
     from rpb_retrofit.text import CalibrationText, read_text, tokenise
 
     model, tokenizer = load_gguf(fetch(SMOLLM2))
@@ -56,7 +78,9 @@ def measure(arm: str | None, data: str, tokens: int, calibration: str | None, cu
             model(torch.arange(1000, 3048)[None], use_cache=False)
     else:
         config = rpb.RetrofitConfig(**ARMS[arm])
-        text = CalibrationText.of(calibration, **cut)
+        cut = {"tokens": options.calibration_tokens, "length": options.calibration_length}
+        cut = {name: value for name, value in cut.items() if value is not None}
+        text = CalibrationText.of(options.calibration, **cut)
         texts = {"calibration": text.windows(tokenizer, 8192)} if config.init == "calibrated" else {}
         if config.polish:
             texts["polishing"] = text.polishing(tokenizer, 8192, config.polish)
@@ -64,10 +88,8 @@ def measure(arm: str | None, data: str, tokens: int, calibration: str | None, cu
         report = rpb.retrofit(model, config, **texts)
         found |= {"seconds": time.perf_counter() - start, "report": str(report)}
     found["gigabytes"] = kilobytes("/proc/self/status", "VmHWM") / 1e6
-    documents = tokenise(tokenizer, read_text(data).documents)
-    for length in LENGTHS:
-        found[str(length)] = nll_at_length(model, documents, Windows(length, length, None), tokens).nll
-    return found
+    documents = tokenise(tokenizer, read_text(options.data).documents)
+    return found | {"losses": score(model, documents, options.tokens, options.long)}
 
 
 def main() -> None:
@@ -77,15 +99,16 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of it")
     parser.add_argument("--calibration", help="text to calibrate and to polish on. Default: Python's help texts")
     parser.add_argument("--calibration-tokens", type=int, help="tokens of it. Default: as of `rpb retrofit`")
+    parser.add_argument("--calibration-length", type=int, help="tokens of a window of it. Default: likewise")
+    parser.add_argument("--long", action="store_true", help="score one window of 16,384 tokens, by position")
     parser.add_argument("--json", type=Path, help="a file for the figures")
     options = parser.parse_args()
-    cut = {"tokens": options.calibration_tokens} if options.calibration_tokens else {}
     rows: list[dict[str, Any]] = []
     for arm in (None, *options.arms):
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
-            rows.append(fresh.submit(measure, arm, options.data, options.tokens, options.calibration, cut).result())
-        source, row = rows[0], rows[-1]
-        costs = "  ".join(f"{row[str(n)]:7.3f} ({row[str(n)] - source[str(n)]:+.3f})" for n in LENGTHS)
+            rows.append(fresh.submit(measure, arm, options).result())
+        source, row = rows[0]["losses"], rows[-1]
+        costs = "  ".join(f"{at}: {loss:.3f} ({loss - source[at]:+.3f})" for at, loss in row["losses"].items())
         print(f"{row['arm']:24s} {row.get('seconds', 0):6.0f} s  {row['gigabytes']:.2f} GB  {costs}", flush=True)
         if options.json:
             options.json.write_text(json.dumps(rows, indent=2) + "\n")

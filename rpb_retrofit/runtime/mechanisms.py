@@ -8,8 +8,8 @@ they are, so a retrofit shares them with its source and can be reverted exactly.
 rope           every token gets index 0: each rotation, of any type, partial, interleaved, complex or rescaled by
                length, becomes the identity times the type's own attention scaling. The highest frequencies may be
                left rotating: they tell neighbours apart and never leave the angles that training showed
-learned,       every token gets the mean of the position vectors, so that activations keep their statistics, and a
-sinusoidal     text may be longer than the table was
+learned,       every token gets the mean of the position vectors, each as often as its position occurs, so that
+sinusoidal     activations keep their statistics, and a text may be longer than the table was
 alibi          the argument that carries the slopes arrives as zeros (or is replaced by the bias, see modeling.py)
 t5             the module of its own table makes way for the new one
 =============  =====================================================================================================
@@ -34,12 +34,17 @@ def modules_named(model: nn.Module, ending: str) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if f".{name}".endswith(f".{ending}")}
 
 
+MEAN = "rpb_mean"
+"""Attribute of position embeddings: lengths of texts, and the share of all tokens that lie in texts of each."""
+
 KEPT = "rpb_kept"
 """Attribute of rotary modules: how many of their highest frequencies go on rotating, by the name of their buffer."""
 
 
-def neutralise(model: nn.Module, family: Family, kept: dict[str, int]) -> None:
+def neutralise(model: nn.Module, family: Family, kept: dict[str, int], lengths: list[tuple[int, float]]) -> None:
     """Switch the source's mechanism off in place, but for the rotary frequencies that are ``kept``.
+
+    ``lengths`` of texts, and the share of all tokens in each, say which positions occur; empty: all alike.
 
     Raises PartialMatchError where its modules are not found.
     """
@@ -58,6 +63,7 @@ def neutralise(model: nn.Module, family: Family, kept: dict[str, int]) -> None:
             holder.register_forward_pre_hook(position_zero, with_kwargs=True)
         else:
             holder.__class__ = constant_positions(type(holder))
+            setattr(holder, MEAN, lengths)
             parent = model.get_submodule(name.rpartition(".")[0])
             if hasattr(parent, "position_ids"):  # a buffer as long as the table, which would bound the length
                 parent.register_forward_pre_hook(unbounded_positions, with_kwargs=True)
@@ -68,6 +74,7 @@ def restore(model: nn.Module) -> None:
     for module in model.modules():
         remove_hooks(module, position_zero, unbounded_positions, rotate_highest)
         vars(module).pop(KEPT, None)
+        vars(module).pop(MEAN, None)
         if isinstance(module, ConstantPositions):
             module.__class__ = cast(Any, type(module).source_class)
 
@@ -173,7 +180,7 @@ def _parameters(cls: Any) -> tuple[str, ...]:
 
 
 class ConstantPositions(nn.Module):
-    """A position embedding that gives every token the mean of its vectors.
+    """A position embedding that gives every token the mean of its vectors, each as often as its position occurs.
 
     Mixed into the class of the source's own module, so its weight keeps its name, its initialisation and its gradient.
     """
@@ -183,7 +190,10 @@ class ConstantPositions(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Whatever the source's module is called with -> (1, 1, hidden), which broadcasts over batch and tokens."""
-        return self.weight[_unused_rows(self) :].mean(0)[None, None]
+        vectors, lengths = self.weight[_unused_rows(self) :], getattr(self, MEAN)
+        if not lengths:
+            return vectors.mean(0)[None, None]
+        return sum((share * vectors[:length].mean(0) for length, share in lengths), vectors.new_zeros(()))[None, None]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _new_constant_positions, (type(self).source_class,), self.__dict__

@@ -96,7 +96,7 @@ def attach(model: PreTrainedModel) -> dict[str, Any]:
             heads, bucketing, tail=settings.get("tail") == "log"
         )
     _check_directions(settings, {table.bucketing.bidirectional for table in tables.values()})
-    neutralise(model, family, settings.get("kept_frequencies", {}))
+    neutralise(model, family, settings.get("kept_frequencies", {}), settings.get("text_lengths", []))
     for module in model.modules():
         if "Attention" in type(module).__name__:
             setattr(module, RUN, plain_attention)
