@@ -20,7 +20,7 @@ from rpb_retrofit.checkpoint.convert import retrofit_checkpoint
 from rpb_retrofit.checkpoint.gguf import load_gguf
 from rpb_retrofit.demo.fetch import MINILM, SMOLLM2, fetch
 from rpb_retrofit.evaluation.nll import Windows, nll_at_length
-from rpb_retrofit.text import Text, read_text, spread_windows, tokenise
+from rpb_retrofit.text import CalibrationText, Text, read_text, spread_windows, tokenise
 
 PROMPTS = ["The three primary colours are", "In 1969, after years of work, the first people who"]
 
@@ -96,7 +96,8 @@ def test_what_the_swap_costs(smollm2: Path) -> None:
 
 
 def test_what_calibration_saves() -> None:
-    """On 1,024 tokens that it did not see: half of what zero tables cost; next to nothing with frequencies kept."""
+    """On 1,024 tokens that it did not see: half of what zero tables cost; with factors on the content half of that;
+    next to nothing with frequencies kept."""
     model, tokenizer = load_gguf(fetch(SMOLLM2))
     (prose,) = read_text(None).documents
     windows = spread_windows(tokenizer, Text("the second half", [prose[len(prose) // 2 :]]), 512, 1024)
@@ -106,12 +107,18 @@ def test_what_calibration_saves() -> None:
         return nll_at_length(model, documents, Windows(512, 512, None), 1024).nll
 
     source, costs = score(), {}
-    for keep in (0, 20):
-        rpb.retrofit(model, rpb.RetrofitConfig(keep_frequencies=keep), windows)
-        costs[keep] = score() - source
+    arms: dict[str, dict[str, Any]] = {
+        "tables": {},
+        "content": {"calibrate": "tables+content"},
+        "kept": {"keep_frequencies": 20},
+    }
+    for name, settings in arms.items():
+        rpb.retrofit(model, rpb.RetrofitConfig(**settings), windows)
+        costs[name] = score() - source
         rpb.revert(model)
-    assert 0.5 < costs[0] < 1.6
-    assert -0.05 < costs[20] < 0.08
+    assert 0.5 < costs["tables"] < 1.6
+    assert costs["content"] < 0.7 * costs["tables"]
+    assert -0.05 < costs["kept"] < 0.08
 
 
 def test_revert_gives_the_source_bit_for_bit() -> None:
@@ -163,11 +170,12 @@ def test_minilm_calibrated() -> None:
     folder = fetch(MINILM)
     tokenizer, source = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
     (prose,) = read_text(None).documents
-    windows = spread_windows(tokenizer, Text("the second half", [prose[len(prose) // 2 :]]), 128, 4096)
+    text = CalibrationText(Text("the second half", [prose[len(prose) // 2 :]]), tokens=8192, length=128)
+    windows = text.windows(tokenizer, 512)
     paragraphs = [p for p in prose[: len(prose) // 2].split("\n\n") if 200 < len(p) < 800][:30]
     embed, cosines = sentence_embedding(tokenizer), {}
     for init in ("zeros", "calibrated"):
         model = AutoModel.from_pretrained(folder).eval()
         rpb.retrofit(model, rpb.RetrofitConfig(init=init), windows if init == "calibrated" else None)
         cosines[init] = sum(float(embed(source, p) @ embed(model, p)) for p in paragraphs) / len(paragraphs)
-    assert cosines["calibrated"] > 0.85 > 0.75 > cosines["zeros"]
+    assert cosines["calibrated"] > 0.89 > 0.75 > cosines["zeros"]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -23,6 +23,7 @@ from rpb_retrofit.evaluation.nll import LengthResult, Windows, nll_at_length
 from rpb_retrofit.evaluation.plots import bias_by_offset, loss_by_position, save
 from rpb_retrofit.files.folder import whole_folder
 from rpb_retrofit.report import RetrofitReport
+from rpb_retrofit.tables import CONTENT
 from rpb_retrofit.text import CalibrationText, Text, bos_policy, read_text, tokenise
 
 LENGTHS = (128, 512, 2048)
@@ -31,8 +32,11 @@ BEGINNINGS = ("Water boils at a temperature of", "Once upon a time, a young farm
 NEW_TOKENS = 40
 
 
-KINDS: dict[str, int | Literal["auto"]] = {"T5 bias": 0, "T5 bias + high frequencies": "auto"}
-"""The retrofits that are shown, and what each keeps of RoPE's frequencies."""
+KINDS: dict[str, dict[str, Any]] = {
+    "T5 bias": {"calibrate": CONTENT},
+    "T5 bias + high frequencies": {"keep_frequencies": "auto"},
+}
+"""The retrofits that are shown, and their settings."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ def run_demo(out: Path, config: RetrofitConfig, say: Callable[[str], None]) -> D
             target, report = folder / re.sub(r"\W+", "-", name), None
             if name in KINDS:
                 with step(f"retrofit: {name}"):
-                    kind = replace(config, keep_frequencies=KINDS[name])
+                    kind = replace(config, **KINDS[name])
                     report = retrofit_checkpoint(str(gguf), target, kind, calibration=calibration).report
             with step(f"load: {name}"):
                 model, tokenizer = open_causal_lm(str(gguf if report is None else target))

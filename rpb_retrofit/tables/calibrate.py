@@ -88,7 +88,7 @@ class CalibrationReport:
         poor, heads = self.poor, sum(len(layer.after) for layer in self.layers)
         done = "calibrated" if self.layers[0].heads is None else "heads matched"
         lines = [
-            f"{done} on {self.windows} windows of {self.length} tokens, {self.queries} queries a head: attention "
+            f"{done} on {self.windows} windows of up to {self.length} tokens, {self.queries} queries a head: attention "
             f"KL from the source {self.before:.3f} -> {self.after:.3f} nats, mean of {heads} heads"
         ]
         if unvisited := sorted({bucket for layer in self.layers for bucket in layer.unvisited}):
