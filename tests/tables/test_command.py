@@ -64,6 +64,26 @@ def test_a_calibrated_checkpoint(link: bool, source: Path, prose: Path, monkeypa
     assert written.config.rpb_retrofit["kept_frequencies"] == {"inv_freq": 1}
 
 
+def test_buckets_factors_and_a_tail(
+    source: Path, prose: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was chosen and folded is said, and is what the checkpoint has."""
+    out = source.parent / "out"
+    cut = ("--calibration", prose, "--calibration-length", 64, "--calibration-tokens", 256)
+    options = ("--buckets", "auto", "--calibrate", "tables+content", "--tail", "log", *cut)
+    assert rpb_command(monkeypatch, "retrofit", source, out, *options) == 0
+    said, written = capsys.readouterr().out, rpb.load(out)
+    settings = written.config.rpb_retrofit
+    count, reach = settings["relative_attention_num_buckets"], settings["relative_attention_max_distance"]
+    assert f"buckets auto: {count} to {reach}" in said and "factors on the content term folded into 2 weights" in said
+    bias = written.model.layers[0].self_attn.relative_attention_bias
+    assert bias.weight.shape == (4, count) and bias.tail.shape == (4, 1)
+    again = source.parent / "again"
+    reuse = ("--init", f"from:{out}", "--tail", "log", "--buckets", count, "--max-distance", reach)
+    assert rpb_command(monkeypatch, "retrofit", source, again, *reuse, *cut) == 0
+    assert "heads matched on" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("options", "answer"),
     [
@@ -71,6 +91,10 @@ def test_a_calibrated_checkpoint(link: bool, source: Path, prose: Path, monkeypa
         (("--calibration-length", "4096"), "--calibration-length 4096: the source was made for 2048 tokens at most"),
         (("--calibration", "PROSE"), "prose.txt: its longest document has 1800 tokens, too few for a window of 2048"),
         (("--init", "zeros", "--calibration", "PROSE"), "--init zeros uses no text; leave one of the two out"),
+        (("--calibrate", "content"), "calibrate='content': choose tables or tables+content"),
+        (("--calibrate", "tables+content", "--init", "zeros"), "calibrate='tables+content' needs init='calibrated'"),
+        (("--tail", "long"), "tail='long': choose flat or log"),
+        (("--buckets", "auto", "--init", "alibi"), "relative_attention_num_buckets='auto' needs init='calibrated'"),
         (("--keep-frequencies", "many"), "'many' is neither a whole number nor 'auto'"),
         (("--keep-frequencies", "-1"), "keep_frequencies=-1: a number from 0 on, or 'auto'"),
         (("--init", "from:nowhere/at/all"), "'nowhere/at/all': no such folder"),
