@@ -98,7 +98,7 @@ class CalibrationReport:
             )
         if poor:
             worst = ", ".join(f"{name} head {head} ({kl:.1f})" for name, head, kl in poor[:3])
-            lines.append(f"{len(poor)} heads stay above {POOR:g} nat, which no fit of this kind can mend; the worst: {worst}")
+            lines.append(f"{len(poor)} heads stay above {POOR:g} nat, which no such fit can mend; the worst: {worst}")
         return "\n".join(lines)
 
 
