@@ -67,6 +67,11 @@ class RetrofitConfig:
             choices = ", ".join((CALIBRATED, *INITIALISATIONS, f"{FROM}CHECKPOINT"))
             raise ConfigError(f"init='{self.init}': choose one of {choices}")
 
+    @property
+    def takes_text(self) -> bool:
+        """Whether ``init`` uses calibration text: to fit tables, or to match the heads of another checkpoint's."""
+        return self.init == CALIBRATED or self.init.startswith(FROM)
+
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> RetrofitConfig:
         """A config from a mapping; ConfigError names an unknown key and the nearest known one."""

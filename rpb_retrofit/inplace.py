@@ -170,7 +170,7 @@ def _check_text(config: RetrofitConfig, calibration: Any | None, polishing: Any 
             "init='calibrated' needs text: give calibration=[batches of token ids], or choose another init: "
             f"{', '.join(INITIALISATIONS)}"
         )
-    if calibration is not None and config.init != CALIBRATED and not config.init.startswith(FROM):
+    if calibration is not None and not config.takes_text:
         raise ConfigError(f"calibration was given, but init='{config.init}' uses none: leave it out")
     if polishing is not None and not config.polish:
         raise ConfigError("polishing was given, but polish=0 uses none: leave it out")

@@ -15,6 +15,7 @@ from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
 
 from rpb_retrofit.errors import DataError
+from rpb_retrofit.tables.calibrate import SHORTEST
 
 _FORMATS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _COLUMN = "text"
@@ -112,7 +113,7 @@ def _special_tokens(tokenizer: Any) -> tuple[Tensor, Tensor]:
 LONGEST = 2048
 """Tokens of the longer windows of calibration, unless a length is asked for: the time grows with its square."""
 
-SHARE, SHORTEST = 4, 32
+SHARE = 4
 """The shorter windows have one token in so many of the longer ones', if that is no fewer than `SHORTEST`."""
 
 POLISH = 512

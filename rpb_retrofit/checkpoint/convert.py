@@ -19,7 +19,7 @@ from rpb_retrofit.files.folder import check_absent, whole_folder
 from rpb_retrofit.files.shards import place, place_without, tensor_names
 from rpb_retrofit.files.source import Source, find, model_class
 from rpb_retrofit.runtime.families import family_of, is_table
-from rpb_retrofit.tables import CALIBRATED, FROM
+from rpb_retrofit.tables import CALIBRATED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,9 +64,8 @@ def retrofit_checkpoint(
     """
     out = Path(out).expanduser()
     check_absent(out)
-    takes_text = config.init == CALIBRATED or config.init.startswith(FROM)
     if config.init != CALIBRATED and not config.polish:
-        if calibration is not None and not takes_text:
+        if calibration is not None and not config.takes_text:
             raise ConfigError(f"calibration text was given, but init='{config.init}' uses none: leave it out")
     elif calibration is None:
         from rpb_retrofit.text import CalibrationText
@@ -170,7 +169,7 @@ def _texts(config: RetrofitConfig, text: CalibrationText | None, tokenizer: Any,
         return None, None
     context = trained_context(model, family_of(model.config))
     return (
-        text.windows(tokenizer, context) if config.init == CALIBRATED or config.init.startswith(FROM) else None,
+        text.windows(tokenizer, context) if config.takes_text else None,
         text.polishing(tokenizer, context, config.polish) if config.polish else None,
     )
 

@@ -31,16 +31,13 @@ def rewrite(folder: Path, weight_map: Mapping[str, str], changes: Mapping[str, C
     """
     by_file: dict[str, dict[str, bytes]] = defaultdict(dict)
     for name, change in changes.items():
-        stored = next(
-            (key for key in _candidates(name, weight_map) if _holds(folder / weight_map[key], key, change)), None
-        )
+        alike = ((key, _same(folder / weight_map[key], key, change)) for key in _candidates(name, weight_map))
+        stored, dtype = next(((key, dtype) for key, dtype in alike if dtype is not None), (None, None))
         if stored is None:
             raise CheckpointError(
                 f"'{name}' is changed by factors on the content term, but the checkpoint holds no tensor like it: "
                 "retrofit the model in Python and save it, or leave --calibrate tables+content out"
             )
-        with safe_open(folder / weight_map[stored], framework="pt") as file:
-            dtype = file.get_tensor(stored).dtype
         content = change.after.detach().cpu().to(dtype).contiguous()
         by_file[weight_map[stored]][stored] = content.view(torch.uint8).numpy().tobytes()
     for shard, tensors in by_file.items():
@@ -54,8 +51,10 @@ def _candidates(name: str, weight_map: Mapping[str, str]) -> list[str]:
     return ([name] if name in weight_map else []) + alike
 
 
-def _holds(shard: Path, key: str, change: Change) -> bool:
+def _same(shard: Path, key: str, change: Change) -> torch.dtype | None:
+    """The dtype of a stored tensor that is the weight before its change; None for any other."""
     with safe_open(shard, framework="pt") as file:
         stored = file.get_tensor(key)
     before = change.before.cpu()
-    return stored.shape == before.shape and torch.equal(stored.to(before.dtype), before)
+    same = stored.shape == before.shape and torch.equal(stored.to(before.dtype), before)
+    return stored.dtype if same else None

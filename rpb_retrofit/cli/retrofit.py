@@ -12,7 +12,7 @@ import typer
 from rpb_retrofit.cli.options import AutoBuckets, Json, MaxDistance, check_writable, show, whole_or_auto
 from rpb_retrofit.config import RetrofitConfig
 from rpb_retrofit.errors import ConfigError
-from rpb_retrofit.tables import CALIBRATED, FROM
+from rpb_retrofit.tables import CALIBRATED
 
 
 def command(
@@ -77,7 +77,7 @@ def command(
         seed=seed,
     )
     text = None
-    if init == CALIBRATED or polish or (calibration is not None and init.startswith(FROM)):
+    if init == CALIBRATED or polish or (calibration is not None and config.takes_text):
         from rpb_retrofit.text import CalibrationText
 
         text = CalibrationText.of(calibration, tokens=calibration_tokens, length=calibration_length)
