@@ -6,11 +6,13 @@ from rpb_retrofit.runtime.errors import (
     CheckpointError,
     ConfigError,
     DataError,
+    InterruptedRunError,
     MissingTablesError,
     NotRetrofittedError,
     PartialMatchError,
     RetrofitError,
     RevertError,
+    TrainingError,
     UnsupportedModelError,
 )
 
@@ -20,10 +22,12 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "InterruptedRunError",
     "MissingTablesError",
     "NotRetrofittedError",
     "PartialMatchError",
     "RetrofitError",
     "RevertError",
+    "TrainingError",
     "UnsupportedModelError",
 ]

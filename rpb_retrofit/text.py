@@ -39,24 +39,8 @@ def read_text(file: str | None, option: str = "--data") -> Text:
     if file is None:
         prose = "\n\n".join(topics.topics[name].strip() for name in sorted(topics.topics))
         return Text(f"pydoc_data.topics (Python's help texts; give {option} FILE for text like yours)", [prose])
-    path = Path(file).expanduser()
-    if not path.is_file():
-        raise DataError(f"{option} '{file}': no such file")
-    if (kind := _FORMATS.get(path.suffix.lower())) is None:
-        raise DataError(f"{option} '{file}': its ending '{path.suffix}' is none of {', '.join(_FORMATS)}")
-    options: dict[str, Any] = {"sample_by": "document"} if kind == "text" else {}
-    try:
-        rows = load_dataset(kind, data_files=glob.escape(str(path)), split="train", **options)
-    except StopIteration as error:
-        raise DataError(f"{option} '{file}' holds no text") from error
-    except (DatasetGenerationError, ValueError, OSError) as error:
-        cause = error.__cause__ or error
-        if isinstance(cause, UnicodeDecodeError):
-            raise DataError(f"{option} '{file}' is not UTF-8: {cause.reason} at byte {cause.start}") from error
-        raise DataError(f"{option} '{file}' cannot be read as {kind}: {str(cause).splitlines()[0]}") from error
-    if _COLUMN not in rows.column_names:
-        raise DataError(f"{option} '{file}' has no column '{_COLUMN}', only {', '.join(rows.column_names) or 'none'}")
-    documents = [document for document in rows[_COLUMN] if document]
+    path, rows = Path(file).expanduser(), read_rows(file, option)
+    documents = [document for document in rows if document]
     if odd := next((document for document in documents if not isinstance(document, str)), None):
         raise DataError(f"{option} '{file}': its column '{_COLUMN}' holds {type(odd).__name__}, not text")
     documents = [document for document in documents if document.strip()]
@@ -65,9 +49,35 @@ def read_text(file: str | None, option: str = "--data") -> Text:
     return Text(path.name, documents)
 
 
+def read_rows(file: str, option: str, column: str = _COLUMN, streaming: bool = False) -> Any:
+    """A column of a file, as a sequence that stays on disk; with ``streaming``, the rows of the dataset as they come.
+
+    Raises DataError for a file that is missing, empty, not UTF-8 or without that column; it names the ``option``.
+    """
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise DataError(f"{option} '{file}': no such file")
+    if (kind := _FORMATS.get(path.suffix.lower())) is None:
+        raise DataError(f"{option} '{file}': its ending '{path.suffix}' is none of {', '.join(_FORMATS)}")
+    options: dict[str, Any] = {"sample_by": "document"} if kind == "text" else {}
+    try:
+        rows = load_dataset(kind, data_files=glob.escape(str(path)), split="train", streaming=streaming, **options)
+        names = rows.column_names or list(next(iter(rows)))
+    except StopIteration as error:
+        raise DataError(f"{option} '{file}' holds no text") from error
+    except (DatasetGenerationError, ValueError, OSError) as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, UnicodeDecodeError):
+            raise DataError(f"{option} '{file}' is not UTF-8: {cause.reason} at byte {cause.start}") from error
+        raise DataError(f"{option} '{file}' cannot be read as {kind}: {str(cause).splitlines()[0]}") from error
+    if column not in names:
+        raise DataError(f"{option} '{file}' has no column '{column}', only {', '.join(names) or 'none'}")
+    return rows if streaming else rows[column]
+
+
 def tokenise(tokenizer: Any, documents: Sequence[str]) -> list[Tensor]:
     """Documents as token ids, without special tokens."""
-    encoded = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
+    encoded = tokenizer(list(documents), addspecial_tokens=False, verbose=False)["input_ids"]
     return [torch.tensor(ids) for ids in encoded]
 
 
@@ -87,7 +97,7 @@ def spread_windows(tokenizer: Any, text: Text, length: int, tokens: int) -> list
     Each stands between the special tokens that the tokenizer adds. Raises DataError where the text has too few tokens
     for one window.
     """
-    before, after = _special_tokens(tokenizer)
+    before, after = special_tokens(tokenizer)
     room = length - len(before) - len(after)
     documents = tokenise(tokenizer, text.documents)
     longest = max(map(len, documents))
@@ -102,9 +112,9 @@ def spread_windows(tokenizer: Any, text: Text, length: int, tokens: int) -> list
     return [torch.cat([before, documents[i][start : start + room], after]) for i, start in chosen]
 
 
-def _special_tokens(tokenizer: Any) -> tuple[Tensor, Tensor]:
+def special_tokens(tokenizer: Any) -> tuple[Tensor, Tensor]:
     """What the tokenizer puts before and after a text: BOS, CLS, SEP, ..."""
-    plain, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+    plain, whole = tokenizer("a", addspecial_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
     extra = len(whole) - len(plain)
     start = next((i for i in range(extra + 1) if whole[i : i + len(plain)] == plain), 0)
     return torch.tensor(whole[:start], dtype=torch.long), torch.tensor(whole[start + len(plain) :], dtype=torch.long)

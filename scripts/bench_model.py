@@ -121,6 +121,10 @@ def main() -> None:
     for module in retrofit.modules():
         if isinstance(module, RelativePositionBias):
             torch.nn.init.normal_(module.weight)
+    weights = dict(source.named_parameters())
+    for name, parameter in retrofit.named_parameters():
+        if name in weights:  # both read the same memory: a copy's pages may lie better or worse, by percents
+            parameter.data = weights[name].data
     name = torch.cuda.get_device_name() if options.device == "cuda" else f"cpu, {options.threads} threads"
     print(f"{name}, {options.dtype}, torch {torch.__version__}, source: {source.config._attn_implementation}")
     if options.long:

@@ -61,13 +61,22 @@ def open_causal_lm(name: str) -> tuple[Any, Any]:
 
     Raises CheckpointError for what cannot be found, DataError for a model that does not predict next tokens.
     """
+    if not name.endswith(".gguf"):
+        architecture = (find(name).config().architectures or ["(none)"])[0]
+        if not architecture.endswith(("ForCausalLM", "LMHeadModel")):
+            raise DataError(f"'{name}' is a {architecture}: only models that predict the next token can be scored")
+    return open_model(name)
+
+
+def open_model(name: str) -> tuple[Any, Any]:
+    """A retrofit, a plain checkpoint or a GGUF file as the class that was saved, in evaluation mode, and its tokenizer.
+
+    Raises CheckpointError for what cannot be found or is damaged.
+    """
     if name.endswith(".gguf"):
         return load_gguf(Path(name).expanduser())
     source = find(name)
     config = source.config()
-    architecture = (config.architectures or ["(none)"])[0]
-    if not architecture.endswith(("ForCausalLM", "LMHeadModel")):
-        raise DataError(f"'{name}' is a {architecture}: only models that predict the next token can be scored")
     retrofitted = getattr(config, "rpb_retrofit", None) is not None
     opener: Any = load if retrofitted else model_class(config).from_pretrained
     return open_weights(source, opener), open_tokenizer(source)

@@ -8,15 +8,15 @@ from typing import Any
 
 import typer
 
-from rpb_retrofit.cli import demo, evaluate, explain, retrofit
-from rpb_retrofit.errors import RetrofitError
+from rpb_retrofit.cli import demo, evaluate, explain, finetune, retrofit
+from rpb_retrofit.errors import InterruptedRunError, RetrofitError
 from rpb_retrofit.version import __version__
 
 # Typer carries its own copy of click and exports of its errors only this one: BadParameter, a UsageError.
 UsageError: Any = typer.BadParameter.__base__
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
-for module in (retrofit, evaluate, explain, demo):
+for module in (retrofit, finetune, evaluate, explain, demo):
     app.command(module.__name__.rpartition(".")[2])(module.command)
 
 
@@ -29,19 +29,26 @@ def about(version: bool = typer.Option(False, "--version", help="Print the versi
 
 
 def main() -> None:
-    """Run ``rpb``. Exit status 0: done; 2: a mistake of the user's, named in one line; 130: interrupted."""
+    """Run ``rpb``. Exit status 0: done; 2: a mistake of the user's, named in one line; 130: interrupted;
+    143: stopped by SIGTERM after saving."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         sys.exit(app(standalone_mode=False) or 0)
+    except InterruptedRunError as error:
+        _say(str(error))
+        sys.exit(143)
     except RetrofitError as error:
-        _fail(str(error))
+        _say(str(error))
+        sys.exit(2)
     except UsageError as error:
-        _fail(error.format_message())
+        _say(error.format_message())
+        sys.exit(2)
     except (typer.Abort, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 
-def _fail(message: str) -> None:
-    print(f"rpb: {message}", file=sys.stderr)
-    sys.exit(2)
+def _say(message: str) -> None:
+    """One line, from the first process of a launcher's: what a user did wrong is wrong on all of them."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"rpb: {message}", file=sys.stderr)

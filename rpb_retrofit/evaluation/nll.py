@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,9 +62,14 @@ class LengthResult:
     by_position: list[PositionBin]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def nll_at_length(
-    model: PreTrainedModel, documents: Sequence[Tensor], windows: Windows, budget: int, label: str = ""
+    model: PreTrainedModel,
+    documents: Sequence[Tensor],
+    windows: Windows,
+    budget: int,
+    label: str = "",
+    quiet: bool = False,
 ) -> LengthResult:
     """Score up to ``budget`` tokens of text in windows of one length.
 
@@ -81,7 +87,10 @@ def nll_at_length(
     total = torch.zeros(windows.length, dtype=torch.float64)
     count = torch.zeros(windows.length, dtype=torch.long)
     device = next(model.parameters()).device
-    with tqdm(total=len(cut) * windows.length, unit="tok", desc=f"{label}{windows.length}", leave=False) as bar:
+    shown: dict[str, Any] = {"disable": True} if quiet else {}
+    with tqdm(
+        total=len(cut) * windows.length, unit="tok", desc=f"{label}{windows.length}", leave=False, **shown
+    ) as bar:
         for ids, scored in cut:
             losses = token_losses(model, ids.to(device))[-scored:].double().cpu()
             positions = torch.arange(windows.length - scored, windows.length)

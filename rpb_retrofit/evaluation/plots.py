@@ -103,3 +103,42 @@ def bucket_map(bucketing: Bucketing) -> Any:
         axes.set_title("shaded: one to one; dotted: maximum distance, constant beyond", fontsize=10)
         figure.tight_layout()
     return figure
+
+
+def training_curves(stages: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """Write a figure of a run: loss by step, held-out loss by position before and after, pairs that trained buckets.
+
+    ``stages`` are those of training.json.
+    """
+    with plt.rc_context(_STYLE):
+        figure, (steps, positions, buckets) = plt.subplots(1, 3, figsize=(15, 4))
+        start = 0
+        for number, stage in enumerate(stages):
+            losses = stage["losses"]
+            steps.plot(
+                range(start + 1, start + len(losses) + 1), losses, lw=1, color=f"C{number}", label=stage["train"]
+            )
+            start += len(losses)
+        steps.set_xlabel("step")
+        steps.set_ylabel("training loss (the objective's, a token)")
+        steps.legend(title="trained", fontsize=8)
+        found = [evaluation for stage in stages for evaluation in stage["evaluations"]]
+        for evaluation, name in zip(found[:1] + found[-1:], ("before", "after"), strict=False):
+            for result in evaluation["by_length"][-1:]:
+                centre = [(first * last) ** 0.5 for first, last, _, _ in result["by_position"]]
+                losses = [nll for _, _, nll, _ in result["by_position"]]
+                positions.plot(centre, losses, "o-", ms=3, label=f"{name}, windows of {result['length']}")
+                positions.set_xscale("log", base=2)
+                positions.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+        positions.set_xlabel("position in the window (tokens of context)")
+        positions.set_ylabel("held-out loss (nats a token)")
+        if positions.has_data():
+            positions.legend(fontsize=8)
+        counts = [sum(pairs) for pairs in zip(*(stage["pairs_by_bucket"] for stage in stages), strict=True)]
+        buckets.bar(range(len(counts)), counts)
+        if any(counts):
+            buckets.set_yscale("log")
+        buckets.set_xlabel("bucket")
+        buckets.set_ylabel("(query, key) pairs that trained it, a head")
+        figure.tight_layout()
+        save(figure, file)

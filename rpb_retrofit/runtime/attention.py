@@ -271,19 +271,15 @@ def _blockwise(
 
 def _row(query: Tensor, key: Tensor, value: Tensor, matrix: Tensor, scale: float) -> Tensor:
     """One query a head; ``matrix`` (1 or batch, heads, 1, K) is its bias."""
-    batch, heads, _, width = query.shape
-    kv_heads = key.shape[1]
-    # The heads of a group as its queries: their keys are read once.
-    query = query.reshape(batch, kv_heads, -1, width)
-    matrix = matrix.reshape(len(matrix), kv_heads, -1, matrix.shape[-1])
+    grouped = query.shape[1] != key.shape[1]
     if query.device.type == "cpu":  # takes a float32 mask beside half-precision queries, and gives zeros for nothing
         matrix = matrix.double() if query.dtype == torch.float64 else matrix
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=matrix, scale=scale)
-    else:
-        rounded = matrix.clamp(min=torch.finfo(query.dtype).min).to(query.dtype)
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=rounded, scale=scale)
-        out = out * (matrix > -torch.inf).any(-1, keepdim=True)
-    return out.reshape(batch, heads, 1, -1)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=matrix, scale=scale, enable_gqa=grouped)
+    rounded = matrix.clamp(min=torch.finfo(query.dtype).min).to(query.dtype)
+    if grouped:  # the heads of a group as its queries: their keys are read once
+        query, rounded = (x.reshape(len(x), key.shape[1], -1, x.shape[-1]) for x in (query, rounded))
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=rounded, scale=scale)
+    return out.reshape(len(out), -1, 1, value.shape[-1]) * (matrix > -torch.inf).any(-1, keepdim=True)
 
 
 def _combined(matrix: Tensor, mask: Tensor) -> Tensor:

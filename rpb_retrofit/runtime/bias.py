@@ -41,8 +41,10 @@ class RelativePositionBias(nn.Module):
         """
         if not isinstance(offset, range):
             return self._with_tail(self.weight.index_select(1, bucket_of(offset, self.bucketing)), offset)
-        if offset.stop == -1 and not torch.is_grad_enabled() and not self.weight.is_inference():
-            return self._row(len(offset))
+        if offset.stop == -1 and not torch.is_grad_enabled():
+            weight = self.weight
+            if not weight.is_inference():
+                return self._row(offset.start + 1, weight)
         self._kept = None
         return self._gather(offset)
 
@@ -59,19 +61,20 @@ class RelativePositionBias(nn.Module):
         # Not a matrix product, which autocast would round.
         return line + (self.tail[:, :, None] * log_beyond(offset, self.bucketing)).sum(1)
 
-    def _row(self, keys: int) -> Tensor:
+    def _row(self, keys: int, weight: Tensor) -> Tensor:
         """The bias of the offsets ``keys - 1 .. 0``: a view of a vector that decoding keeps from token to token.
 
         It is dropped when the table changes or more than one token comes in, so it is never older than the keys and
         values that are cached beside it, even where a table was written behind autograd's back.
         """
-        stamp: tuple[int, ...] = (self.weight.data_ptr(), self.weight._version)
-        if self.tail is not None:
-            stamp += (self.tail.data_ptr(), self.tail._version)
-        if self._kept is None or self._kept[0] != stamp or self._kept[1].shape[1] < keys:
-            self._kept = stamp, self._gather(range((1 << keys.bit_length()) - 1, -1, -1))
-        line = self._kept[1]
-        return line[:, line.shape[1] - keys :]
+        stamp: tuple[int, ...] = (weight.data_ptr(), weight._version)
+        if (tail := self.tail) is not None:
+            stamp += (tail.data_ptr(), tail._version)
+        kept = self._kept
+        if kept is None or kept[0] != stamp or kept[1].shape[1] < keys:
+            kept = self._kept = stamp, self._gather(range((1 << keys.bit_length()) - 1, -1, -1))
+        line = kept[1]
+        return line.narrow(1, line.shape[1] - keys, keys)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": None}

@@ -45,3 +45,11 @@ class CheckpointError(RetrofitError):
 
 class DataError(RetrofitError, ValueError):
     """Text that cannot be evaluated as asked."""
+
+
+class TrainingError(RetrofitError):
+    """A run that had to stop: a step that would ruin the model, a disk that is full; its last checkpoint is whole."""
+
+
+class InterruptedRunError(TrainingError):
+    """A run that was asked to stop (SIGTERM, Ctrl-C), saved what it had, and can go on."""

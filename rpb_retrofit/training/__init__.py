@@ -1,0 +1,1 @@
+"""Healing a retrofit by fine-tuning, on one process or many, with its control."""

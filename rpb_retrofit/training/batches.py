@@ -1,0 +1,173 @@
+"""Sequences of tokens, cut and packed from documents whose borders no attention crosses."""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rpb_retrofit.runtime.buckets import Bucketing, bucket_of
+from rpb_retrofit.runtime.families import family_of
+from rpb_retrofit.runtime.interface import is_causal_module
+from rpb_retrofit.runtime.modeling import attention_modules
+from rpb_retrofit.training.documents import Mixture, State
+from rpb_retrofit.training.recipe import Stage
+
+IGNORED = -100
+"""A target that does not count."""
+
+Row = list[Tensor]
+"""A sequence: parts of documents, each (n,) token ids, which do not see one another."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model takes sequences.
+
+    ``packed``: several documents in a row, told apart by positions that begin again; else one part of a document in a
+    row, between what the tokenizer puts ``before`` and ``after`` it, padded. ``causal``: targets are next tokens.
+    """
+
+    packed: bool
+    causal: bool
+    before: Tensor
+    after: Tensor
+    padding: int
+
+
+def layout_of(model: PreTrainedModel, tokenizer: Any, before: Tensor, after: Tensor) -> Layout:
+    """Packed where Transformers tells packed documents apart: in decoders that take positions and have the interface's
+    masks."""
+    family = family_of(model.config)
+    causal = all(is_causal_module(module) for module in attention_modules(model, family).values())
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    padding = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    return Layout(causal and takes_positions and family.uses_interface, causal, before, after, padding)
+
+
+class Rows:
+    """Sequences without end from documents without end."""
+
+    def __init__(self, documents: Mixture, layout: Layout) -> None:
+        self.documents, self.layout = documents, layout
+        self._before = documents.state()
+        self._document, self._offset = torch.empty(0, dtype=torch.long), 0
+
+    def take(self, count: int, length: int) -> list[Row]:
+        """The next ``count`` sequences of at most ``length`` tokens."""
+        return [self._row(length) for _ in range(count)]
+
+    def _row(self, length: int) -> Row:
+        row: Row = []
+        extra = 0 if self.layout.packed else len(self.layout.before) + len(self.layout.after)
+        room = length - extra
+        while room and not (row and not self.layout.packed):
+            while self._offset == len(self._document):
+                self._before = self.documents.state()
+                self._document, self._offset = self.documents.next(), 0
+            part = self._document[self._offset : self._offset + room]
+            self._offset += len(part)
+            room -= len(part)
+            row.append(part if self.layout.packed else torch.cat([self.layout.before, part, self.layout.after]))
+        return row
+
+    def state(self) -> State:
+        """Where it stands: at a token of a document."""
+        return {"documents": self._before, "offset": self._offset, "begun": len(self._document) > 0}
+
+    def restore(self, state: State) -> None:
+        """Go on from there."""
+        self.documents.restore(state["documents"])
+        self._before = state["documents"]
+        self._document, self._offset = torch.empty(0, dtype=torch.long), 0
+        if state["begun"]:
+            self._document, self._offset = self.documents.next(), state["offset"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences as a model takes them, all (rows, length) int64; ``target`` is `IGNORED` where nothing counts."""
+
+    input_ids: Tensor
+    target: Tensor
+    position_ids: Tensor | None
+    attention_mask: Tensor | None
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """Arguments of the model's forward."""
+        given = {name: getattr(self, name) for name in ("input_ids", "position_ids", "attention_mask")}
+        return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def scored(self) -> int:
+        """Targets that count."""
+        return int((self.target != IGNORED).sum())
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def part(self, index: Any) -> Batch:
+        """Some of the rows."""
+        return self._each(lambda x: x[index])
+
+    def to(self, device: torch.device) -> Batch:
+        """On a device."""
+        return self._each(lambda x: x.to(device))
+
+    def _each(self, fn: Callable[[Tensor], Tensor]) -> Batch:
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        each: Any = {name: None if x is None else fn(x) for name, x in found.items()}
+        return Batch(**each)
+
+
+def collate(rows: Sequence[Row], length: int, layout: Layout) -> Batch:
+    """Rows as one batch, with the next token as the target (causal) or every token (else)."""
+    ids = torch.full((len(rows), length), layout.padding)
+    target = torch.full((len(rows), length), IGNORED)
+    position = torch.zeros(len(rows), length, dtype=torch.long)
+    mask = torch.zeros(len(rows), length, dtype=torch.long)
+    for number, row in enumerate(rows):
+        at = 0
+        for part in row:
+            end = at + len(part)
+            ids[number, at:end], mask[number, at:end] = part, 1
+            position[number, at:end] = torch.arange(len(part))
+            if layout.causal:
+                target[number, at : end - 1] = part[1:]
+            else:
+                target[number, at:end] = part
+            at = end
+    return Batch(ids, target, position, None) if layout.packed else Batch(ids, target, None, mask)
+
+
+def length_of_step(stage: Stage, seed: int, number: int, step: int) -> int:
+    """The sequence length of a step, drawn from the stage's distribution; a function of seed, stage and step alone."""
+    draw = random.Random(f"{seed}/{number}/{step}")
+    return draw.choices(list(stage.lengths), weights=list(stage.lengths.values()))[0]
+
+
+def pairs_by_bucket(lengths: Counter[int], bucketing: Bucketing) -> list[int]:
+    """How many (query, key) pairs of documents' parts of such lengths, visible to one head, fall into each bucket."""
+    if not lengths:
+        return [0] * bucketing.num_buckets
+    longest = max(lengths)
+    # A part of n tokens has n - d pairs at distance d: count the parts longer than d, and their tokens beyond it.
+    parts = torch.zeros(longest + 1, dtype=torch.long)
+    for length, count in lengths.items():
+        parts[length] = count
+    longer = parts.flip(0).cumsum(0).flip(0)  # parts of at least n tokens
+    pairs = longer[1:].flip(0).cumsum(0).flip(0)  # pairs at distance d = sum over n > d of parts of at least n
+    distance = torch.arange(longest)
+    counts = torch.zeros(bucketing.num_buckets, dtype=torch.long)
+    counts.index_add_(0, bucket_of(distance, bucketing), pairs)
+    if bucketing.bidirectional:
+        counts.index_add_(0, bucket_of(-distance[1:], bucketing), pairs[1:])
+    return counts.tolist()

@@ -1,0 +1,81 @@
+"""What a step minimises: the next token, masked tokens, or the distance from the source's predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rpb_retrofit.errors import ConfigError
+from rpb_retrofit.training.batches import IGNORED, Batch
+from rpb_retrofit.training.recipe import Recipe
+
+Model = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The recipe's objective for one kind of model. ``teacher`` is the source, where it is distilled."""
+
+    kind: str  # "next-token", "masked", "predictions" or "states"
+    share: float
+    teacher: PreTrainedModel | None
+
+    def __call__(self, model: Model, batch: Batch) -> Tensor:
+        """The sum over scored targets of the loss, a float32 scalar: divide by `Batch.scored` for the mean."""
+        output = model(**batch.inputs, use_cache=False)
+        scored = batch.target != IGNORED
+        if self.kind == "states":
+            return _states_apart(output.last_hidden_state, self._taught(batch).last_hidden_state, scored)
+        logits = output.logits[scored].float()
+        if self.teacher is None:
+            return F.cross_entropy(logits, batch.target[scored], reduction="sum")
+        taught = self._taught(batch).logits[scored].float().log_softmax(-1)
+        loss = self.share * F.kl_div(logits.log_softmax(-1), taught, reduction="sum", log_target=True)
+        if self.share < 1:
+            loss = loss + (1 - self.share) * F.cross_entropy(logits, batch.target[scored], reduction="sum")
+        return loss
+
+    @torch.no_grad()
+    def _taught(self, batch: Batch) -> Any:
+        assert self.teacher is not None
+        return self.teacher(**batch.inputs, use_cache=False)
+
+
+def _states_apart(states: Tensor, taught: Tensor, scored: Tensor) -> Tensor:
+    """Squared distance of two models' last hidden states (batch, length, width), over the taught ones' size."""
+    states, taught = states[scored].float(), taught[scored].float()
+    return ((states - taught).square().sum(-1) / taught.square().sum(-1).clamp(min=1e-12)).sum()
+
+
+def objective_for(recipe: Recipe, model: PreTrainedModel, causal: bool, teacher: PreTrainedModel | None) -> Objective:
+    """The recipe's objective for a model; ConfigError where the model has nothing that it could be computed from."""
+    name, wanted, head = type(model).__name__, recipe.objective, model.get_output_embeddings() is not None
+    if wanted == "distillation":
+        return Objective("predictions" if head else "states", recipe.distillation_share, teacher)
+    if not head:
+        raise ConfigError(f"objective={wanted}: {name} has no language head; choose distillation")
+    if (wanted == "next-token") != causal:
+        kind, other = ("causal", "next-token") if causal else ("bidirectional", "masked")
+        raise ConfigError(f"objective={wanted}: {name} has {kind} attention; choose {other} or distillation")
+    return Objective(wanted, 0.0, None)
+
+
+def masked(batch: Batch, tokenizer: Any, share: float, seed: str) -> Batch:
+    """The batch with a share of its tokens hidden behind the mask token, which alone are targets (BERT: 80% masked, 10%
+    another token, 10% themselves; Devlin et al. 2018, arXiv:1810.04805)."""
+    if tokenizer.mask_token_id is None:
+        raise ConfigError("objective=masked: this tokenizer has no mask token; choose distillation")
+    generator = torch.Generator().manual_seed(int.from_bytes(seed.encode()) % (2**63))
+    special = torch.isin(batch.input_ids, torch.tensor(tokenizer.all_special_ids))
+    draw, how = (torch.rand(batch.input_ids.shape, generator=generator) for _ in range(2))
+    chosen = (draw < share) & (batch.target != IGNORED) & ~special
+    other = torch.randint(len(tokenizer), batch.input_ids.shape, generator=generator)
+    ids = torch.where(chosen & (how < 0.8), tokenizer.mask_token_id, batch.input_ids)
+    ids = torch.where(chosen & (how >= 0.9), other, ids)
+    return replace(batch, input_ids=ids, target=torch.where(chosen, batch.target, IGNORED))

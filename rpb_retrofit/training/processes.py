@@ -1,0 +1,118 @@
+"""What one process or many do together: modes that can carry the bias, errors that reach every rank, signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
+
+from rpb_retrofit.errors import ConfigError, RetrofitError
+from rpb_retrofit.training.recipe import Recipe
+
+T = TypeVar("T")
+
+
+def open_accelerator(recipe: Recipe, logs: str) -> Accelerator:
+    """Accelerate as the launcher set it up; ConfigError for what cannot carry the bias, and for unknown trackers."""
+    cpu = not torch.accelerator.is_available()
+    try:
+        if cpu:
+            _allow_fsdp_on_cpu()
+        accelerator = Accelerator(
+            cpu=cpu,  # without it several processes on a CPU would not find one another, and each train on its own
+            mixed_precision=recipe.precision,
+            log_with=list(recipe.trackers) or None,
+            project_config=ProjectConfiguration(project_dir=logs, logging_dir=logs),
+        )
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"Accelerate refuses the recipe's settings: {' '.join(str(error).split())}") from error
+    if (launched := int(os.environ.get("WORLD_SIZE", 1))) != accelerator.num_processes:
+        raise ConfigError(
+            f"the launcher started {launched} processes and Accelerate joined {accelerator.num_processes}: set "
+            "distributed_type in its config to one that fits this machine"
+        )
+    check_mode(accelerator)
+    return accelerator
+
+
+def _allow_fsdp_on_cpu() -> None:
+    """Accelerate turns FSDP on for GPUs only, and otherwise ignores it in silence; FSDP2 itself runs on a CPU as well,
+    where a recipe can be tried."""
+    state = PartialState(cpu=True)
+    wanted = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if wanted and state.distributed_type == DistributedType.MULTI_CPU:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def check_mode(accelerator: Accelerator) -> None:
+    """ConfigError where a way of running several processes would drop the bias or is not known to keep it."""
+    parallel = getattr(accelerator, "parallelism_config", None)
+    if parallel is not None and getattr(parallel, "cp_size", 1) > 1:
+        raise ConfigError(
+            f"context parallelism (cp_size={parallel.cp_size}): Accelerate's ring attention takes no additive bias, so "
+            "the relative position bias would be lost; shard with FSDP2, or use shorter sequences"
+        )
+    if parallel is not None and getattr(parallel, "sp_size", 1) > 1:
+        raise ConfigError(
+            f"sequence parallelism (sp_size={parallel.sp_size}): Accelerate's Ulysses runs its own attention in the "
+            "place of the retrofit's, and the relative position bias would be lost; shard with FSDP2 instead"
+        )
+    if parallel is not None and getattr(parallel, "tp_size", 1) > 1:
+        raise ConfigError(
+            f"tensor parallelism (tp_size={parallel.tp_size}): the tables would not be sharded with their heads; "
+            "shard with FSDP2 instead"
+        )
+    if accelerator.distributed_type == DistributedType.MEGATRON_LM:
+        raise ConfigError("Megatron-LM brings its own models, which have no relative position bias: use FSDP2")
+    if accelerator.distributed_type == DistributedType.FSDP and accelerator.state.fsdp_plugin.fsdp_version == 1:
+        raise ConfigError("fsdp_version=1: it flattens float32 tables with the weights; set fsdp_version: 2")
+
+
+def on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
+    """Run on the first process; its result, or its RetrofitError, reaches all."""
+    outcome: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            outcome = [function()]
+        except RetrofitError as error:
+            outcome = [error]
+    if accelerator.num_processes > 1:
+        outcome = broadcast_object_list(outcome)
+    if isinstance(outcome[0], RetrofitError):
+        raise outcome[0]
+    return outcome[0]
+
+
+class Interruption:
+    """Notes SIGTERM and SIGINT while a step runs, so that it can be finished and saved; a second one ends at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            os._exit(128 + number)
+        self.signal = number
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or on a CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )

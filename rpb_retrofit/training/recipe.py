@@ -1,0 +1,172 @@
+"""The recipe of a fine-tune: one validated document, from YAML and the command line, saved beside what it made."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from rpb_retrofit.errors import ConfigError
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class Data(_Strict):
+    """One source of text: a file (text, JSONL, Parquet) or a dataset of the hub, and its share of the tokens."""
+
+    name: str
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    split: str = "train"
+    subset: str | None = None
+    column: str = "text"
+    streaming: bool = False
+
+
+class Stage(_Strict):
+    """A part of the run in which the same parameters are trained.
+
+    ``train``: ``tables`` (with tails and factors, and nothing else), ``lora`` (the tables, and low-rank updates of all
+    linear layers, merged at the end) or ``all``. ``tokens``: the budget, all processes together. ``rate`` is the peak
+    learning rate of the weights or their low-rank updates, ``table_rate`` that of the tables. ``lengths``: tokens of a
+    sequence to its weight; each step draws one, so that far buckets get gradients too. ``warmup``: share of the steps
+    in which the rates rise to their peak.
+    """
+
+    train: Literal["tables", "lora", "all"] = "all"
+    tokens: Positive
+    rate: Rate = 2e-4
+    table_rate: Rate = 1e-2
+    lengths: dict[Annotated[int, Field(ge=2)], Annotated[float, Field(gt=0)]] = Field(default={512: 1.0}, min_length=1)
+    warmup: Share = 0.1
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    lora_rank: Positive = 16
+
+
+class Recipe(_Strict):
+    """Everything that a run depends on, but the model.
+
+    ``objective``: ``distillation`` (the source's next-token distribution; the source's last hidden states for a model
+    without a language head), ``next-token`` or ``masked`` (encoders). ``distillation_share``: what distillation counts
+    where the objective is ``distillation``; the rest is the next token. ``batch_tokens``: tokens of an optimizer step,
+    all processes together; ``micro_tokens``: of one pass of one process (None: all of its share at once).
+    ``on_bad_step``: what happens where loss or gradients are not finite, or the loss is more than ``spike`` nats above
+    the mean of the last 20 steps: ``stop``, or ``skip`` the step. ``held_out``: a file to evaluate on; without it
+    ``held_out_share`` of the training text is kept apart.
+    """
+
+    stages: list[Stage] = Field(default=[Stage(train="tables", tokens=10_240), Stage(tokens=40_960)], min_length=1)
+    data: list[Data] = []
+    objective: Literal["distillation", "next-token", "masked"] = "distillation"
+    distillation_share: Share = 1.0
+    mask_share: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    batch_tokens: Positive = 512
+    micro_tokens: Positive | None = None
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip: Rate = 1.0
+    dropout: bool = False
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    seed: int = 0
+    save_every: Positive = 50
+    keep: Positive = 2
+    evaluate_every: Positive = 50
+    evaluate_tokens: Annotated[int, Field(ge=0)] = 4096
+    held_out: str | None = None
+    held_out_share: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    on_bad_step: Literal["stop", "skip"] = "stop"
+    spike: Rate | None = 5.0
+    trackers: list[str] = ["tensorboard"]
+
+    @model_validator(mode="after")
+    def _fits(self) -> Recipe:
+        for stage in self.stages:
+            if (longest := max(stage.lengths)) > self.batch_tokens:
+                raise ValueError(f"batch_tokens={self.batch_tokens} holds no sequence of {longest} tokens: raise it")
+        return self
+
+    @property
+    def tokens(self) -> int:
+        """The budget of all stages."""
+        return sum(stage.tokens for stage in self.stages)
+
+    def to_yaml(self) -> str:
+        """The whole recipe, defaults included."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+
+
+def read_recipe(file: Path | None, changes: Mapping[str, Any] | None = None) -> Recipe:
+    """A recipe from a YAML file and changes on top, whose keys are dotted: ``stages.0.tokens``.
+
+    Raises ConfigError, which names the key, its value and what was expected.
+    """
+    settings: Any = {}
+    if file is not None:
+        try:
+            settings = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"recipe '{file}' cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        except yaml.YAMLError as error:
+            raise ConfigError(f"recipe '{file}' is not YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(settings, dict):
+            raise ConfigError(f"recipe '{file}' holds a {type(settings).__name__}, not keys with values")
+    for key, value in (changes or {}).items():
+        _put(settings, key, value)
+    try:
+        return Recipe.model_validate(settings)
+    except ValidationError as error:
+        raise ConfigError(f"recipe{'' if file is None else f' {file}'}: {_explain(error)}") from None
+
+
+def _put(settings: Any, key: str, value: Any) -> None:
+    """Set a dotted key. Numbers index a list, which starts as the default one where there is none yet."""
+    *path, last = key.split(".")
+    at = settings
+    for part in path:
+        if isinstance(at, dict) and part not in at and part in Recipe.model_fields:
+            at[part] = Recipe().model_dump()[part]
+        at = _step(at, part, key)
+    if isinstance(at, list):
+        _step(at, last, key)
+        at[int(last)] = value
+    elif isinstance(at, dict):
+        at[last] = value
+    else:
+        raise ConfigError(f"recipe: there is no '{key}'")
+
+
+def _step(at: Any, part: str, key: str) -> Any:
+    try:
+        return at[int(part)] if isinstance(at, list) else at[part]
+    except (KeyError, IndexError, ValueError, TypeError):
+        raise ConfigError(f"recipe: there is no '{key}' (nothing at '{part}')") from None
+
+
+def _explain(error: ValidationError) -> str:
+    """The first thing that is wrong, in one line."""
+    first, *rest = error.errors()
+    path = ".".join(str(part) for part in first["loc"] if part != "[key]")
+    if first["type"] == "extra_forbidden":
+        known = _keys_at(first["loc"])
+        close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        said = f"unknown key '{path}': " + (f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}")
+    elif not path:
+        said = first["msg"].removeprefix("Value error, ")
+    else:
+        said = f"{path}={first['input']!r}: {first['msg'][:1].lower()}{first['msg'][1:]}"
+    return said + (f" (and {len(rest)} more)" if rest else "")
+
+
+def _keys_at(path: tuple[Any, ...]) -> list[str]:
+    inner: dict[str, type[BaseModel]] = {"stages": Stage, "data": Data}
+    return list((inner.get(str(path[0]), Recipe) if len(path) > 1 else Recipe).model_fields)

@@ -1,0 +1,257 @@
+"""A whole run: the stages of a recipe one after the other, from one checkpoint to another."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zlib
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from transformers import PreTrainedModel
+
+from rpb_retrofit.checkpoint.load import open_model
+from rpb_retrofit.errors import CheckpointError, ConfigError, DataError, NotRetrofittedError, UnsupportedModelError
+from rpb_retrofit.files.folder import check_absent, whole_folder
+from rpb_retrofit.files.source import find
+from rpb_retrofit.text import bos_policy, special_tokens, tokenise
+from rpb_retrofit.training.batches import Rows, layout_of
+from rpb_retrofit.training.checkpoints import RunFolder, write_whole
+from rpb_retrofit.training.documents import Mixture, open_sources
+from rpb_retrofit.training.held_out import held_out_for
+from rpb_retrofit.training.objective import objective_for
+from rpb_retrofit.training.parameters import merged, prepare
+from rpb_retrofit.training.processes import on_main, open_accelerator
+from rpb_retrofit.training.recipe import Recipe
+from rpb_retrofit.training.stage import Progress, Setting, StageRun
+from rpb_retrofit.training.summary import Summary, stage_summary, write_summary
+from rpb_retrofit.training.teacher import open_teacher, share_weights, source_of
+
+RECIPE, STATE = "recipe.yaml", "state.json"
+
+
+def finetune(
+    model: str,
+    out: Path,
+    recipe: Recipe,
+    *,
+    control: bool = False,
+    source: str | None = None,
+    restart: bool = False,
+    say: Callable[[str], None] = print,
+) -> Summary:
+    """Fine-tune the retrofit ``model`` (a folder or hub id) into a new folder ``out``.
+
+    Until it is done, ``out`` does not exist and ``OUT.run`` beside it holds the run; the same call goes on with it,
+    exactly as if it had never stopped, unless ``restart``. With ``control`` the retrofit's source is trained by the
+    same recipe, on the same tokens in the same order: the difference is what the positions cost. ``source`` names the
+    source where the retrofit's config no longer does. ``say`` is called on the first process, with what goes on.
+
+    Raises ConfigError, DataError and CheckpointError for wrong input, TrainingError for a run that had to stop,
+    InterruptedRunError after SIGTERM or Ctrl-C. Under a launcher each process calls this.
+    """
+    out = Path(out).expanduser()
+    folder = RunFolder(out)
+    accelerator = open_accelerator(recipe, str(folder.path / "logs"))
+    set_seed(recipe.seed)
+    network, _ = open_model(model)
+    if getattr(network.config, "rpb_retrofit", None) is None:
+        raise NotRetrofittedError(f"'{model}' is not a retrofit: make one with `rpb retrofit {model} OUT`")
+    teacher_name = source or source_of(network)
+    start = teacher_name if control else model
+    identity = {
+        "model": model,
+        "control": control,
+        "source": teacher_name,
+        "weights": fingerprint(start),
+        "recipe": recipe.model_dump(mode="json"),
+    }
+
+    def open_folder() -> bool:
+        check_absent(out)
+        return folder.open(identity, restart)
+
+    goes_on = on_main(accelerator, open_folder)
+    try:
+        summary = _all_stages(accelerator, network, out, folder, recipe, identity, goes_on, say)
+    finally:
+        if accelerator.is_main_process and (folder.idle or out.exists()):
+            folder.remove()
+    accelerator.wait_for_everyone()
+    return summary
+
+
+def _all_stages(
+    accelerator: Accelerator,
+    network: PreTrainedModel,
+    out: Path,
+    folder: RunFolder,
+    recipe: Recipe,
+    identity: dict[str, Any],
+    goes_on: bool,
+    say: Callable[[str], None],
+) -> Summary:
+    """The run in an opened folder."""
+    said = say if accelerator.is_main_process else _silent
+    said(f"{'going on with' if goes_on else 'starting'} the run in {folder.path}")
+    accelerator.init_trackers("rpb_retrofit")
+    teacher = None
+    if recipe.objective == "distillation":
+        teacher = open_teacher(network, identity["source"]).to(accelerator.device)
+    start, label = (identity["source"], "control") if identity["control"] else (identity["model"], "retrofit")
+    summary = _Stages(accelerator, recipe, folder.path, start, teacher, label, said).run(out, identity)
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    return summary
+
+
+class _Stages:
+    """The stages of one arm. Each ends in a checkpoint folder, from which the next begins."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        recipe: Recipe,
+        folder: Path,
+        start: str,
+        teacher: PreTrainedModel | None,
+        label: str,
+        say: Callable[[str], None],
+    ) -> None:
+        self.accelerator, self.recipe, self.folder = accelerator, recipe, folder
+        self.start, self.teacher, self.label, self.say = start, teacher, label, say
+        self.setting: Setting | None = None
+
+    def run(self, out: Path, identity: dict[str, Any]) -> Summary:
+        """All stages that are left; the last one's model becomes ``out``."""
+        current, done = self.start, []
+        for number, stage in enumerate(self.recipe.stages):
+            place = self.folder / f"stage-{number + 1}"
+            model, tokenizer = open_model(current)
+            self.setting = self.setting or self._setting(model, tokenizer)
+            if finished := place.is_dir():
+                state = json.loads((place / STATE).read_text())
+                self.setting.rows.restore(state["rows"])
+                progress, weights = Progress.from_json(state["progress"]), None
+            else:
+                progress, weights = self._train(number, model)
+            done.append(stage_summary(stage, progress, model))
+            del model
+            if number < len(self.recipe.stages) - 1:
+                if not finished:
+                    state = {"progress": progress.to_json(), "rows": self.setting.rows.state()}
+                    on_main(self.accelerator, partial(self._write, place, current, weights, number, state))
+                    self._forget_checkpoints(number)
+                current = str(place)
+        accelerator = self.accelerator
+        mode = accelerator.distributed_type.value
+        summary = Summary(identity, accelerator.num_processes, accelerator.device.type, mode, done)
+        on_main(self.accelerator, partial(self._write, out, current, weights, number, summary))
+        return summary
+
+    def _train(self, number: int, model: PreTrainedModel) -> tuple[Progress, dict[str, Any] | None]:
+        """Train a stage to its end: what it did, and (on the first process) its weights; None where none are."""
+        assert self.setting is not None
+        stage, accelerator = self.recipe.stages[number], self.accelerator
+        student = prepare(model.float(), stage, self.recipe).to(accelerator.device)
+        spared = share_weights(self.teacher, student) if self.teacher is not None else 0
+        if spared:
+            self.say(
+                f"stage {number + 1}: the source shares {spared / 1e6:.0f} MB of weights with the model in training"
+            )
+        run = StageRun(self.setting, number, student, self._checkpoints(number), self.say)
+        if run.resume():
+            self.say(f"stage {number + 1}: going on after step {run.progress.step} of {run.steps}")
+        run.run()
+        weights = accelerator.get_state_dict(run.model) if run.trains else None
+        accelerator.free_memory()
+        return run.progress, weights
+
+    def _checkpoints(self, number: int) -> Path:
+        return self.folder / f"stage-{number + 1}.checkpoints"
+
+    def _forget_checkpoints(self, number: int) -> None:
+        if self.accelerator.is_main_process:
+            shutil.rmtree(self._checkpoints(number), ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def _setting(self, model: PreTrainedModel, tokenizer: Any) -> Setting:
+        """What all stages share; wrong text and tokenizers are found here, before anything is trained."""
+        recipe = self.recipe
+        if model.config.is_encoder_decoder:
+            raise UnsupportedModelError(f"{type(model).__name__}: only decoders and encoders can be fine-tuned here")
+        embeddings: Any = model.get_input_embeddings()
+        rows = embeddings.weight.shape[0]
+        if len(tokenizer) > rows:
+            raise DataError(
+                f"the tokenizer of '{self.start}' has {len(tokenizer)} tokens, its model {rows}: wrong tokenizer"
+            )
+        before, after = special_tokens(tokenizer)
+        layout = layout_of(model, tokenizer, before, after)
+        sources, weights, apart = open_sources(recipe)
+
+        def encode(document: str) -> torch.Tensor:
+            (ids,) = tokenise(tokenizer, [document])
+            return torch.cat([before, ids, after]) if layout.packed and len(ids) else ids
+
+        objective = objective_for(recipe, model, layout.causal, self.teacher)
+        held = held_out_for(recipe, tokenise(tokenizer, apart), objective, layout, bos_policy(tokenizer, "auto"))
+        stream = Mixture(sources, weights, encode)
+        longest = max(length for stage in recipe.stages for length in stage.lengths)
+        if (found := stream.count_up_to(longest)) < longest:
+            raise DataError(
+                f"the training text has {found} tokens, fewer than one sequence of {longest}: give more text or "
+                "shorter lengths"
+            )
+        return Setting(self.accelerator, recipe, Rows(stream, layout), layout, tokenizer, objective, held, self.label)
+
+    def _write(
+        self, target: Path, current: str, weights: dict[str, Any] | None, number: int, end: Summary | dict[str, Any]
+    ) -> None:
+        """Write what a stage made of ``current``; at the end of the run with its summary, recipe and logs."""
+        stage, (model, tokenizer) = self.recipe.stages[number], open_model(current)
+        if weights is not None:
+            dtype = model.dtype
+            wrapped = prepare(model.float(), stage, self.recipe)
+            wrapped.load_state_dict(weights)
+            model = merged(wrapped).to(dtype)
+        with whole_folder(target) as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            if isinstance(end, dict):
+                write_whole(folder / STATE, json.dumps(end))
+                return
+            (folder / RECIPE).write_text(self.recipe.to_yaml())
+            write_summary(end, folder)
+            if (self.folder / "logs").is_dir():
+                shutil.copytree(self.folder / "logs", folder / "logs")
+
+
+def fingerprint(name: str) -> dict[str, int]:
+    """What tells one checkpoint's weights from another's: the size of each file, and a checksum of where it ends."""
+    files = [Path(name).expanduser()] if name.endswith(".gguf") else find(name).shards
+    found = {}
+    for file in files:
+        if not file.is_file():
+            raise CheckpointError(f"'{name}': no such file")
+        with file.open("rb") as stream:
+            stream.seek(-min(file.stat().st_size, 1 << 20), 2)
+            found[file.name] = file.stat().st_size ^ zlib.crc32(stream.read()) << 40
+    return found
+
+
+def _silent(text: str) -> None:
+    """Say nothing: what the processes after the first do."""
+
+
+def finetune_arms(model: str, out: Path, recipe: Recipe, arms: list[str], **options: Any) -> dict[str, Summary]:
+    """`finetune` for ``retrofit`` (into ``out``), ``control`` (into ``OUT-control``), or both, one after the other."""
+    if unknown := [arm for arm in arms if arm not in ("retrofit", "control")] or ([] if arms else [""]):
+        raise ConfigError(f"arm '{unknown[0]}': choose retrofit, control, or retrofit,control")
+    places = {"retrofit": out, "control": out.with_name(f"{out.name}-control") if "retrofit" in arms else out}
+    return {arm: finetune(model, places[arm], recipe, control=arm == "control", **options) for arm in arms}

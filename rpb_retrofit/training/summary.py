@@ -1,0 +1,82 @@
+"""What a run did, as figures and as a picture."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from rpb_retrofit.evaluation.plots import training_curves
+from rpb_retrofit.runtime.bias import RelativePositionBias
+from rpb_retrofit.training.batches import pairs_by_bucket
+from rpb_retrofit.training.recipe import Stage
+from rpb_retrofit.training.stage import Progress
+from rpb_retrofit.version import __version__
+
+SUMMARY, PICTURE = "training.json", "training.png"
+
+
+@dataclass(frozen=True)
+class StageSummary:
+    """One stage: ``losses`` by step, ``pairs_by_bucket`` of one head (none for a control), ``evaluations`` by step."""
+
+    train: str
+    steps: int
+    scored_tokens: int
+    seconds: float
+    losses: list[float]
+    skipped: list[str]
+    pairs_by_bucket: list[int]
+    evaluations: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A run: what it depended on (model, source, recipe), where it ran, and its stages."""
+
+    identity: dict[str, Any]
+    processes: int
+    device: str
+    mode: str
+    stages: list[StageSummary]
+    version: str = __version__
+
+    def __str__(self) -> str:
+        tokens, seconds = (sum(getattr(s, name) for s in self.stages) for name in ("scored_tokens", "seconds"))
+        kind = "control (the source, by the same recipe)" if self.identity["control"] else "retrofit"
+        lines = [
+            f"{kind}: {tokens:,} tokens scored in {seconds:.0f} s on {self.processes} x {self.device} ({self.mode})"
+        ]
+        first, last = self.stages[0].evaluations, self.stages[-1].evaluations
+        for before, after in zip(first[:1], last[-1:], strict=True):
+            pairs = zip(before["by_length"], after["by_length"], strict=True)
+            lines += [
+                f"held-out loss at {a['length']}: {b['nll']:.3f} -> {a['nll']:.3f} nats a token" for b, a in pairs
+            ]
+            if not after["by_length"]:
+                lines.append(f"held-out objective: {before['loss']:.4f} -> {after['loss']:.4f}")
+        skipped = [said for stage in self.stages for said in stage.skipped]
+        lines += [f"{len(skipped)} steps skipped; the first: {skipped[0]}"] if skipped else []
+        total = [sum(counts) for counts in zip(*(s.pairs_by_bucket for s in self.stages), strict=True)]
+        if untrained := [str(bucket) for bucket, count in enumerate(total) if not count]:
+            lines.append(f"buckets that no pair trained: {', '.join(untrained)}; longer sequences would reach them")
+        return "\n".join(lines)
+
+
+def stage_summary(stage: Stage, progress: Progress, model: PreTrainedModel) -> StageSummary:
+    """What a stage did. Pairs are those of full attention: layers with a sliding window see fewer."""
+    table = next((module for module in model.modules() if isinstance(module, RelativePositionBias)), None)
+    pairs = [] if table is None else pairs_by_bucket(progress.parts, table.bucketing)
+    return StageSummary(
+        stage.train, progress.step, progress.scored, progress.seconds, progress.losses, progress.skipped, pairs,
+        progress.evaluations,
+    )  # fmt: skip
+
+
+def write_summary(summary: Summary, folder: Path) -> None:
+    """Figures and picture, into a folder."""
+    (folder / SUMMARY).write_text(json.dumps(asdict(summary), indent=2) + "\n")
+    training_curves(asdict(summary)["stages"], folder / PICTURE)

@@ -1,0 +1,96 @@
+"""A small language model with a tokenizer, its retrofit, and runs of a few steps on them, also as processes to kill."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from pydoc_data import topics
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import rpb_retrofit as rpb
+from rpb_retrofit.training.recipe import Recipe
+from rpb_retrofit.training.run import finetune
+from rpb_retrofit.training.stage import StageRun
+from rpb_retrofit.training.summary import Summary
+
+VOCAB = 512
+PROSE = "\n\n".join(topics.topics[name] for name in sorted(topics.topics))[:60_000]
+
+RECIPE: dict[str, Any] = {
+    "stages": [
+        {"train": "tables", "tokens": 1280, "lengths": {64: 1}},
+        {"train": "all", "tokens": 3840, "lengths": {32: 1, 64: 3}, "rate": 1e-3},
+    ],
+    "objective": "next-token",
+    "batch_tokens": 128,
+    "save_every": 5,
+    "evaluate_every": 100,
+    "evaluate_tokens": 512,
+    "trackers": [],
+}
+"""Forty steps."""
+
+
+def small_tokenizer() -> PreTrainedTokenizerFast:
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    special = ["<s>", "</s>", "<mask>", "<pad>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    inner.train_from_iterator(
+        [PROSE], trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=special, initial_alphabet=alphabet)
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", mask_token="<mask>", pad_token="<pad>"
+    )
+
+
+def write_source(folder: Path) -> Path:
+    """A Llama of two layers and its tokenizer."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    small_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_retrofit(source: Path, folder: Path, **settings: Any) -> Path:
+    """Its retrofit."""
+    from rpb_retrofit.checkpoint.convert import retrofit_checkpoint
+
+    retrofit_checkpoint(str(source), folder, rpb.RetrofitConfig(init="normal", **settings))
+    return folder
+
+
+def run(retrofit: Path, out: Path, text: Path, changes: dict[str, Any] | None = None, **options: Any) -> Summary:
+    """`finetune` by `RECIPE` with changes, on a text."""
+    recipe = Recipe.model_validate({**RECIPE, "data": [{"name": str(text)}], **(changes or {})})
+    return finetune(str(retrofit), out, recipe, say=lambda text: None, **options)
+
+
+def run_alone(retrofit: Path, out: Path, text: Path, changes: dict[str, Any] | None = None, rest: float = 0.0) -> None:
+    """`run` in a process of its own, that a test kills; it rests for so many seconds before every step."""
+    os.environ["TQDM_DISABLE"] = "1"
+    torch.set_num_threads(1)
+    take = StageRun._step
+
+    def step(self: StageRun, interruption: Any) -> Any:
+        time.sleep(rest)
+        return take(self, interruption)
+
+    StageRun._step = step  # type: ignore[method-assign]
+    run(retrofit, out, text, changes)
