@@ -9,6 +9,7 @@ from pydoc_data import topics
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -78,8 +79,10 @@ def write_retrofit(source: Path, folder: Path, **settings: Any) -> Path:
 
 def run(retrofit: Path, out: Path, text: Path, changes: dict[str, Any] | None = None, **options: Any) -> Summary:
     """`finetune` by `RECIPE` with changes, on a text."""
+    # Accelerate keeps its settings for the life of a process, and refuses others (another precision, say).
+    AcceleratorState._reset_state(reset_partial_state=True)
     recipe = Recipe.model_validate({**RECIPE, "data": [{"name": str(text)}], **(changes or {})})
-    return finetune(str(retrofit), out, recipe, say=lambda text: None, **options)
+    return finetune(str(retrofit), out, recipe, **{"say": lambda text: None, **options})
 
 
 def run_alone(retrofit: Path, out: Path, text: Path, changes: dict[str, Any] | None = None, rest: float = 0.0) -> None:

@@ -47,7 +47,7 @@ def loss_by_position(results: Mapping[str, Sequence[LengthResult]]) -> Any:
                     centre, [b.nll for b in result.by_position], "o-", ms=3, color=f"C{number}", alpha=fade, label=label
                 )
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+        axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%d"))
         axes.set_xlabel("position in the window (tokens of context)")
         axes.set_ylabel("loss (nats a token)")
         axes.legend(fontsize=8)
@@ -70,7 +70,7 @@ def bias_by_offset(model: PreTrainedModel) -> Any:
         for curve, colour in zip(curves, colours, strict=True):
             axes.plot(offset, curve, color=colour, lw=1, drawstyle="steps-post")
         axes.set_xscale("symlog", linthresh=bucketing.num_exact, base=2)
-        axes.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+        axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%d"))
         axes.axvline(bucketing.max_distance, color="grey", ls=":", lw=1)
         axes.text(
             bucketing.max_distance, 0.98, " last bucket", transform=axes.get_xaxis_transform(), va="top", fontsize=8
@@ -129,7 +129,7 @@ def training_curves(stages: Sequence[Mapping[str, Any]], file: Path) -> None:
                 losses = [nll for _, _, nll, _ in result["by_position"]]
                 positions.plot(centre, losses, "o-", ms=3, label=f"{name}, windows of {result['length']}")
                 positions.set_xscale("log", base=2)
-                positions.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+                positions.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%d"))
         positions.set_xlabel("position in the window (tokens of context)")
         positions.set_ylabel("held-out loss (nats a token)")
         if positions.has_data():

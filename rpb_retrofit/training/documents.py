@@ -85,6 +85,7 @@ class Streaming:
 
     def __init__(self, name: str, rows: Any, column: str) -> None:
         self.name, self.rows, self.column, self.epoch = name, rows, column, 0
+        self._beginning = rows.state_dict()
         self._iterator: Iterator[Any] = iter(rows)
 
     def next(self) -> str:
@@ -94,6 +95,7 @@ class Streaming:
                 if (document := _text(row[self.column], self.name)).strip():
                     return document
             self.epoch += 1
+            self.rows.load_state_dict(self._beginning)  # or it would begin again where it was last restored
             self._iterator = iter(self.rows)
         raise DataError(f"data '{self.name}' holds no text")
 
