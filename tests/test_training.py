@@ -335,6 +335,22 @@ def test_two_processes_are_one(mode: str, retrofit: Path, text: Path, whole: Pat
     rpb.load(tmp_path / "out")
 
 
+def test_tables_stay_float32_under_fsdp2(retrofit: Path, text: Path, whole: Path, tmp_path: Path) -> None:
+    """In bfloat16 FSDP2 casts what it shards, and rounded tables are refused by the attention: they have their own
+    groups."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text((whole / "recipe.yaml").read_text().replace("precision: 'no'", "precision: bf16"))
+    done = launch("fsdp2", retrofit, tmp_path / "out", recipe)
+    assert done.returncode == 0, done.stderr[-2000:]
+    run(retrofit, tmp_path / "one", text, {"precision": "bf16"})
+    assert losses(tmp_path / "out") == pytest.approx(losses(tmp_path / "one"), abs=5e-3)
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "out")
+    tables = [name for name in one if "relative_attention_bias" in name]
+    for name in tables:
+        torch.testing.assert_close(two[name], one[name], atol=2e-2, rtol=0)
+    assert tables and not torch.equal(one[tables[0]], weights(retrofit)[tables[0]])
+
+
 @pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
 def test_a_killed_rank_ends_the_launcher(mode: str, retrofit: Path, text: Path, whole: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"

@@ -1,9 +1,10 @@
-"""What training reads and minimises: recipes, documents, packing, resuming, masks, buckets, against plain references."""
+"""What training reads and minimises: recipes, documents, packing, resuming, masks, against plain references."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def stream(sizes: list[int], layout: Layout = PACKED, seed: int = 0) -> Rows:
         ("stages: [{tokens: 9, rate: .inf}]", "stages.0.rate=inf: input should be a finite number"),
         (
             "stages: [{tokens: 9, lengths: {1: 1}}]",
-            "stages.0.lengths.1='1': input should be greater than or equal to 2",
+            "stages.0.lengths.1=1: input should be greater than or equal to 2",
         ),
         ("batch_tokens: 256", "batch_tokens=256 holds no sequence of 512 tokens: raise it"),
         ("data: [{name: a, weight: 0}]", "data.0.weight=0: input should be greater than 0"),
@@ -83,20 +84,20 @@ def test_changes_on_the_command_line(tmp_path: Path) -> None:
             read_recipe(None, {key: 1})
 
 
-def test_the_command(tmp_path: Path) -> None:
-    done = rpb_command("finetune", "R", "OUT", "--show-recipe", "--set", "seed=7", "--json", str(tmp_path / "j.json"))
-    assert done.returncode == 0 and "seed: 7" in done.stdout
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = ["--show-recipe", "--set", "seed=7", "--json", tmp_path / "j.json"]
+    assert rpb_command(monkeypatch, "finetune", "R", "OUT", *shown) == 0
+    assert "seed: 7" in capsys.readouterr().out
     assert json.loads((tmp_path / "j.json").read_text())["seed"] == 7
     for arguments, said in [
         (["--set", "seed"], "--set seed: give KEY=VALUE"),
         (["--control", "--arms", "retrofit"], "--control and --arms retrofit: give one of the two"),
         (["--arms", "teacher"], "arm 'teacher': choose retrofit, control, or retrofit,control"),
         (["--recipe", str(tmp_path / "none.yaml")], "cannot be read: No such file"),
-        ([], "'R': no such folder"),
+        ([], "'./R': no such folder"),
     ]:
-        done = rpb_command("finetune", "./R", str(tmp_path / "OUT"), *arguments)
-        assert done.returncode == 2, arguments
-        assert said.replace("'R'", "'./R'") in done.stderr and "Traceback" not in done.stderr
+        assert rpb_command(monkeypatch, "finetune", "./R", tmp_path / "OUT", *arguments) == 2, arguments
+        assert said in capsys.readouterr().err
 
 
 # --- documents -----------------------------------------------------------------------------------------------------
@@ -121,7 +122,7 @@ def test_packing_keeps_every_token_in_order(sizes: list[int], lengths: list[int]
     # One epoch holds each token once, its documents whole.
     epoch = seen[: sum(sizes)]
     assert len(set(epoch)) == len(epoch)
-    assert all(b == a + 1 or b % 1000 == 0 for a, b in zip(epoch, epoch[1:], strict=False))
+    assert all(b == a + 1 or b % 1000 == 0 for a, b in pairwise(epoch))
 
 
 @given(
@@ -218,10 +219,8 @@ def test_a_column_of_a_parquet_file(tmp_path: Path) -> None:
 
 # --- batches and what is minimised ---------------------------------------------------------------------------------
 
-BIDIRECTIONAL = {"bert", "roberta", "distilbert", "electra"}
-CAUSAL = [
-    case for case in CASES if str(case) in ("llama", "gpt2", "opt", "bloom", "gpt_neox", "mistral", "qwen3", "gemma2")
-]
+FAMILIES = ("llama", "gpt2", "opt", "bloom", "gpt_neox", "mistral", "qwen3", "gemma2")
+CAUSAL = [case for case in CASES if str(case) in FAMILIES]
 
 
 @pytest.mark.parametrize("case", CAUSAL, ids=str)
@@ -245,7 +244,7 @@ def test_documents_in_a_row_do_not_see_one_another(case: Any) -> None:
             for part in row
         )
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
-    assert layout.packed == (str(case) not in ("bloom",))
+    assert layout.packed == (str(case) not in ("bloom", "opt"))
 
 
 def test_masked_tokens() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -61,10 +63,11 @@ def check_writable(option: str, file: Path | None, suffixes: tuple[str, ...] = (
 
 
 def show(text: str, result: Any, json_file: Path | None) -> None:
-    """Print a result, and write it as JSON where asked."""
+    """Print a result, and write it as JSON where asked, with the command that gave it."""
     print(text)
     if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=2) + "\n")
+        named = {"command": shlex.join(["rpb", *sys.argv[1:]]), **result}
+        json_file.write_text(json.dumps(named, indent=2) + "\n")
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

@@ -11,8 +11,12 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from rpb_retrofit.errors import ConfigError, RetrofitError
+from rpb_retrofit.runtime.bias import RelativePositionBias
+from rpb_retrofit.runtime.factor import ContentFactor
 from rpb_retrofit.training.recipe import Recipe
 
 T = TypeVar("T")
@@ -72,6 +76,21 @@ def check_mode(accelerator: Accelerator) -> None:
         raise ConfigError("Megatron-LM brings its own models, which have no relative position bias: use FSDP2")
     if accelerator.distributed_type == DistributedType.FSDP and accelerator.state.fsdp_plugin.fsdp_version == 1:
         raise ConfigError("fsdp_version=1: it flattens float32 tables with the weights; set fsdp_version: 2")
+
+
+def shard_tables(accelerator: Accelerator, model: nn.Module) -> None:
+    """Under FSDP2 in half precision: groups of their own for tables and factors, which stay float32 in computation too.
+
+    Must come before the optimizer is made and before Accelerate shards the rest.
+    """
+    if not accelerator.is_fsdp2 or accelerator.mixed_precision == "no":
+        return
+    mesh, parallel = accelerator.torch_device_mesh, accelerator.parallelism_config
+    if mesh is not None and parallel is not None:
+        mesh = mesh[tuple(parallel.fsdp_dim_names)]
+    for module in model.modules():
+        if isinstance(module, RelativePositionBias | ContentFactor):
+            fully_shard(module, mesh=mesh)
 
 
 def on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:

@@ -149,7 +149,7 @@ class _Stages:
                     self._forget_checkpoints(number)
                 current = str(place)
         accelerator = self.accelerator
-        mode = accelerator.distributed_type.value
+        mode = accelerator.distributed_type.value if accelerator.num_processes > 1 else "one process"
         summary = Summary(identity, accelerator.num_processes, accelerator.device.type, mode, done)
         on_main(self.accelerator, partial(self._write, out, current, weights, number, summary))
         return summary

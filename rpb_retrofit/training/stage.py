@@ -25,7 +25,7 @@ from rpb_retrofit.training.guard import Guard, first_bad_gradient, first_bad_mod
 from rpb_retrofit.training.held_out import HeldOut
 from rpb_retrofit.training.objective import Objective, masked
 from rpb_retrofit.training.parameters import optimizer_of, rate_factor
-from rpb_retrofit.training.processes import Interruption, is_out_of_memory
+from rpb_retrofit.training.processes import Interruption, is_out_of_memory, shard_tables
 from rpb_retrofit.training.recipe import Recipe, Stage
 
 
@@ -87,6 +87,7 @@ class StageRun:
         if not self.trains:  # a control while tables are trained, which it has not: the data goes by
             self.model, self.optimizer = self.accelerator.prepare_model(model, evaluation_mode=True), None
             return
+        shard_tables(self.accelerator, model)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer_of(model, self.stage, self.recipe))
         if setting.recipe.compile:
             self.model.compile()

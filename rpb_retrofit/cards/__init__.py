@@ -1,0 +1,1 @@
+"""The model card of a retrofit, from what was really run."""
