@@ -31,7 +31,7 @@ from rpb_retrofit.errors import (
 )
 from rpb_retrofit.training.checkpoints import Checkpoints
 from rpb_retrofit.training.stage import StageRun
-from tests.training_cases import PROSE, RECIPE, run, run_alone, write_retrofit, write_source
+from tests.training_cases import PROSE, RECIPE, run, run_alone, write_encoder, write_retrofit, write_source
 
 ROOT = Path(__file__).parent.parent
 
@@ -148,6 +148,22 @@ def rpb_less(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("objective", ["masked", "distillation of predictions", "distillation of states"])
+def test_encoders(objective: str, text: Path, tmp_path: Path) -> None:
+    source = write_encoder(tmp_path / "source", head=not objective.endswith("states"))
+    retrofit = write_retrofit(source, tmp_path / "retrofit")
+    stages = [{"train": "all", "tokens": 25_600, "lengths": {64: 1}, "rate": 2e-3}]
+    changes = {"objective": objective.split()[0], "stages": stages, "batch_tokens": 512, "trackers": ["tensorboard"]}
+    (stage,) = run(retrofit, tmp_path / "out", text, changes).stages
+    start, end = (sum(part) / 5 for part in (stage.losses[:5], stage.losses[-5:]))
+    assert end < 0.95 * start
+    assert stage.evaluations[-1]["loss"] < stage.evaluations[0]["loss"]
+    expected = 3840 if objective == "masked" else 50 * 512
+    assert stage.scored_tokens == pytest.approx(expected, rel=0.1 if objective == "masked" else 0.02)
+    assert list((tmp_path / "out" / "logs").rglob("events.*"))
+    rpb.load(tmp_path / "out")
 
 
 def test_micro_batches_and_checkpointing_change_nothing(retrofit: Path, text: Path, tmp_path: Path) -> None:

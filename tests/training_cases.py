@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import BertConfig, BertForMaskedLM, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import rpb_retrofit as rpb
 from rpb_retrofit.training.recipe import Recipe
@@ -65,6 +65,23 @@ def write_source(folder: Path) -> Path:
         initializer_range=0.1,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
+    small_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_encoder(folder: Path, head: bool) -> Path:
+    """A BERT of two layers, with its head for masked tokens or bare, and its tokenizer."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        initializer_range=0.1,
+    )
+    (BertForMaskedLM if head else BertModel)(config).save_pretrained(folder)
     small_tokenizer().save_pretrained(folder)
     return folder
 

@@ -28,10 +28,10 @@ class Objective:
 
     def __call__(self, model: Model, batch: Batch) -> Tensor:
         """The sum over scored targets of the loss, a float32 scalar: divide by `Batch.scored` for the mean."""
-        output = model(**batch.inputs, use_cache=False)
         scored = batch.target != IGNORED
         if self.kind == "states":
-            return _states_apart(output.last_hidden_state, self._taught(batch).last_hidden_state, scored)
+            return _states_apart(model, self.teacher, batch, scored)
+        output = model(**batch.inputs, use_cache=False)
         logits = output.logits[scored].float()
         if self.teacher is None:
             return F.cross_entropy(logits, batch.target[scored], reduction="sum")
@@ -65,10 +65,21 @@ class _Divergence(torch.autograd.Function):
         return grad * ctx.saved_tensors[0], None
 
 
-def _states_apart(states: Tensor, taught: Tensor, scored: Tensor) -> Tensor:
-    """Squared distance of two models' last hidden states (batch, length, width), over the taught ones' size."""
-    states, taught = states[scored].float(), taught[scored].float()
-    return ((states - taught).square().sum(-1) / taught.square().sum(-1).clamp(min=1e-12)).sum()
+def _states_apart(model: Model, teacher: Model | None, batch: Batch, scored: Tensor) -> Tensor:
+    """The squared distance of two models' states after each layer, over the taught ones' size: the mean over layers.
+
+    The layers of a retrofit are its source's, so each has a state to match, not only the last (FitNets, Romero et al.
+    2014, arXiv:1412.6550; TinyBERT, Jiao et al. 2019, arXiv:1909.10351).
+    """
+    assert teacher is not None
+    found = model(**batch.inputs, output_hidden_states=True).hidden_states[1:]
+    with torch.no_grad():
+        taught = teacher(**batch.inputs, output_hidden_states=True).hidden_states[1:]
+    total = torch.zeros((), device=scored.device)
+    for state, wanted in zip(found, taught, strict=True):
+        state, wanted = state[scored].float(), wanted[scored].float()
+        total = total + ((state - wanted).square().sum(-1) / wanted.square().sum(-1).clamp(min=1e-12)).sum()
+    return total / len(found)
 
 
 def objective_for(recipe: Recipe, model: PreTrainedModel, causal: bool, teacher: PreTrainedModel | None) -> Objective:

@@ -72,6 +72,9 @@ def check_mode(accelerator: Accelerator) -> None:
             f"tensor parallelism (tp_size={parallel.tp_size}): the tables would not be sharded with their heads; "
             "shard with FSDP2 instead"
         )
+    asked = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    if asked and accelerator.distributed_type != DistributedType.DEEPSPEED:
+        raise ConfigError("DeepSpeed was asked for, and Accelerate runs it on GPUs only: use FSDP2, or no sharding")
     if accelerator.distributed_type == DistributedType.MEGATRON_LM:
         raise ConfigError("Megatron-LM brings its own models, which have no relative position bias: use FSDP2")
     if accelerator.distributed_type == DistributedType.FSDP and accelerator.state.fsdp_plugin.fsdp_version == 1:
@@ -91,6 +94,20 @@ def shard_tables(accelerator: Accelerator, model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, RelativePositionBias | ContentFactor):
             fully_shard(module, mesh=mesh)
+
+
+def prepare_for_deepspeed(accelerator: Accelerator, recipe: Recipe) -> None:
+    """Tell DeepSpeed what it would read off a data loader; ConfigError for what its engine does in its own way."""
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return
+    if recipe.micro_tokens is not None or recipe.on_bad_step == "skip":
+        raise ConfigError(
+            "DeepSpeed accumulates and takes its steps inside its backward pass: leave out micro_tokens and "
+            "on_bad_step=skip, or use FSDP2"
+        )
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    config["train_micro_batch_size_per_gpu"] = 1  # counts samples in its logs, nothing else
+    config["gradient_clipping"] = recipe.clip
 
 
 def on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,7 +25,7 @@ from rpb_retrofit.training.guard import Guard, first_bad_gradient, first_bad_mod
 from rpb_retrofit.training.held_out import HeldOut
 from rpb_retrofit.training.objective import Objective, masked
 from rpb_retrofit.training.parameters import optimizer_of, rate_factor
-from rpb_retrofit.training.processes import Interruption, is_out_of_memory, shard_tables
+from rpb_retrofit.training.processes import Interruption, is_out_of_memory, prepare_for_deepspeed, shard_tables
 from rpb_retrofit.training.recipe import Recipe, Stage
 
 
@@ -88,6 +88,7 @@ class StageRun:
             self.model, self.optimizer = self.accelerator.prepare_model(model, evaluation_mode=True), None
             return
         shard_tables(self.accelerator, model)
+        prepare_for_deepspeed(self.accelerator, self.recipe)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer_of(model, self.stage, self.recipe))
         if setting.recipe.compile:
             self.model.compile()
@@ -176,6 +177,8 @@ class StageRun:
             batch = masked(batch, self.setting.tokenizer, self.recipe.mask_share, seed)
         scored = batch.scored
         mine = batch.part(slice(rank, None, world)).to(self.accelerator.device)
+        for group in self.optimizer.param_groups if self.optimizer is not None else ():
+            group["lr"] = group["peak"] * rate_factor(self.stage, step, self.steps)
         total = self._accumulate(mine, length, scored)
         told = torch.tensor([[total.item(), float(interruption.signal or 0)]], dtype=torch.float64)
         told = self.accelerator.gather(told.to(self.accelerator.device, torch.float32)).cpu()
@@ -189,8 +192,6 @@ class StageRun:
         """Forward and backward of this process's share; the sum of its losses."""
         at_once = max(1, (self.recipe.micro_tokens or length * len(batch)) // length)
         parts = [batch.part(slice(i, i + at_once)) for i in range(0, len(batch), at_once)]
-        if len(parts) > 1 and self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            raise ConfigError("micro_tokens: DeepSpeed accumulates in its own way; leave it out, or use FSDP2")
         total = torch.zeros((), device=self.accelerator.device)
         for number, part in enumerate(parts):
             last = number == len(parts) - 1
@@ -243,8 +244,6 @@ class StageRun:
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.recipe.clip)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm) if norm is not None else 0.0
         if (complaint := self.guard.complaint(loss, norm)) is None:
-            for group in self.optimizer.param_groups:
-                group["lr"] = group["peak"] * rate_factor(self.stage, step, self.steps)
             self.optimizer.step()
             self.optimizer.zero_grad()
             self.progress.scored += scored
