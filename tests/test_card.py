@@ -20,9 +20,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A source, its retrofit, and the retrofit trained."""
     folder = tmp_path_factory.mktemp("cards")
     source = write_source(folder / "source")
-    (source / "README.md").write_text(
-        "---\nlicense: apache-2.0\nlanguage: en\nbase_model: nobody/else\n---\nA source.\n"
-    )
+    (source / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\nbase_model: nobody/else\n---\n")
     (folder / "text.txt").write_text(PROSE)
     write_retrofit(source, folder / "retrofit", relative_attention_num_buckets=16, tail="log", shared=True)
     run(
@@ -87,7 +85,7 @@ def test_a_hub_source_is_the_base_model(folder: Path, tmp_path: Path) -> None:
 
 
 def test_wrong_input(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is not a retrofit: its config.json has no 'rpb_retrofit'"):
+    with pytest.raises(CheckpointError, match=r"is not a retrofit: its config.json has no 'rpb_retrofit'"):
         make_card(folder / "source")
     with pytest.raises(CheckpointError, match=r"config.json cannot be read: No such file"):
         make_card(tmp_path)
@@ -95,5 +93,5 @@ def test_wrong_input(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not what `rpb evaluate --json` writes"):
         make_card(folder / "retrofit", [tmp_path / "other.json"])
     (tmp_path / "broken.json").write_text("{")
-    with pytest.raises(DataError, match="broken.json is not JSON"):
+    with pytest.raises(DataError, match=r"broken.json is not JSON"):
         make_card(folder / "retrofit", [tmp_path / "broken.json"])

@@ -150,6 +150,28 @@ def rpb_less(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_attention_relations(checkpointing: bool, source: Path, retrofit: Path, text: Path, tmp_path: Path) -> None:
+    """Tables that learn from a teacher with other tables find them, up to the constant that softmax ignores."""
+    from_zeros = write_retrofit(source, tmp_path / "zeros", init="zeros")
+    stages = [{"train": "tables", "tokens": 12_800, "lengths": {64: 1}, "table_rate": 0.1}]
+    changes = {
+        "objective": "distillation",
+        "relations": 100.0,
+        "stages": stages,
+        "gradient_checkpointing": checkpointing,
+    }
+    (stage,) = run(from_zeros, tmp_path / "out", text, {**changes, "spike": None}, source=str(retrofit)).stages
+    assert stage.losses[-1] < 0.02 * stage.losses[0]
+    found, wanted = weights(tmp_path / "out"), weights(retrofit)
+    for name in (name for name in wanted if "relative_attention_bias" in name):
+        near, far = found[name][:, :24], wanted[name][:, :24]  # buckets with many pairs in 64 tokens
+        difference = near - near.mean(1, keepdim=True) - far + far.mean(1, keepdim=True)
+        assert difference.square().mean() < 0.05 * far.var()
+    control = run(retrofit, tmp_path / "control", text, changes, source=str(retrofit), control=True)
+    assert max(control.stages[0].losses) < 1e-6
+
+
 @pytest.mark.parametrize("objective", ["masked", "distillation of predictions", "distillation of states"])
 def test_encoders(objective: str, text: Path, tmp_path: Path) -> None:
     source = write_encoder(tmp_path / "source", head=not objective.endswith("states"))

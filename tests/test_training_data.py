@@ -19,6 +19,7 @@ from rpb_retrofit.errors import ConfigError, DataError
 from rpb_retrofit.runtime.buckets import Bucketing, bucket_of
 from rpb_retrofit.text import special_tokens
 from rpb_retrofit.training.batches import IGNORED, Layout, Rows, collate, layout_of, pairs_by_bucket
+from rpb_retrofit.training.divergence import divergence
 from rpb_retrofit.training.documents import Finite, Mixture, Streaming, hold_out, open_sources
 from rpb_retrofit.training.guard import RECENT, Guard
 from rpb_retrofit.training.objective import Objective, masked
@@ -61,6 +62,8 @@ def stream(sizes: list[int], layout: Layout = PACKED, seed: int = 0) -> Rows:
         ),
         ("batch_tokens: 256", "batch_tokens=256 holds no sequence of 512 tokens: raise it"),
         ("data: [{name: a, weight: 0}]", "data.0.weight=0: input should be greater than 0"),
+        ("{relations: 1, objective: next-token}", "relations=1.0 needs objective=distillation, not next-token"),
+        ("{relations: 1, compile: true}", "relations=1.0 and compile=True: attention is not handed out of a graph"),
         ("seed: one", "seed='one': input should be a valid integer"),
         ("[1, 2]", "holds a list, not keys with values"),
         ("a: [", "is not YAML"),
@@ -245,6 +248,19 @@ def test_documents_in_a_row_do_not_see_one_another(case: Any) -> None:
         )
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
     assert layout.packed == (str(case) not in ("bloom", "opt"))
+
+
+def test_divergence() -> None:
+    teacher, student = (torch.randn(5, 7, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    teacher[2, 3:] = student[2, 3:] = -torch.inf
+    student.requires_grad_()
+    found = divergence(student, teacher)
+    p, log_q = teacher.softmax(-1), student.log_softmax(-1)
+    plain = torch.where(p > 0, p * (p.log() - log_q).nan_to_num(0, 0, 0), 0).sum()
+    torch.testing.assert_close(found, plain)
+    torch.testing.assert_close(*torch.autograd.grad(found, student), student.softmax(-1).detach() - p)
+    again = student.detach().clone().requires_grad_()
+    assert not torch.autograd.grad(divergence(again, student.detach()), again)[0].any(), "not even a rounding error"
 
 
 def test_masked_tokens() -> None:

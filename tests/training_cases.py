@@ -90,7 +90,7 @@ def write_retrofit(source: Path, folder: Path, **settings: Any) -> Path:
     """Its retrofit."""
     from rpb_retrofit.checkpoint.convert import retrofit_checkpoint
 
-    retrofit_checkpoint(str(source), folder, rpb.RetrofitConfig(init="normal", **settings))
+    retrofit_checkpoint(str(source), folder, rpb.RetrofitConfig(**{"init": "normal", **settings}))
     return folder
 
 

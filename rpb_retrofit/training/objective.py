@@ -13,21 +13,34 @@ from transformers import PreTrainedModel
 
 from rpb_retrofit.errors import ConfigError
 from rpb_retrofit.training.batches import IGNORED, Batch
+from rpb_retrofit.training.divergence import divergence
 from rpb_retrofit.training.recipe import Recipe
+from rpb_retrofit.training.relations import Relations
 
 Model = Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The recipe's objective for one kind of model. ``teacher`` is the source, where it is distilled."""
+    """The recipe's objective for one kind of model. ``teacher`` is the source, where it is distilled.
+
+    ``relations``, where there are any, count ``weight`` times their divergence a token besides.
+    """
 
     kind: str  # "next-token", "masked", "predictions" or "states"
     share: float
     teacher: PreTrainedModel | None
+    weight: float = 0.0
+    relations: Relations | None = None
 
     def __call__(self, model: Model, batch: Batch) -> Tensor:
         """The sum over scored targets of the loss, a float32 scalar: divide by `Batch.scored` for the mean."""
+        loss = self._distance(model, batch)
+        if self.relations is None:
+            return loss
+        return loss + self.weight * batch.scored * self.relations.apart()
+
+    def _distance(self, model: Model, batch: Batch) -> Tensor:
         scored = batch.target != IGNORED
         if self.kind == "states":
             return _states_apart(model, self.teacher, batch, scored)
@@ -35,7 +48,7 @@ class Objective:
         logits = output.logits[scored].float()
         if self.teacher is None:
             return F.cross_entropy(logits, batch.target[scored], reduction="sum")
-        loss = self.share * _Divergence.apply(logits, self._taught(batch).logits[scored].float())
+        loss = self.share * divergence(logits, self._taught(batch).logits[scored].float())
         if self.share < 1:
             loss = loss + (1 - self.share) * F.cross_entropy(logits, batch.target[scored], reduction="sum")
         return loss
@@ -44,25 +57,6 @@ class Objective:
     def _taught(self, batch: Batch) -> Any:
         assert self.teacher is not None
         return self.teacher(**batch.inputs, use_cache=False)
-
-
-class _Divergence(torch.autograd.Function):
-    """The sum over tokens of ``KL(teacher || student)``, both logits (tokens, vocabulary); gradients of the student's.
-
-    They are the plain difference of the two distributions, so exactly zero for a student that predicts what its teacher
-    does: Adam would blow any rounding up to steps of its full rate, and a control would drift away from its source.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
-        log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
-        p = log_p.exp()
-        ctx.save_for_backward(log_q.exp().sub_(p))
-        return (p * log_p.sub_(log_q)).sum()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.saved_tensors[0], None
 
 
 def _states_apart(model: Model, teacher: Model | None, batch: Batch, scored: Tensor) -> Tensor:
@@ -86,7 +80,7 @@ def objective_for(recipe: Recipe, model: PreTrainedModel, causal: bool, teacher:
     """The recipe's objective for a model; ConfigError where the model has nothing that it could be computed from."""
     name, wanted, head = type(model).__name__, recipe.objective, model.get_output_embeddings() is not None
     if wanted == "distillation":
-        return Objective("predictions" if head else "states", recipe.distillation_share, teacher)
+        return Objective("predictions" if head else "states", recipe.distillation_share, teacher, recipe.relations)
     if not head:
         raise ConfigError(f"objective={wanted}: {name} has no language head; choose distillation")
     if (wanted == "next-token") != causal:

@@ -55,19 +55,21 @@ class Stage(_Strict):
 class Recipe(_Strict):
     """Everything that a run depends on, but the model.
 
-    ``objective``: ``distillation`` (the source's next-token distribution; the source's last hidden states for a model
-    without a language head), ``next-token`` or ``masked`` (encoders). ``distillation_share``: what distillation counts
-    where the objective is ``distillation``; the rest is the next token. ``batch_tokens``: tokens of an optimizer step,
-    all processes together; ``micro_tokens``: of one pass of one process (None: all of its share at once).
-    ``on_bad_step``: what happens where loss or gradients are not finite, or the loss is more than ``spike`` nats above
-    the mean of the last 20 steps: ``stop``, or ``skip`` the step. ``held_out``: a file to evaluate on; without it
-    ``held_out_share`` of the training text is kept apart.
+    ``objective``: ``distillation`` (the source's next-token distribution; its hidden states, layer by layer, for a
+    model without a language head), ``next-token`` or ``masked`` (encoders). ``distillation_share``: what distillation
+    counts where the objective is ``distillation``; the rest is the next token. ``relations``: what the divergence of
+    each head's attention from the source's counts beside it, in nats a token (the mean over layers and heads).
+    ``batch_tokens``: tokens of an optimizer step, all processes together; ``micro_tokens``: of one pass of one process
+    (None: all of its share at once). ``on_bad_step``: what happens where loss or gradients are not finite, or the loss
+    is more than ``spike`` nats above the mean of the last 20 steps: ``stop``, or ``skip`` the step. ``held_out``: a
+    file to evaluate on; without it ``held_out_share`` of the training text is kept apart.
     """
 
     stages: list[Stage] = Field(default=[Stage(train="tables", tokens=10_240), Stage(tokens=40_960)], min_length=1)
     data: list[Data] = []
     objective: Literal["distillation", "next-token", "masked"] = "distillation"
     distillation_share: Share = 1.0
+    relations: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     mask_share: Annotated[float, Field(gt=0, lt=1)] = 0.15
     batch_tokens: Positive = 512
     micro_tokens: Positive | None = None
@@ -93,6 +95,10 @@ class Recipe(_Strict):
         for stage in self.stages:
             if (longest := max(stage.lengths)) > self.batch_tokens:
                 raise ValueError(f"batch_tokens={self.batch_tokens} holds no sequence of {longest} tokens: raise it")
+        if self.relations and self.objective != "distillation":
+            raise ValueError(f"relations={self.relations} needs objective=distillation, not {self.objective}")
+        if self.relations and self.compile:
+            raise ValueError(f"relations={self.relations} and compile=True: attention is not handed out of a graph")
         return self
 
     @property

@@ -6,6 +6,7 @@ import json
 import shutil
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from rpb_retrofit.training.objective import objective_for
 from rpb_retrofit.training.parameters import merged, prepare
 from rpb_retrofit.training.processes import on_main, open_accelerator
 from rpb_retrofit.training.recipe import Recipe
+from rpb_retrofit.training.relations import Relations
 from rpb_retrofit.training.stage import Progress, Setting, StageRun
 from rpb_retrofit.training.summary import Summary, stage_summary, write_summary
 from rpb_retrofit.training.teacher import open_teacher, share_weights, source_of
@@ -164,7 +166,12 @@ class _Stages:
             self.say(
                 f"stage {number + 1}: the source shares {spared / 1e6:.0f} MB of weights with the model in training"
             )
-        run = StageRun(self.setting, number, student, self._checkpoints(number), self.say)
+        setting = self.setting
+        if self.recipe.relations:
+            assert self.teacher is not None
+            objective = replace(setting.objective, relations=Relations(model, self.teacher))
+            setting = replace(setting, objective=objective)
+        run = StageRun(setting, number, student, self._checkpoints(number), self.say)
         if run.resume():
             self.say(f"stage {number + 1}: going on after step {run.progress.step} of {run.steps}")
         run.run()

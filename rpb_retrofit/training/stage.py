@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from rpb_retrofit.errors import ConfigError, InterruptedRunError, TrainingError
 from rpb_retrofit.evaluation.nll import LengthResult
-from rpb_retrofit.training.batches import Batch, Layout, Rows, collate, length_of_step
+from rpb_retrofit.runtime.bias import RelativePositionBias
+from rpb_retrofit.training.batches import Batch, Layout, Rows, collate, length_of_step, pairs_by_bucket
 from rpb_retrofit.training.checkpoints import Checkpoints, attempt
 from rpb_retrofit.training.guard import Guard, first_bad_gradient, first_bad_module
 from rpb_retrofit.training.held_out import HeldOut
@@ -138,7 +139,9 @@ class StageRun:
                 self.accelerator.log({"loss": loss, "tokens_per_second": tokens / seconds, **rates}, step=before + step)
                 due = step % self.recipe.evaluate_every == 0 or step == self.steps
                 if due and (found := self._evaluate()):
-                    self.accelerator.log({"held_out": found["loss"]}, step=before + step)
+                    trained = [count > 0 for count in found["pairs_by_bucket"]]
+                    logged = {"held_out": found["loss"], "buckets_trained": sum(trained)}
+                    self.accelerator.log(logged, step=before + step)
                     if bar.disable:  # a log file, say, where no bar is drawn
                         self.say(f"step {step} of {self.steps}: loss {loss:.4f}, held-out {found['loss']:.4f}")
                 if self._stopped is not None:
@@ -282,7 +285,13 @@ class StageRun:
             return None
         with self._evaluating():
             loss, by_length = self.setting.held_out.measure(self.model, self.accelerator)
-        found = {"step": self.progress.step, "loss": loss, "by_length": [_plain(result) for result in by_length]}
+        table = next((m for m in self.model.modules() if isinstance(m, RelativePositionBias)), None)
+        found = {
+            "step": self.progress.step,
+            "loss": loss,
+            "by_length": [_plain(result) for result in by_length],
+            "pairs_by_bucket": [] if table is None else pairs_by_bucket(self.progress.parts, table.bucketing),
+        }
         self.progress.evaluations.append(found)
         return found
 
