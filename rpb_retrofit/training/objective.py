@@ -69,11 +69,11 @@ def _states_apart(model: Model, teacher: Model | None, batch: Batch, scored: Ten
     found = model(**batch.inputs, output_hidden_states=True).hidden_states[1:]
     with torch.no_grad():
         taught = teacher(**batch.inputs, output_hidden_states=True).hidden_states[1:]
-    total = torch.zeros((), device=scored.device)
+    apart = torch.zeros((), device=scored.device)
     for state, wanted in zip(found, taught, strict=True):
         state, wanted = state[scored].float(), wanted[scored].float()
-        total = total + ((state - wanted).square().sum(-1) / wanted.square().sum(-1).clamp(min=1e-12)).sum()
-    return total / len(found)
+        apart = apart + ((state - wanted).square().sum(-1) / wanted.square().sum(-1).clamp(min=1e-12)).sum()
+    return apart / len(found)
 
 
 def objective_for(recipe: Recipe, model: PreTrainedModel, causal: bool, teacher: PreTrainedModel | None) -> Objective:
