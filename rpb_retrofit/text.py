@@ -77,7 +77,9 @@ def read_rows(file: str, option: str, column: str = _COLUMN, streaming: bool = F
 
 def tokenise(tokenizer: Any, documents: Sequence[str]) -> list[Tensor]:
     """Documents as token ids, without special tokens."""
-    encoded = tokenizer(list(documents), addspecial_tokens=False, verbose=False)["input_ids"]
+    if not documents:
+        return []
+    encoded = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
     return [torch.tensor(ids) for ids in encoded]
 
 
@@ -114,7 +116,7 @@ def spread_windows(tokenizer: Any, text: Text, length: int, tokens: int) -> list
 
 def special_tokens(tokenizer: Any) -> tuple[Tensor, Tensor]:
     """What the tokenizer puts before and after a text: BOS, CLS, SEP, ..."""
-    plain, whole = tokenizer("a", addspecial_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+    plain, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
     extra = len(whole) - len(plain)
     start = next((i for i in range(extra + 1) if whole[i : i + len(plain)] == plain), 0)
     return torch.tensor(whole[:start], dtype=torch.long), torch.tensor(whole[start + len(plain) :], dtype=torch.long)

@@ -29,9 +29,12 @@ from rpb_retrofit.errors import (
     NotRetrofittedError,
     TrainingError,
 )
+from rpb_retrofit.training import step as step_module
 from rpb_retrofit.training.checkpoints import Checkpoints
+from rpb_retrofit.training.recipe import Recipe
 from rpb_retrofit.training.stage import StageRun
-from tests.training_cases import PROSE, RECIPE, run, run_alone, write_encoder, write_retrofit, write_source
+from rpb_retrofit.training.step import Stepper
+from tests.training_cases import PROSE, RECIPE, run, run_alone, run_arms, write_encoder, write_retrofit, write_source
 
 ROOT = Path(__file__).parent.parent
 
@@ -264,16 +267,16 @@ def test_sigterm_saves_and_goes_on(
     whole: Path, retrofit: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.set_num_threads(1)
-    take, steps = StageRun._step, 0
+    take, steps = Stepper.take, 0
 
-    def step(self: StageRun, interruption: Any) -> Any:
+    def step(self: Stepper, interruption: Any) -> Any:
         nonlocal steps
         steps += 1
         if steps == 13:  # the third of the second stage, which saves after every fifth
             os.kill(os.getpid(), signal.SIGTERM)
         return take(self, interruption)
 
-    monkeypatch.setattr(StageRun, "_step", step)
+    monkeypatch.setattr(Stepper, "take", step)
     with pytest.raises(InterruptedRunError, match="SIGTERM after step 3 of 30 of stage 2"):
         run(retrofit, tmp_path / "out", text)
     assert not (tmp_path / "out").exists()
@@ -306,11 +309,109 @@ def test_a_full_disk_leaves_the_last_checkpoint(
 UP = "model.layers.1.mlp.up_proj.weight"
 
 
+def test_a_folder_in_the_way_costs_nothing(
+    retrofit: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take = Stepper.take
+
+    def step(self: Stepper, interruption: Any) -> Any:
+        (tmp_path / "out").mkdir(exist_ok=True)
+        return take(self, interruption)
+
+    monkeypatch.setattr(Stepper, "take", step)
+    with pytest.raises(CheckpointError, match="out' exists already"):
+        run(retrofit, tmp_path / "out", text)
+    monkeypatch.undo()
+    assert (tmp_path / "out.run" / "stage-1").is_dir()
+    (tmp_path / "out").rmdir()
+    run(retrofit, tmp_path / "out", text)
+
+
+def test_both_arms_go_on(retrofit: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    take, steps = Stepper.take, 0
+
+    def step(self: Stepper, interruption: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take(self, interruption)
+
+    monkeypatch.setattr(Stepper, "take", step)
+    changes = {"stages": [{"tokens": 256, "lengths": {64: 1}}]}
+    with pytest.raises(InterruptedRunError, match="after step 1 of 2"):
+        run_arms(retrofit, tmp_path / "out", text, changes)
+    both = run_arms(retrofit, tmp_path / "out", text, changes)
+    assert steps == 4 and list(both) == ["retrofit", "control"]
+    assert [len(summary.stages[0].losses) for summary in both.values()] == [2, 2]
+    (tmp_path / "out-control" / "training.json").unlink()
+    with pytest.raises(CheckpointError, match="out-control' exists already"):
+        run_arms(retrofit, tmp_path / "out", text, changes)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_the_stage_ends(
+    number: int, whole: Path, retrofit: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.set_num_threads(1)
+    measure, times = StageRun._evaluate, 0
+
+    def evaluate(self: StageRun) -> Any:
+        nonlocal times
+        times += 1
+        if times == 2:  # after the first stage's last step
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)  # as launchers pass it on
+        return measure(self)
+
+    monkeypatch.setattr(StageRun, "_evaluate", evaluate)
+    with pytest.raises(InterruptedRunError, match="after step 10 of 10 of stage 1"):
+        run(retrofit, tmp_path / "out", text)
+    run(retrofit, tmp_path / "out", text)
+    assert_equal_runs(tmp_path / "out", whole)
+
+
+def test_stages_do_not_depend_on_the_process(
+    retrofit: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second stage draws its low-rank updates; a process that begins with it draws the same."""
+    changes = {"stages": [{"train": "lora", "tokens": 256, "lengths": {64: 1}, "lora_rank": 2}] * 2}
+    run(retrofit, tmp_path / "whole", text, changes)
+    train, stages = StageRun.run, 0
+
+    def only_one(self: StageRun) -> None:
+        nonlocal stages
+        stages += 1
+        if stages == 2:
+            raise KeyboardInterrupt
+        train(self)
+
+    monkeypatch.setattr(StageRun, "run", only_one)
+    with pytest.raises(KeyboardInterrupt):
+        run(retrofit, tmp_path / "out", text, changes)
+    run(retrofit, tmp_path / "out", text, changes)
+    assert_equal_runs(tmp_path / "out", tmp_path / "whole")
+
+
+def test_a_gradient_that_is_no_number(
+    retrofit: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare, name = step_module.optimizer_of, "model.layers.1.mlp.down_proj.weight"
+
+    def hooked(model: Any, *args: Any) -> Any:
+        model.get_parameter(name).register_hook(lambda grad: grad * math.nan)
+        return prepare(model, *args)
+
+    monkeypatch.setattr(step_module, "optimizer_of", hooked)
+    with pytest.raises(TrainingError, match=f"norm of the gradients is nan; the first gradient .* is {name}"):
+        run(retrofit, tmp_path / "out", text, {"stages": [{"tokens": 640, "lengths": {64: 1}}]})
+
+
 def poison(monkeypatch: pytest.MonkeyPatch, at: int, name: str = UP, factor: float = math.inf) -> None:
     """One step with a weight multiplied by a factor."""
-    take, steps = StageRun._step, 0
+    take, steps = Stepper.take, 0
 
-    def step(self: StageRun, interruption: Any) -> Any:
+    def step(self: Stepper, interruption: Any) -> Any:
         nonlocal steps
         steps += 1
         if steps != at:
@@ -325,7 +426,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, at: int, name: str = UP, factor: flo
             with torch.no_grad():
                 weight.copy_(kept)
 
-    monkeypatch.setattr(StageRun, "_step", step)
+    monkeypatch.setattr(Stepper, "take", step)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(
@@ -371,6 +472,27 @@ def test_two_processes_are_one(mode: str, retrofit: Path, text: Path, whole: Pat
     summary = json.loads((tmp_path / "out" / "training.json").read_text())
     assert (summary["processes"], summary["mode"]) == (2, {"ddp": "MULTI_CPU", "fsdp2": "FSDP"}[mode])
     rpb.load(tmp_path / "out")
+
+
+def test_a_bare_encoder_on_two_processes(text: Path, whole: Path, tmp_path: Path) -> None:
+    """Its pooler has no gradient, which DDP would wait for."""
+    retrofit = write_retrofit(write_encoder(tmp_path / "source", head=False), tmp_path / "retrofit")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text((whole / "recipe.yaml").read_text().replace("next-token", "distillation"))
+    done = launch("ddp", retrofit, tmp_path / "out", recipe)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_going_on_in_another_way(retrofit: Path, text: Path, tmp_path: Path) -> None:
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    poisoned = {"spike": 1e-9, "stages": [{"train": "all", "tokens": 3840, "lengths": {64: 1}}]}
+    with pytest.raises(TrainingError, match="spike"):
+        run(retrofit, out, text, poisoned)
+    settings = {**RECIPE, "data": [{"name": str(text)}], **poisoned}
+    recipe.write_text(Recipe.model_validate(settings).to_yaml())
+    done = launch("fsdp2", retrofit, out, recipe)
+    assert done.returncode != 0
+    assert "holds whole weights, and this run has FSDP2's ones: go on as it was begun, or --restart" in done.stderr
 
 
 def test_tables_stay_float32_under_fsdp2(retrofit: Path, text: Path, whole: Path, tmp_path: Path) -> None:
@@ -446,6 +568,17 @@ def launch(mode: str, retrofit: Path, out: Path, recipe: Path) -> subprocess.Com
 # --- wrong input ---------------------------------------------------------------------------------------------------
 
 
+def test_lengths_that_the_source_does_not_know(text: Path, tmp_path: Path) -> None:
+    source = write_encoder(tmp_path / "source", head=True)  # 128 positions
+    retrofit = write_retrofit(source, tmp_path / "retrofit")
+    changes: dict[str, Any] = {"batch_tokens": 256, "stages": [{"tokens": 512, "lengths": {256: 1}}]}
+    with pytest.raises(ConfigError, match="256 tokens, and the source has 128 learned positions"):
+        run(retrofit, tmp_path / "out", text, {**changes, "objective": "distillation"})
+    with pytest.raises(ConfigError, match="256 tokens, and the source has 128 learned positions"):
+        run(retrofit, tmp_path / "out", text, {**changes, "objective": "masked"}, control=True)
+    run(retrofit, tmp_path / "out", text, {**changes, "objective": "masked"})
+
+
 def test_wrong_input(retrofit: Path, source: Path, text: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "short.txt").write_text("too short a text")
@@ -463,6 +596,10 @@ def test_wrong_input(retrofit: Path, source: Path, text: Path, tmp_path: Path) -
         (DataError, r"latin.txt' is not UTF-8", (retrofit, out, text, data("latin.txt"))),
         (DataError, r"no column 'text', only body", (retrofit, out, text, data("rows.jsonl"))),
         (DataError, r"absent.txt': no such file", (retrofit, out, text, data("absent.txt"))),
+        (DataError, r"models0' is a folder", (retrofit, out, text, {"data": [{"name": str(source.parent)}]})),
+        (ConfigError, r"OUT '\.' has no name", (retrofit, Path("."), text)),
+        (ConfigError, r"precision='fp16': a CPU has none", (retrofit, out, text, {"precision": "fp16"})),
+        (ConfigError, r"trackers: 'wandb' is not installed", (retrofit, out, text, {"trackers": ["wandb"]})),
         (NotRetrofittedError, r"is not a retrofit: make one", (source, out, text)),
         (CheckpointError, r"taken' exists already", (retrofit, tmp_path / "taken", text)),
         (ConfigError, r"objective=masked: .*causal.*choose next-token", (retrofit, out, text, {"objective": "masked"})),
@@ -499,19 +636,26 @@ def test_going_on_with_something_else(
         run(other, out, text)
     run(other, out, text, restart=True)
     assert out.exists()
+    (tmp_path / "text.txt").write_text(PROSE)
+    poison(monkeypatch, at=17)
+    with pytest.raises(TrainingError):
+        run(retrofit, tmp_path / "again", tmp_path / "text.txt")
+    (tmp_path / "text.txt").write_text(PROSE[:-9])
+    with pytest.raises(ConfigError, match=r"again.run' holds a run with texts"):
+        run(retrofit, tmp_path / "again", tmp_path / "text.txt")
 
 
 def test_two_runs_for_one_folder(retrofit: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    take, tried = StageRun._step, []
+    take, tried = Stepper.take, []
 
-    def step(self: StageRun, interruption: Any) -> Any:
+    def step(self: Stepper, interruption: Any) -> Any:
         if not tried:
             tried.append(True)
             with pytest.raises(CheckpointError, match=r"out.run' is in use by another run"):
                 run(retrofit, tmp_path / "out", text)
         return take(self, interruption)
 
-    monkeypatch.setattr(StageRun, "_step", step)
+    monkeypatch.setattr(Stepper, "take", step)
     run(retrofit, tmp_path / "out", text)
     assert tried
 
@@ -519,14 +663,14 @@ def test_two_runs_for_one_folder(retrofit: Path, text: Path, tmp_path: Path, mon
 def test_a_batch_too_large_for_memory(
     retrofit: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    take = StageRun._pass
+    take = Stepper._pass
 
-    def limited(self: StageRun, batch: Any, scored: int) -> Tensor:
+    def limited(self: Stepper, batch: Any, scored: int) -> Tensor:
         if batch.input_ids.numel() > 200:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return take(self, batch, scored)
 
-    monkeypatch.setattr(StageRun, "_pass", limited)
+    monkeypatch.setattr(Stepper, "_pass", limited)
     changes: dict[str, Any] = {"batch_tokens": 512, "stages": [{"tokens": 1024, "lengths": {64: 1}}]}
     with pytest.raises(ConfigError, match=r"8 sequences of 64 tokens at once do not fit.*2 do: set micro_tokens=128"):
         run(retrofit, tmp_path / "out", text, changes)

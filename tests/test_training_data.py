@@ -216,7 +216,7 @@ def test_a_column_of_a_parquet_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"blank.parquet' holds no text"):
         open_sources(Recipe.model_validate({"data": [{"name": str(tmp_path / "blank.parquet")}]}))
     Dataset.from_dict({"text": [1, 2]}).to_parquet(str(tmp_path / "numbers.parquet"))
-    with pytest.raises(DataError, match=r"numbers.parquet' holds no text"):
+    with pytest.raises(DataError, match=r"numbers.parquet' holds int where text is wanted"):
         open_sources(Recipe.model_validate({"data": [{"name": str(tmp_path / "numbers.parquet")}]}))
 
 
@@ -309,7 +309,7 @@ def test_rates() -> None:
 def test_groups() -> None:
     (case,) = (case for case in CASES if str(case) == "llama")
     recipe = Recipe.model_validate({"weight_decay": 0.1})
-    model = prepare(retrofitted(case), Stage(tokens=1), recipe)
+    model = prepare(retrofitted(case), Stage(tokens=1), recipe, "next-token")
     found = {group["name"]: group for group in groups(model, Stage(tokens=1, rate=1e-4, table_rate=1e-2), recipe)}
     names = {id(p): name for name, p in model.named_parameters()}
     by_name = {group: {names[id(p)] for p in found[group]["params"]} for group in found}

@@ -15,8 +15,8 @@ from transformers import BertConfig, BertForMaskedLM, BertModel, LlamaConfig, Ll
 
 import rpb_retrofit as rpb
 from rpb_retrofit.training.recipe import Recipe
-from rpb_retrofit.training.run import finetune
-from rpb_retrofit.training.stage import StageRun
+from rpb_retrofit.training.run import finetune, finetune_arms
+from rpb_retrofit.training.step import Stepper
 from rpb_retrofit.training.summary import Summary
 
 VOCAB = 512
@@ -102,15 +102,22 @@ def run(retrofit: Path, out: Path, text: Path, changes: dict[str, Any] | None = 
     return finetune(str(retrofit), out, recipe, **{"say": lambda text: None, **options})
 
 
+def run_arms(retrofit: Path, out: Path, text: Path, changes: dict[str, Any]) -> dict[str, Summary]:
+    """`finetune_arms` with the retrofit and its control."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    recipe = Recipe.model_validate({**RECIPE, "data": [{"name": str(text)}], **changes})
+    return finetune_arms(str(retrofit), out, recipe, ["retrofit", "control"], say=lambda text: None)
+
+
 def run_alone(retrofit: Path, out: Path, text: Path, changes: dict[str, Any] | None = None, rest: float = 0.0) -> None:
     """`run` in a process of its own, that a test kills; it rests for so many seconds before every step."""
     os.environ["TQDM_DISABLE"] = "1"
     torch.set_num_threads(1)
-    take = StageRun._step
+    take = Stepper.take
 
-    def step(self: StageRun, interruption: Any) -> Any:
+    def step(self: Stepper, interruption: Any) -> Any:
         time.sleep(rest)
         return take(self, interruption)
 
-    StageRun._step = step  # type: ignore[method-assign]
+    Stepper.take = step  # type: ignore[method-assign]
     run(retrofit, out, text, changes)

@@ -32,7 +32,7 @@ def make_card(folder: Path, evaluations: Sequence[Path] = ()) -> ModelCard:
     Raises CheckpointError where there is no retrofit, DataError for a file that is no evaluation.
     """
     config = _json(folder / "config.json", f"'{folder}'")
-    if not isinstance(settings := config.get("rpb_retrofit"), dict):
+    if not isinstance(settings := config.get("rpb_retrofit"), dict) or "source" not in settings:
         raise CheckpointError(f"'{folder}' is not a retrofit: its config.json has no 'rpb_retrofit'")
     training = _json(folder / SUMMARY, f"'{folder}'") if (folder / SUMMARY).exists() else None
     results = [_evaluation(file) for file in evaluations]
@@ -69,12 +69,9 @@ def _training(summary: dict[str, Any]) -> dict[str, Any]:
     last = stages[-1]["evaluations"][-1]["by_length"] if stages[-1]["evaluations"] else []
     pairs = [sum(counts) for counts in zip(*(stage["pairs_by_bucket"] for stage in stages), strict=True)]
     words = ["rpb", "finetune", identity["model"], "OUT", "--recipe", RECIPE]
-    if identity["control"]:
-        words.append("--control")
     return {
         "command": shlex.join(words),
         "model": identity["model"],
-        "control": identity["control"],
         "objective": identity["recipe"]["objective"],
         "texts": [data["name"] for data in identity["recipe"]["data"]],
         "stages": stages,
@@ -89,7 +86,9 @@ def _training(summary: dict[str, Any]) -> dict[str, Any]:
 
 def _evaluation(file: Path) -> dict[str, Any]:
     found = _json(file, f"--evaluation '{file}'")
-    if not isinstance(found.get("lengths"), list) or not {"model", "data", "command"} <= found.keys():
+    if not isinstance(found.get("lengths"), list) or not all(
+        isinstance(found.get(name), str) for name in ("model", "data", "command")
+    ):
         raise DataError(f"--evaluation '{file}' is not what `rpb evaluate --json` writes")
     return found
 
@@ -115,7 +114,7 @@ def _metadata(folder: Path, source: str, config: dict[str, Any], results: Sequen
             metric_value=round(length["nll"], 4),
         )
         for result in results
-        if Path(result["model"]).name == folder.resolve().name
+        if Path(result["model"]).expanduser().resolve() == folder.resolve()
         for length in result["lengths"]
     ]
     if figures:

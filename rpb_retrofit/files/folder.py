@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from rpb_retrofit.errors import CheckpointError
 
 
@@ -35,10 +37,10 @@ def whole_folder(out: Path) -> Iterator[Path]:
         part.mkdir(parents=True)
         yield part
         part.rename(out)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise CheckpointError(
-            f"writing '{out}' failed: {error.strerror or error}; nothing was left behind (is there space, and may "
-            "you write there?)"
+            f"writing '{out}' failed: {reason}; nothing was left behind (is there space, and may you write there?)"
         ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)

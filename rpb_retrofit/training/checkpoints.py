@@ -95,6 +95,8 @@ class RunFolder:
     """``OUT.run`` beside ``OUT``: what a run that was stopped needs to go on. One process may hold it at a time."""
 
     def __init__(self, out: Path) -> None:
+        if not out.name:
+            raise ConfigError(f"OUT '{out}' has no name of its own: give a folder that does not exist yet")
         self.path = out.with_name(f"{out.name}.run")
         self._lock: Any = None
 

@@ -68,7 +68,7 @@ class Finite:
             self.epoch, self.index = self.epoch + 1, 0
             self._order = self._shuffled(self.epoch)
         self.index += 1
-        return _text(self.documents[int(self._order[self.index - 1])], self.name)
+        return self.documents[int(self._order[self.index - 1])]
 
     def state(self) -> State:
         """Where it stands."""
@@ -92,7 +92,8 @@ class Streaming:
         """The next document."""
         for _ in range(2):
             for row in self._iterator:
-                if (document := _text(row[self.column], self.name)).strip():
+                document = row[self.column]
+                if document is not None and _text(document, self.name).strip():
                     return document
             self.epoch += 1
             self.rows.load_state_dict(self._beginning)  # or it would begin again where it was last restored
@@ -112,7 +113,7 @@ class Streaming:
 
 def _text(document: Any, name: str) -> str:
     if not isinstance(document, str):
-        raise DataError(f"data '{name}' holds a {type(document).__name__} where text is wanted")
+        raise DataError(f"data '{name}' holds {type(document).__name__} where text is wanted")
     return document
 
 
@@ -177,8 +178,10 @@ def open_sources(recipe: Recipe) -> tuple[list[Finite | Streaming], list[float],
                 )
             sources.append(Streaming(name, rows, data.column))
             continue
-        if not any(isinstance(row, str) and row.strip() for row in rows):
+        filled = [i for i, row in enumerate(rows) if row is not None and _text(row, name).strip()]
+        if not filled:
             raise DataError(f"data '{name}' holds no text")
+        rows = View(rows, filled)
         if apart is None:
             rows, kept = hold_out(rows, recipe.held_out_share)
             held += kept
@@ -192,6 +195,8 @@ def _open(data: Data | None) -> tuple[str, Any, bool]:
         text = read_text(None, "data")
         return text.name, text.documents, False
     path = Path(data.name).expanduser()
+    if path.is_dir():
+        raise DataError(f"data '{data.name}' is a folder: name the files in it, one by one")
     if path.is_file() or path.suffix or not _hub_id(data.name):
         return path.name, read_rows(data.name, "data", data.column, data.streaming), data.streaming
     try:

@@ -58,8 +58,8 @@ def first_bad_module(model: nn.Module, run: Callable[[], Any]) -> str | None:
 
 
 def first_bad_gradient(model: nn.Module) -> str | None:
-    """The name of the first parameter whose gradient has a value that is not finite."""
-    for name, parameter in model.named_parameters():
+    """The name of the last parameter whose gradient is not finite: as gradients flow, the first."""
+    for name, parameter in reversed(list(model.named_parameters())):
         if parameter.grad is not None and not _local(parameter.grad).isfinite().all():
             return name
     return None

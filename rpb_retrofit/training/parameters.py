@@ -7,24 +7,35 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from rpb_retrofit.runtime.families import is_own
 from rpb_retrofit.training.recipe import Recipe, Stage
 
 
-def prepare(model: Any, stage: Stage, recipe: Recipe) -> Any:
-    """Set what has gradients in a stage; with LoRA the model comes back wrapped by PEFT. Dropout off unless wanted."""
+def prepare(model: Any, stage: Stage, recipe: Recipe, objective: str) -> Any:
+    """Set what has gradients in a stage; with LoRA the model comes back wrapped by PEFT. Dropout off unless wanted.
+
+    ``objective`` is the kind of `Objective`: hidden states say nothing of a pooler, which then has no gradients (and
+    processes that wait for some would wait for ever).
+    """
     if not recipe.dropout:
         _silence_dropout(model)
     if stage.train == "all":
-        return model.requires_grad_(True)
+        model.requires_grad_(True)
+        if objective == "states" and getattr(model, "pooler", None) is not None:
+            model.pooler.requires_grad_(False)
+        return model
     model.requires_grad_(False)
     if stage.train == "lora":
         from peft import LoraConfig, get_peft_model
 
-        model = get_peft_model(
-            model, LoraConfig(r=stage.lora_rank, lora_alpha=2 * stage.lora_rank, target_modules="all-linear")
-        )
+        # Exact classes: a router that is a kind of linear layer returns more than one tensor.
+        linear = [name for name, m in model.named_modules() if type(m) in (nn.Linear, Conv1D)]
+        head = model.get_output_embeddings()
+        targets = [name for name in linear if model.get_submodule(name) is not head]
+        settings = LoraConfig(r=stage.lora_rank, lora_alpha=2 * stage.lora_rank, target_modules=targets)
+        model = get_peft_model(model, settings)
     for name, parameter in model.named_parameters():
         if is_own(name):
             parameter.requires_grad_(True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, TypeVar
@@ -21,6 +22,9 @@ from rpb_retrofit.training.recipe import Recipe
 
 T = TypeVar("T")
 
+INSISTS = 2.0
+"""Seconds after which a second Ctrl-C is meant."""
+
 
 def open_accelerator(recipe: Recipe, logs: str) -> Accelerator:
     """Accelerate as the launcher set it up; ConfigError for what cannot carry the bias, and for unknown trackers."""
@@ -36,6 +40,10 @@ def open_accelerator(recipe: Recipe, logs: str) -> Accelerator:
         )
     except (ValueError, ImportError) as error:
         raise ConfigError(f"Accelerate refuses the recipe's settings: {' '.join(str(error).split())}") from error
+    if absent := [name for name in recipe.trackers if name not in {str(known) for known in accelerator.log_with}]:
+        raise ConfigError(f"trackers: '{absent[0]}' is not installed: install it, or leave it out")
+    if recipe.precision == "fp16" and accelerator.device.type == "cpu":
+        raise ConfigError("precision='fp16': a CPU has none in training; choose bf16 or no")
     if (launched := int(os.environ.get("WORLD_SIZE", 1))) != accelerator.num_processes:
         raise ConfigError(
             f"the launcher started {launched} processes and Accelerate joined {accelerator.num_processes}: set "
@@ -125,11 +133,21 @@ def on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
     return outcome[0]
 
 
+def gathered(accelerator: Accelerator, value: Any) -> list[Any]:
+    """The value of every process, by rank."""
+    if accelerator.num_processes == 1:
+        return [value]
+    found: list[Any] = [None] * accelerator.num_processes
+    torch.distributed.all_gather_object(found, value)
+    return found
+
+
 class Interruption:
-    """Notes SIGTERM and SIGINT while a step runs, so that it can be finished and saved; a second one ends at once."""
+    """Notes SIGTERM and SIGINT while a step runs, so that it can be finished and saved; Ctrl-C again ends at once."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._noted = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
@@ -142,9 +160,11 @@ class Interruption:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
+        # Launchers pass a signal on that each process got already: only somebody who insists is taken at their word.
+        if self.signal == number == signal.SIGINT and time.monotonic() - self._noted > INSISTS:
             os._exit(128 + number)
-        self.signal = number
+        if self.signal is None:
+            self.signal, self._noted = number, time.monotonic()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from rpb_retrofit.errors import ConfigError
 
@@ -24,7 +24,7 @@ class _Strict(BaseModel):
 class Data(_Strict):
     """One source of text: a file (text, JSONL, Parquet) or a dataset of the hub, and its share of the tokens."""
 
-    name: str
+    name: Annotated[str, Field(min_length=1)]
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     split: str = "train"
     subset: str | None = None
@@ -46,7 +46,7 @@ class Stage(_Strict):
     tokens: Positive
     rate: Rate = 2e-4
     table_rate: Rate = 1e-2
-    lengths: dict[Annotated[int, Field(ge=2)], Annotated[float, Field(gt=0)]] = Field(default={512: 1.0}, min_length=1)
+    lengths: dict[Annotated[int, Field(ge=2)], Rate] = Field(default={512: 1.0}, min_length=1)
     warmup: Share = 0.1
     decay: Literal["cosine", "linear", "constant"] = "cosine"
     lora_rank: Positive = 16
@@ -73,13 +73,13 @@ class Recipe(_Strict):
     mask_share: Annotated[float, Field(gt=0, lt=1)] = 0.15
     batch_tokens: Positive = 512
     micro_tokens: Positive | None = None
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     clip: Rate = 1.0
     dropout: bool = False
     precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_checkpointing: bool = False
     compile: bool = False
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     save_every: Positive = 50
     keep: Positive = 2
     evaluate_every: Positive = 50
@@ -89,6 +89,11 @@ class Recipe(_Strict):
     on_bad_step: Literal["stop", "skip"] = "stop"
     spike: Rate | None = 5.0
     trackers: list[str] = ["tensorboard"]
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _no(cls, value: Any) -> Any:
+        return "no" if value is False else value  # what YAML makes of an unquoted no
 
     @model_validator(mode="after")
     def _fits(self) -> Recipe:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -17,21 +16,25 @@ from accelerate.utils import set_seed
 from transformers import PreTrainedModel
 
 from rpb_retrofit.checkpoint.load import open_model
-from rpb_retrofit.errors import CheckpointError, ConfigError, DataError, NotRetrofittedError, UnsupportedModelError
+from rpb_retrofit.errors import ConfigError, DataError, NotRetrofittedError, UnsupportedModelError
 from rpb_retrofit.files.folder import check_absent, whole_folder
 from rpb_retrofit.files.source import find
+from rpb_retrofit.runtime.families import family_of
+from rpb_retrofit.runtime.mechanisms import trained_context
 from rpb_retrofit.text import bos_policy, special_tokens, tokenise
 from rpb_retrofit.training.batches import Rows, layout_of
 from rpb_retrofit.training.checkpoints import RunFolder, write_whole
 from rpb_retrofit.training.documents import Mixture, open_sources
 from rpb_retrofit.training.held_out import held_out_for
+from rpb_retrofit.training.identity import identity_of
 from rpb_retrofit.training.objective import objective_for
 from rpb_retrofit.training.parameters import merged, prepare
 from rpb_retrofit.training.processes import on_main, open_accelerator
 from rpb_retrofit.training.recipe import Recipe
 from rpb_retrofit.training.relations import Relations
-from rpb_retrofit.training.stage import Progress, Setting, StageRun
-from rpb_retrofit.training.summary import Summary, stage_summary, write_summary
+from rpb_retrofit.training.stage import StageRun
+from rpb_retrofit.training.step import Progress, Setting
+from rpb_retrofit.training.summary import SUMMARY, Summary, read_summary, stage_summary, write_summary
 from rpb_retrofit.training.teacher import open_teacher, share_weights, source_of
 
 RECIPE, STATE = "recipe.yaml", "state.json"
@@ -45,6 +48,7 @@ def finetune(
     control: bool = False,
     source: str | None = None,
     restart: bool = False,
+    reuse: bool = False,
     say: Callable[[str], None] = print,
 ) -> Summary:
     """Fine-tune the retrofit ``model`` (a folder or hub id) into a new folder ``out``.
@@ -52,7 +56,8 @@ def finetune(
     Until it is done, ``out`` does not exist and ``OUT.run`` beside it holds the run; the same call goes on with it,
     exactly as if it had never stopped, unless ``restart``. With ``control`` the retrofit's source is trained by the
     same recipe, on the same tokens in the same order: the difference is what the positions cost. ``source`` names the
-    source where the retrofit's config no longer does. ``say`` is called on the first process, with what goes on.
+    source where the retrofit's config no longer does. With ``reuse`` an ``out`` that the same run made already is its
+    answer. ``say`` is called on the first process, with what goes on.
 
     Raises ConfigError, DataError and CheckpointError for wrong input, TrainingError for a run that had to stop,
     InterruptedRunError after SIGTERM or Ctrl-C. Under a launcher each process calls this.
@@ -66,13 +71,9 @@ def finetune(
         raise NotRetrofittedError(f"'{model}' is not a retrofit: make one with `rpb retrofit {model} OUT`")
     teacher_name = source or source_of(network)
     start = teacher_name if control else model
-    identity = {
-        "model": model,
-        "control": control,
-        "source": teacher_name,
-        "weights": fingerprint(start),
-        "recipe": recipe.model_dump(mode="json"),
-    }
+    identity = identity_of(model, start, teacher_name, recipe, control)
+    if reuse and (finished := on_main(accelerator, partial(_finished, out, identity))) is not None:
+        return finished
 
     def open_folder() -> bool:
         check_absent(out)
@@ -81,9 +82,12 @@ def finetune(
     goes_on = on_main(accelerator, open_folder)
     try:
         summary = _all_stages(accelerator, network, out, folder, recipe, identity, goes_on, say)
-    finally:
-        if accelerator.is_main_process and (folder.idle or out.exists()):
+    except BaseException:
+        if accelerator.is_main_process and folder.idle:
             folder.remove()
+        raise
+    if accelerator.is_main_process:
+        folder.remove()
     accelerator.wait_for_everyone()
     return summary
 
@@ -160,7 +164,8 @@ class _Stages:
         """Train a stage to its end: what it did, and (on the first process) its weights; None where none are."""
         assert self.setting is not None
         stage, accelerator = self.recipe.stages[number], self.accelerator
-        student = prepare(model.float(), stage, self.recipe).to(accelerator.device)
+        set_seed(self.recipe.seed + number)  # whatever ran before it, in this process or another
+        student = prepare(model.float(), stage, self.recipe, self.setting.objective.kind).to(accelerator.device)
         spared = share_weights(self.teacher, student) if self.teacher is not None else 0
         if spared:
             self.say(
@@ -199,6 +204,8 @@ class _Stages:
                 f"the tokenizer of '{self.start}' has {len(tokenizer)} tokens, its model {rows}: wrong tokenizer"
             )
         before, after = special_tokens(tokenizer)
+        lengths = [length for stage in recipe.stages for length in stage.lengths]
+        self._check_lengths(model, lengths, len(before) + len(after))
         layout = layout_of(model, tokenizer, before, after)
         sources, weights, apart = open_sources(recipe)
 
@@ -209,13 +216,28 @@ class _Stages:
         objective = objective_for(recipe, model, layout.causal, self.teacher)
         held = held_out_for(recipe, tokenise(tokenizer, apart), objective, layout, bos_policy(tokenizer, "auto"))
         stream = Mixture(sources, weights, encode)
-        longest = max(length for stage in recipe.stages for length in stage.lengths)
-        if (found := stream.count_up_to(longest)) < longest:
+        if (found := stream.count_up_to(longest := max(lengths))) < longest:
             raise DataError(
                 f"the training text has {found} tokens, fewer than one sequence of {longest}: give more text or "
                 "shorter lengths"
             )
         return Setting(self.accelerator, recipe, Rows(stream, layout), layout, tokenizer, objective, held, self.label)
+
+    def _check_lengths(self, model: PreTrainedModel, lengths: list[int], special: int) -> None:
+        if min(lengths) <= special + 1:
+            raise ConfigError(
+                f"lengths: {min(lengths)} tokens leave no room beside {special} special ones: make it longer"
+            )
+        source = self.teacher if self.teacher is not None else model if self.label == "control" else None
+        if source is None or max(lengths) <= (trained_context(source, family_of(source.config)) or max(lengths)):
+            return
+        context, mechanism = trained_context(source, family_of(source.config)), family_of(source.config).mechanism
+        if mechanism in ("learned", "sinusoidal"):
+            raise ConfigError(
+                f"lengths: {max(lengths)} tokens, and the source has {context} {mechanism} positions: it can neither "
+                "teach nor be a control beyond them; make it shorter, or choose next-token or masked"
+            )
+        self.say(f"sequences of {max(lengths)} tokens are longer than the source's context of {context}")
 
     def _write(
         self, target: Path, current: str, weights: dict[str, Any] | None, number: int, end: Summary | dict[str, Any]
@@ -224,7 +246,7 @@ class _Stages:
         stage, (model, tokenizer) = self.recipe.stages[number], open_model(current)
         if weights is not None:
             dtype = model.dtype
-            wrapped = prepare(model.float(), stage, self.recipe)
+            wrapped = prepare(model.float(), stage, self.recipe, "")
             wrapped.load_state_dict(weights)
             model = merged(wrapped).to(dtype)
         with whole_folder(target) as folder:
@@ -233,23 +255,28 @@ class _Stages:
             if isinstance(end, dict):
                 write_whole(folder / STATE, json.dumps(end))
                 return
+            if (card := self._source_card()) is not None:
+                shutil.copyfile(card, folder / "README.source.md")
             (folder / RECIPE).write_text(self.recipe.to_yaml())
             write_summary(end, folder)
             if (self.folder / "logs").is_dir():
                 shutil.copytree(self.folder / "logs", folder / "logs")
 
+    def _source_card(self) -> Path | None:
+        """The card of what the run began with, whose licence must travel: a retrofit keeps its source's."""
+        if self.start.endswith(".gguf"):
+            return None
+        folder = find(self.start).folder
+        found = folder / ("README.md" if self.label == "control" else "README.source.md")
+        return found if found.exists() else None
 
-def fingerprint(name: str) -> dict[str, int]:
-    """What tells one checkpoint's weights from another's: the size of each file, and a checksum of where it ends."""
-    files = [Path(name).expanduser()] if name.endswith(".gguf") else find(name).shards
-    found = {}
-    for file in files:
-        if not file.is_file():
-            raise CheckpointError(f"'{name}': no such file")
-        with file.open("rb") as stream:
-            stream.seek(-min(file.stat().st_size, 1 << 20), 2)
-            found[file.name] = file.stat().st_size ^ zlib.crc32(stream.read()) << 40
-    return found
+
+def _finished(out: Path, identity: dict[str, Any]) -> Summary | None:
+    """What an equal run that is done wrote, or None."""
+    if not (out / SUMMARY).exists():
+        return None
+    found = read_summary(out)
+    return found if found.identity == json.loads(json.dumps(identity)) else None
 
 
 def _silent(text: str) -> None:
@@ -260,5 +287,13 @@ def finetune_arms(model: str, out: Path, recipe: Recipe, arms: list[str], **opti
     """`finetune` for ``retrofit`` (into ``out``), ``control`` (into ``OUT-control``), or both, one after the other."""
     if unknown := [arm for arm in arms if arm not in ("retrofit", "control")] or ([] if arms else [""]):
         raise ConfigError(f"arm '{unknown[0]}': choose retrofit, control, or retrofit,control")
-    places = {"retrofit": out, "control": out.with_name(f"{out.name}-control") if "retrofit" in arms else out}
-    return {arm: finetune(model, places[arm], recipe, control=arm == "control", **options) for arm in arms}
+    if len(set(arms)) == 1:
+        return {arms[0]: finetune(model, out, recipe, control=arms[0] == "control", **options)}
+    places = {"retrofit": out, "control": out.with_name(f"{out.name}-control")}
+    for place in places.values():
+        if not (place / SUMMARY).exists():  # an arm that is done is not done again; any other folder is in the way
+            check_absent(place)
+    return {
+        arm: finetune(model, places[arm], recipe, control=arm == "control", reuse=True, **options)
+        for arm in dict.fromkeys(arms)
+    }

@@ -13,7 +13,7 @@ from rpb_retrofit.evaluation.plots import training_curves
 from rpb_retrofit.runtime.bias import RelativePositionBias
 from rpb_retrofit.training.batches import pairs_by_bucket
 from rpb_retrofit.training.recipe import Stage
-from rpb_retrofit.training.stage import Progress
+from rpb_retrofit.training.step import Progress
 from rpb_retrofit.version import __version__
 
 SUMMARY, PICTURE = "training.json", "training.png"
@@ -64,6 +64,12 @@ class Summary:
         if untrained := [str(bucket) for bucket, count in enumerate(total) if not count]:
             lines.append(f"buckets that no pair trained: {', '.join(untrained)}; longer sequences would reach them")
         return "\n".join(lines)
+
+
+def read_summary(folder: Path) -> Summary:
+    """The summary that `write_summary` wrote."""
+    found = json.loads((folder / SUMMARY).read_text())
+    return Summary(**{**found, "stages": [StageSummary(**stage) for stage in found["stages"]]})
 
 
 def stage_summary(stage: Stage, progress: Progress, model: PreTrainedModel) -> StageSummary:

@@ -11,7 +11,7 @@ from rpb_retrofit.errors import CheckpointError, ConfigError
 
 
 def open_teacher(model: PreTrainedModel, name: str) -> PreTrainedModel:
-    """The source of a retrofit, in evaluation mode, without gradients.
+    """The source of a retrofit, in evaluation mode, without gradients, in float32 as the one that learns.
 
     Raises CheckpointError where it cannot be found, ConfigError where its vocabulary is another one.
     """
@@ -24,7 +24,12 @@ def open_teacher(model: PreTrainedModel, name: str) -> PreTrainedModel:
             f"the source '{name}' has {teacher.config.vocab_size} tokens and the retrofit {model.config.vocab_size}: "
             "give its own source as --source"
         )
-    return teacher.requires_grad_(False).eval()
+    if (teacher.get_output_embeddings() is None) != (model.get_output_embeddings() is None):
+        raise ConfigError(
+            f"the source '{name}' is a {type(teacher).__name__} and the retrofit a {type(model).__name__}: give its "
+            "own source as --source"
+        )
+    return teacher.float().requires_grad_(False).eval()
 
 
 def source_of(model: PreTrainedModel) -> str:

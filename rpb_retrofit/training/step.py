@@ -1,0 +1,219 @@
+"""One step of a stage: every process takes its share of the same batch, and all judge the outcome alike."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from rpb_retrofit.errors import ConfigError, DataError, TrainingError
+from rpb_retrofit.training.batches import Batch, Layout, Rows, collate, length_of_step
+from rpb_retrofit.training.guard import Guard, first_bad_gradient, first_bad_module
+from rpb_retrofit.training.held_out import HeldOut
+from rpb_retrofit.training.objective import Objective, masked
+from rpb_retrofit.training.parameters import optimizer_of, rate_factor
+from rpb_retrofit.training.processes import (
+    Interruption,
+    gathered,
+    is_out_of_memory,
+    prepare_for_deepspeed,
+    shard_tables,
+)
+from rpb_retrofit.training.recipe import Recipe, Stage
+
+
+@dataclass
+class Progress:
+    """What a stage has done so far, as a checkpoint keeps it.
+
+    ``parts`` counts the documents' parts of each length that were attended over: what trained each bucket follows.
+    """
+
+    step: int = 0
+    scored: int = 0
+    seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    parts: Counter[int] = field(default_factory=Counter)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        return {**self.__dict__, "parts": {str(n): count for n, count in self.parts.items()}}
+
+    @classmethod
+    def from_json(cls, settings: dict[str, Any]) -> Progress:
+        """The inverse of `to_json`."""
+        return cls(**{**settings, "parts": Counter({int(n): count for n, count in settings["parts"].items()})})
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the stages of a run have in common."""
+
+    accelerator: Accelerator
+    recipe: Recipe
+    rows: Rows
+    layout: Layout
+    tokenizer: Any
+    objective: Objective
+    held_out: HeldOut | None
+    label: str
+
+
+class Stepper:
+    """Takes the steps of stage ``number`` on ``model``, and notes them in ``progress``."""
+
+    def __init__(self, setting: Setting, number: int, model: Any) -> None:
+        self.setting, self.number = setting, number
+        self.accelerator, self.recipe = setting.accelerator, setting.recipe
+        self.stage: Stage = setting.recipe.stages[number]
+        self.steps = math.ceil(self.stage.tokens / setting.recipe.batch_tokens)
+        self.progress, self.guard = Progress(), Guard(setting.recipe.spike)
+        self.signal = 0
+        """What any process was sent during the last step, 0 for nothing."""
+        for length in self.stage.lengths:
+            self._sequences(length)  # says what does not divide before anything runs
+        if setting.recipe.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.trains = any(parameter.requires_grad for parameter in model.parameters())
+        model.train()
+        if not self.trains:  # a control while tables are trained, which it has not: the data goes by
+            self.model, self.optimizer = self.accelerator.prepare_model(model, evaluation_mode=True), None
+            return
+        shard_tables(self.accelerator, model)
+        prepare_for_deepspeed(self.accelerator, self.recipe)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer_of(model, self.stage, self.recipe))
+        if setting.recipe.compile:
+            self.model.compile()
+        # Accelerate's own clipping knows how each mode holds its gradients.
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+
+    def _sequences(self, length: int) -> int:
+        """Sequences of one step, all processes together; ConfigError where they cannot be shared out."""
+        count, world = self.recipe.batch_tokens // length, self.accelerator.num_processes
+        if count % world:
+            raise ConfigError(
+                f"batch_tokens={self.recipe.batch_tokens}: {count} sequences of {length} tokens cannot be shared out "
+                f"to {world} processes: make it a multiple of {length * world}"
+            )
+        return count
+
+    def take(self, interruption: Interruption) -> tuple[int, float]:
+        """One step of all processes together: tokens seen, and the mean loss of its scored tokens."""
+        step, world, rank = self.progress.step, self.accelerator.num_processes, self.accelerator.process_index
+        length = length_of_step(self.stage, self.recipe.seed, self.number, step)
+        count = self._sequences(length)
+        rows = self.setting.rows.take(count, length)
+        batch = collate(rows, length, self.setting.layout)
+        if self.recipe.objective == "masked":
+            seed = f"{self.recipe.seed}/{self.number}/{step}"
+            batch = masked(batch, self.setting.tokenizer, self.recipe.mask_share, seed)
+        if not (scored := batch.scored):
+            raise DataError(f"step {step + 1} of stage {self.number + 1} has no token to score: give longer documents")
+        mine = batch.part(slice(rank, None, world)).to(self.accelerator.device)
+        for group in self.optimizer.param_groups if self.optimizer is not None else ():
+            group["lr"] = group["peak"] * rate_factor(self.stage, step, self.steps)
+        total = self._accumulate(mine, length, scored)
+        told = torch.tensor([[total.item(), float(interruption.signal or 0)]], dtype=torch.float64)
+        told = self.accelerator.gather(told.to(self.accelerator.device, torch.float32)).cpu()
+        loss = told[:, 0].double().sum().item() / scored
+        self.signal = int(told[:, 1].max())
+        self._judge(loss, told[:, 0], mine, rows, scored, step)
+        self.progress.losses.append(loss)
+        self.progress.step += 1
+        return sum(len(part) for row in rows for part in row), loss
+
+    def _accumulate(self, batch: Batch, length: int, scored: int) -> Tensor:
+        """Forward and backward of this process's share; the sum of its losses."""
+        at_once = max(1, (self.recipe.micro_tokens or length * len(batch)) // length)
+        parts = [batch.part(slice(i, i + at_once)) for i in range(0, len(batch), at_once)]
+        total = torch.zeros((), device=self.accelerator.device)
+        for number, part in enumerate(parts):
+            last = number == len(parts) - 1
+            with contextlib.nullcontext() if last or not self.trains else self.accelerator.no_sync(self.model):
+                try:
+                    total += self._pass(part, scored)
+                except (torch.OutOfMemoryError, RuntimeError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    raise self._too_large(part, length, scored) from error
+        return total
+
+    def _pass(self, batch: Batch, scored: int) -> Tensor:
+        if not self.trains:
+            with torch.no_grad(), self.accelerator.autocast():
+                return self.setting.objective(self.model, batch)
+        with self.accelerator.autocast():
+            loss = self.setting.objective(self.model, batch)
+        # Processes average their gradients; the mean over all scored tokens is wanted.
+        self.accelerator.backward(loss * (self.accelerator.num_processes / scored))
+        return loss.detach()
+
+    def _too_large(self, batch: Batch, length: int, scored: int) -> ConfigError:
+        """The error for a pass that did not fit, with the largest that does."""
+        fits, tried = 0, len(batch) // 2
+        while tried and not fits:
+            if self.optimizer is not None:
+                self.optimizer.zero_grad()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            try:
+                self._pass(batch.part(slice(0, tried)), scored)
+                fits = tried
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                tried //= 2
+        said = f"{len(batch)} sequences of {length} tokens at once do not fit into memory"
+        if fits:
+            return ConfigError(f"{said}; {fits} do: set micro_tokens={fits * length}")
+        return ConfigError(
+            f"{said}, nor does one: use shorter lengths, gradient_checkpointing, precision=bf16 or FSDP2"
+        )
+
+    def _judge(self, loss: float, by_rank: Tensor, batch: Batch, rows: Sequence[Any], scored: int, step: int) -> None:
+        """Clip, judge, and take or refuse the step."""
+        if self.optimizer is None:
+            self.progress.scored += scored
+            return
+        norm = self.accelerator.clip_grad_norm_(self.parameters, self.recipe.clip)
+        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm) if norm is not None else 0.0
+        scaler = self.accelerator.scaler  # of float16, which overflows now and then, and then takes no step by itself
+        complaint = None if scaler is not None and math.isinf(norm) else self.guard.complaint(loss, norm)
+        if complaint is None:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.progress.scored += scored
+            self.progress.parts.update(len(part) for row in rows for part in row)
+            return
+        bad = [rank for rank, sum_ in enumerate(by_rank.tolist()) if not math.isfinite(sum_)]
+        where = f" on rank {', '.join(map(str, bad))}" if bad else ""
+        if not math.isfinite(loss):
+            culprit = first_bad_module(self.model, lambda: self.setting.objective(self.model, batch))
+            what = "module"
+        else:
+            self.optimizer.zero_grad()  # clipping has spread what is not finite over all of them
+            self._accumulate(batch, batch.input_ids.shape[1], scored)
+            culprit, what = first_bad_gradient(self.model), "gradient"
+        found = [name for name in gathered(self.accelerator, culprit) if name]
+        place = f"; the first {what} with a non-finite value is {found[0]}" if found else ""
+        said = f"step {step + 1} of stage {self.number + 1}{where}: {complaint}{place}"
+        self.optimizer.zero_grad()
+        if self.recipe.on_bad_step == "stop":
+            raise TrainingError(
+                f"{said}. Lower the rates, or set on_bad_step=skip; the last checkpoint is beside OUT, in OUT.run"
+            )
+        if scaler is not None:
+            scaler.update()
+        self.progress.skipped.append(said)
+        if self.accelerator.is_main_process:
+            tqdm.write(f"skipped {said}")
