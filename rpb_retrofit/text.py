@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data import topics
@@ -40,13 +40,21 @@ def read_text(file: str | None, option: str = "--data") -> Text:
         prose = "\n\n".join(topics.topics[name].strip() for name in sorted(topics.topics))
         return Text(f"pydoc_data.topics (Python's help texts; give {option} FILE for text like yours)", [prose])
     path, rows = Path(file).expanduser(), read_rows(file, option)
-    documents = [document for document in rows if document]
+    documents = [document for document in decoded(rows, f"{option} '{file}'") if document]
     if odd := next((document for document in documents if not isinstance(document, str)), None):
         raise DataError(f"{option} '{file}': its column '{_COLUMN}' holds {type(odd).__name__}, not text")
     documents = [document for document in documents if document.strip()]
     if not documents:
         raise DataError(f"{option} '{file}' holds no text")
     return Text(path.name, documents)
+
+
+def decoded(rows: Iterable[Any], what: str) -> Iterator[Any]:
+    """The rows; DataError where one is not UTF-8, which some formats notice only when it is read."""
+    try:
+        yield from rows
+    except UnicodeDecodeError as error:
+        raise DataError(f"{what} is not UTF-8: {error.reason} at byte {error.start} of a row") from error
 
 
 def read_rows(file: str, option: str, column: str = _COLUMN, streaming: bool = False) -> Any:

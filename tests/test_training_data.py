@@ -220,6 +220,26 @@ def test_a_column_of_a_parquet_file(tmp_path: Path) -> None:
         open_sources(Recipe.model_validate({"data": [{"name": str(tmp_path / "numbers.parquet")}]}))
 
 
+def test_rows_without_text_are_left_out(tmp_path: Path) -> None:
+    rows = [{"text": None}, {"text": " "}, {"text": "1 2 3"}] * 40
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for streaming in (False, True):
+        data = {"name": str(tmp_path / "rows.jsonl"), "streaming": streaming}
+        recipe = Recipe.model_validate({"data": [data], "evaluate_tokens": 0 if streaming else 100})
+        (source,), _, held = open_sources(recipe)
+        assert {source.next() for _ in range(50)} == {"1 2 3"}
+        assert held == ([] if streaming else ["1 2 3"] * 2)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_that_are_not_utf8(streaming: bool, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(b'{"text": "na\xefve"}\n' * 30)
+    data = {"name": str(tmp_path / "rows.jsonl"), "streaming": streaming}
+    recipe = Recipe.model_validate({"data": [data], "evaluate_tokens": 0})
+    with pytest.raises(DataError, match=r"rows.jsonl' is not UTF-8"):
+        next(source.next() for source in open_sources(recipe)[0])
+
+
 # --- batches and what is minimised ---------------------------------------------------------------------------------
 
 FAMILIES = ("llama", "gpt2", "opt", "bloom", "gpt_neox", "mistral", "qwen3", "gemma2")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, overload
 
@@ -11,7 +12,7 @@ from datasets import load_dataset
 from torch import Tensor
 
 from rpb_retrofit.errors import DataError, RetrofitError
-from rpb_retrofit.text import read_rows, read_text
+from rpb_retrofit.text import decoded, read_rows, read_text
 from rpb_retrofit.training.recipe import Data, Recipe
 
 State = dict[str, Any]
@@ -91,14 +92,19 @@ class Streaming:
     def next(self) -> str:
         """The next document."""
         for _ in range(2):
-            for row in self._iterator:
-                document = row[self.column]
-                if document is not None and _text(document, self.name).strip():
+            while (document := self._row()) is not None:
+                if document.strip():
                     return document
             self.epoch += 1
             self.rows.load_state_dict(self._beginning)  # or it would begin again where it was last restored
             self._iterator = iter(self.rows)
         raise DataError(f"data '{self.name}' holds no text")
+
+    def _row(self) -> str | None:
+        """The next row's text, empty where it has none; None at the end."""
+        for row in decoded(islice(self._iterator, 1), f"data '{self.name}'"):
+            return "" if row[self.column] is None else _text(row[self.column], self.name)
+        return None
 
     def state(self) -> State:
         """Where it stands."""
@@ -178,7 +184,9 @@ def open_sources(recipe: Recipe) -> tuple[list[Finite | Streaming], list[float],
                 )
             sources.append(Streaming(name, rows, data.column))
             continue
-        filled = [i for i, row in enumerate(rows) if row is not None and _text(row, name).strip()]
+        filled = [
+            i for i, row in enumerate(decoded(rows, f"data '{name}'")) if row is not None and _text(row, name).strip()
+        ]
         if not filled:
             raise DataError(f"data '{name}' holds no text")
         rows = View(rows, filled)
