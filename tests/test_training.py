@@ -511,7 +511,7 @@ def test_tables_stay_float32_under_fsdp2(retrofit: Path, text: Path, whole: Path
     assert tables and not torch.equal(one[tables[0]], weights(retrofit)[tables[0]])
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2", "fsdp2-full"])
 def test_a_killed_rank_ends_the_launcher(mode: str, retrofit: Path, text: Path, whole: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text((whole / "recipe.yaml").read_text().replace("save_every: 5", "save_every: 2"))
@@ -549,7 +549,9 @@ def rank_of(parent: int, rank: int) -> int:
 
 def command(mode: str, retrofit: Path, out: Path, recipe: Path) -> list[str]:
     launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    config = ROOT / "scripts" / "configs" / f"{mode}-cpu.yaml"
+    config = ROOT / "scripts" / "configs" / f"{mode.removesuffix('-full')}-cpu.yaml"
+    if mode.endswith("-full"):
+        launcher += ["--fsdp_state_dict_type", "FULL_STATE_DICT"]
     port = str(random.randint(20_000, 60_000))
     program = [str(ROOT / "scripts" / "finetune.py"), str(retrofit), str(out), "--recipe", str(recipe)]
     return [*launcher, "--config_file", str(config), "--main_process_port", port, *program]
