@@ -66,7 +66,7 @@ def held_out_for(
 ) -> HeldOut | None:
     """What the recipe evaluates on, in windows of its lengths; None where it does not want to.
 
-    Raises DataError where no document fills the longest.
+    Raises DataError where no document fills the shortest; longer ones that none fills are left out.
     """
     lengths = sorted({length for stage in recipe.stages for length in stage.lengths})
     if not recipe.evaluate_tokens:
