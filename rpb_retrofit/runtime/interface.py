@@ -166,8 +166,10 @@ def pass_offset(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 
     Only a static cache has unused slots behind the last query, and it knows only before it is updated.
     """
-    if module.config._attn_implementation != ATTENTION:
-        raise AttentionImplementationError(would_drop(module.config._attn_implementation))
+    # Past the config's own look-up, which takes longer than all that follows: this runs in every layer, every token.
+    implementation = object.__getattribute__(module.config, "_attn_implementation_internal")
+    if implementation != ATTENTION:
+        raise AttentionImplementationError(would_drop(implementation))
     cache = _self_attention_cache(args, kwargs)
     static = (
         cache is not None and module.layer_idx < len(cache.layers) and cache.layers[module.layer_idx].is_compileable
@@ -230,10 +232,6 @@ def _self_attention_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cach
         if isinstance(value, Cache):
             return value
     return None
-
-
-def _is_static(cache: Cache, layer: int) -> bool:
-    return layer < len(cache.layers) and cache.layers[layer].is_compileable
 
 
 def _first_offset(cache: Cache, queries: int, layer: int) -> int | Tensor:
