@@ -91,7 +91,7 @@ def test_a_run_ends_in_a_retrofit(whole: Path, retrofit: Path) -> None:
     for stage in (first, second):
         # Offset 0 has one pair a token, and in 64 tokens no pair is 100 apart.
         assert stage["pairs_by_bucket"][0] == 128 * len(stage["losses"]) and stage["pairs_by_bucket"][20] > 0
-        assert stage["pairs_by_bucket"][-1] == 0
+        assert stage["pairs_by_bucket"][-1] == 0 and stage["untrained_buckets"][-1] == 31
     model, before = rpb.load(whole), rpb.load(retrofit)
     changed = {name for name, p in before.named_parameters() if not torch.equal(p, model.get_parameter(name))}
     assert changed == dict(before.named_parameters()).keys()
@@ -188,6 +188,7 @@ def test_encoders(objective: str, text: Path, tmp_path: Path) -> None:
     expected = 3840 if objective == "masked" else 50 * 512
     assert stage.scored_tokens == pytest.approx(expected, rel=0.1 if objective == "masked" else 0.02)
     assert list((tmp_path / "out" / "logs").rglob("events.*"))
+    assert stage.pairs_by_bucket[16] == 0 and 16 not in stage.untrained_buckets, "no offset has it"
     rpb.load(tmp_path / "out")
 
 

@@ -67,7 +67,6 @@ def _training(summary: dict[str, Any]) -> dict[str, Any]:
     identity, stages = summary["identity"], summary["stages"]
     first = stages[0]["evaluations"][0]["by_length"] if stages[0]["evaluations"] else []
     last = stages[-1]["evaluations"][-1]["by_length"] if stages[-1]["evaluations"] else []
-    pairs = [sum(counts) for counts in zip(*(stage["pairs_by_bucket"] for stage in stages), strict=True)]
     words = ["rpb", "finetune", identity["model"], "OUT", "--recipe", RECIPE]
     return {
         "command": shlex.join(words),
@@ -79,7 +78,7 @@ def _training(summary: dict[str, Any]) -> dict[str, Any]:
         "seconds": sum(stage["seconds"] for stage in stages),
         "tokens": sum(stage["scored_tokens"] for stage in stages),
         "held_out": [(b["length"], b["nll"], a["nll"]) for b, a in zip(first, last, strict=False)],
-        "untrained": [bucket for bucket, count in enumerate(pairs) if not count],
+        "untrained": sorted(set.intersection(*(set(stage["untrained_buckets"]) for stage in stages))),
         "skipped": sum(len(stage["skipped"]) for stage in stages),
     }
 

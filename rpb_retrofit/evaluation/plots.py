@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib
@@ -105,6 +106,10 @@ def bucket_map(bucketing: Bucketing) -> Any:
     return figure
 
 
+SMOOTHED = 20
+"""Steps that a line of training losses is the mean of."""
+
+
 def training_curves(stages: Sequence[Mapping[str, Any]], file: Path) -> None:
     """Write a figure of a run: loss by step, held-out loss by position before and after, pairs that trained buckets.
 
@@ -115,9 +120,10 @@ def training_curves(stages: Sequence[Mapping[str, Any]], file: Path) -> None:
         start = 0
         for number, stage in enumerate(stages):
             losses = stage["losses"]
-            steps.plot(
-                range(start + 1, start + len(losses) + 1), losses, lw=1, color=f"C{number}", label=stage["train"]
-            )
+            at = range(start + 1, start + len(losses) + 1)
+            steps.plot(at, losses, ".", ms=3, alpha=0.5, color=f"C{number}")
+            means = [fmean(losses[max(0, i - SMOOTHED + 1) : i + 1]) for i in range(len(losses))]
+            steps.plot(at, means, lw=1.5, color=f"C{number}", label=f"{stage['train']}, mean of {SMOOTHED} steps")
             start += len(losses)
         steps.set_xlabel("step")
         steps.set_ylabel("training loss (the objective's, a token)")
@@ -130,10 +136,18 @@ def training_curves(stages: Sequence[Mapping[str, Any]], file: Path) -> None:
                 positions.plot(centre, losses, "o-", ms=3, label=f"{name}, windows of {result['length']}")
                 positions.set_xscale("log", base=2)
                 positions.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%d"))
-        positions.set_xlabel("position in the window (tokens of context)")
-        positions.set_ylabel("held-out loss (nats a token)")
         if positions.has_data():
+            positions.set_xlabel("position in the window (tokens of context)")
+            positions.set_ylabel("held-out loss (nats a token)")
             positions.legend(fontsize=8)
+        else:  # a model without next tokens: its objective, by step
+            start, points = 0, []
+            for stage in stages:
+                points += [(start + evaluation["step"], evaluation["loss"]) for evaluation in stage["evaluations"]]
+                start += stage["steps"]
+            positions.plot(*zip(*points, strict=True) if points else ([], []), "o-", ms=3)
+            positions.set_xlabel("step")
+            positions.set_ylabel("held-out loss (the objective's, a token)")
         counts = [sum(pairs) for pairs in zip(*(stage["pairs_by_bucket"] for stage in stages), strict=True)]
         buckets.bar(range(len(counts)), counts)
         if any(counts):

@@ -7,10 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from rpb_retrofit.evaluation.plots import training_curves
 from rpb_retrofit.runtime.bias import RelativePositionBias
+from rpb_retrofit.runtime.buckets import bucket_of
 from rpb_retrofit.training.batches import pairs_by_bucket
 from rpb_retrofit.training.recipe import Stage
 from rpb_retrofit.training.step import Progress
@@ -21,7 +23,8 @@ SUMMARY, PICTURE = "training.json", "training.png"
 
 @dataclass(frozen=True)
 class StageSummary:
-    """One stage: ``losses`` by step, ``pairs_by_bucket`` of one head (none for a control), ``evaluations`` by step."""
+    """One stage: ``losses`` by step, ``pairs_by_bucket`` of one head (none for a control), ``untrained_buckets`` that
+    some offset reaches and no pair of tokens did, ``evaluations`` by step."""
 
     train: str
     steps: int
@@ -30,6 +33,7 @@ class StageSummary:
     losses: list[float]
     skipped: list[str]
     pairs_by_bucket: list[int]
+    untrained_buckets: list[int]
     evaluations: list[dict[str, Any]]
 
 
@@ -60,9 +64,9 @@ class Summary:
                 lines.append(f"held-out objective: {before['loss']:.4f} -> {after['loss']:.4f}")
         skipped = [said for stage in self.stages for said in stage.skipped]
         lines += [f"{len(skipped)} steps skipped; the first: {skipped[0]}"] if skipped else []
-        total = [sum(counts) for counts in zip(*(s.pairs_by_bucket for s in self.stages), strict=True)]
-        if untrained := [str(bucket) for bucket, count in enumerate(total) if not count]:
-            lines.append(f"buckets that no pair trained: {', '.join(untrained)}; longer sequences would reach them")
+        if untrained := set.intersection(*(set(stage.untrained_buckets) for stage in self.stages)):
+            named = ", ".join(map(str, sorted(untrained)))
+            lines.append(f"buckets that no pair trained: {named}; longer sequences would reach them")
         return "\n".join(lines)
 
 
@@ -75,10 +79,15 @@ def read_summary(folder: Path) -> Summary:
 def stage_summary(stage: Stage, progress: Progress, model: PreTrainedModel) -> StageSummary:
     """What a stage did. Pairs are those of full attention: layers with a sliding window see fewer."""
     table = next((module for module in model.modules() if isinstance(module, RelativePositionBias)), None)
-    pairs = [] if table is None else pairs_by_bucket(progress.parts, table.bucketing)
+    pairs, untrained = [], []
+    if table is not None:
+        pairs = pairs_by_bucket(progress.parts, table.bucketing)
+        reach = table.bucketing.max_distance + 1  # bidirectional tables have a bucket that no offset reaches
+        reached = bucket_of(torch.arange(-reach, reach + 1), table.bucketing).unique().tolist()
+        untrained = [bucket for bucket in reached if not pairs[bucket]]
     return StageSummary(
         stage.train, progress.step, progress.scored, progress.seconds, progress.losses, progress.skipped, pairs,
-        progress.evaluations,
+        untrained, progress.evaluations,
     )  # fmt: skip
 
 
