@@ -166,8 +166,10 @@ def pass_offset(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 
     Only a static cache has unused slots behind the last query, and it knows only before it is updated.
     """
-    # Past the config's own look-up, which takes longer than all that follows: this runs in every layer, every token.
-    implementation = object.__getattribute__(module.config, "_attn_implementation_internal")
+    if torch.compiler.is_compiling():
+        implementation = module.config._attn_implementation
+    else:  # the config's own look-up takes longer than all that follows, and this runs in every layer at every token
+        implementation = object.__getattribute__(module.config, "_attn_implementation_internal")
     if implementation != ATTENTION:
         raise AttentionImplementationError(would_drop(implementation))
     cache = _self_attention_cache(args, kwargs)
