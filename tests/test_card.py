@@ -38,7 +38,7 @@ def test_an_untrained_retrofit(folder: Path) -> None:
     text = str(card)
     assert f"rpb retrofit {folder / 'source'} OUT --buckets 16 --init normal --tail log --shared" in text
     assert "| buckets | 16, to distance 128, then on with the distance's logarithm |" in text
-    assert "one table for all layers" in text
+    assert "one table for all layers" in text and "# AutoModelForCausalLM.from_pretrained" in text
     for absent in ("## Training", "## Evaluation", "frequencies kept", "polished", "None", "undefined"):
         assert absent not in text
     assert header(card) == {

@@ -49,7 +49,15 @@ def make_card(folder: Path, evaluations: Sequence[Path] = ()) -> ModelCard:
         recipe=(folder / RECIPE).read_text().strip() if (folder / RECIPE).exists() else None,
         picture=PICTURE if (folder / PICTURE).exists() else None,
         results=results,
+        auto=_auto_class(config),
     )
+
+
+def _auto_class(config: dict[str, Any]) -> str:
+    """The Auto class that serves the class which was saved."""
+    (architecture, *_) = config.get("architectures") or [""]
+    served = (name for name, reference in config.get("auto_map", {}).items() if reference.endswith(f".{architecture}"))
+    return next(served, "AutoModel")
 
 
 def _command(settings: dict[str, Any]) -> str:
