@@ -22,6 +22,15 @@ from rpb_retrofit.training.summary import Summary
 VOCAB = 512
 PROSE = "\n\n".join(topics.topics[name] for name in sorted(topics.topics))[:60_000]
 
+SIZE: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "initializer_range": 0.1,
+}
+
 RECIPE: dict[str, Any] = {
     "stages": [
         {"train": "tables", "tokens": 1280, "lengths": {64: 1}},
@@ -54,16 +63,7 @@ def small_tokenizer() -> PreTrainedTokenizerFast:
 def write_source(folder: Path) -> Path:
     """A Llama of two layers and its tokenizer."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.1,
-    )
+    config = LlamaConfig(**SIZE, num_key_value_heads=2, max_position_embeddings=256)
     LlamaForCausalLM(config).save_pretrained(folder)
     small_tokenizer().save_pretrained(folder)
     return folder
@@ -72,15 +72,7 @@ def write_source(folder: Path) -> Path:
 def write_encoder(folder: Path, head: bool) -> Path:
     """A BERT of two layers, with its head for masked tokens or bare, and its tokenizer."""
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-        initializer_range=0.1,
-    )
+    config = BertConfig(**SIZE, max_position_embeddings=128)
     (BertForMaskedLM if head else BertModel)(config).save_pretrained(folder)
     small_tokenizer().save_pretrained(folder)
     return folder

@@ -97,7 +97,7 @@ def find(name: str) -> Source:
         return Source(name, folder)
     if folder.is_file():
         raise CheckpointError(f"'{name}' is a file; SOURCE is a folder, a hub id, or a file ending in .gguf")
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if not may_be_hub_id(name):
         raise CheckpointError(f"'{name}': no such folder")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
@@ -109,6 +109,11 @@ def find(name: str) -> Source:
         raise CheckpointError(f"'{name}': no such folder, and no such model on the hub") from error
     except Exception as error:  # anything that a network can do
         raise CheckpointError(f"'{name}': no such folder, and the hub did not answer: {one_line(error)}") from error
+
+
+def may_be_hub_id(name: str) -> bool:
+    """Whether a name can be one of the hub's, rather than a path."""
+    return not name.startswith((".", "/", "~")) and name.count("/") <= 1
 
 
 def model_class(config: Any) -> type[PreTrainedModel]:

@@ -10,9 +10,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rpb_retrofit.runtime.bias import RelativePositionBias
 from rpb_retrofit.runtime.buckets import Bucketing, bucket_of
 from rpb_retrofit.runtime.families import family_of
 from rpb_retrofit.runtime.interface import is_causal_module
@@ -171,6 +172,12 @@ def length_of_step(stage: Stage, seed: int, number: int, step: int) -> int:
     """The sequence length of a step, drawn from the stage's distribution; a function of seed, stage and step alone."""
     draw = random.Random(f"{seed}/{number}/{step}")
     return draw.choices(list(stage.lengths), weights=list(stage.lengths.values()))[0]
+
+
+def bucketing_of(model: nn.Module) -> Bucketing | None:
+    """The buckets of a model's tables, which are alike; None where it has none, as a control."""
+    tables = (module for module in model.modules() if isinstance(module, RelativePositionBias))
+    return next((table.bucketing for table in tables), None)
 
 
 def pairs_by_bucket(lengths: Counter[int], bucketing: Bucketing) -> list[int]:

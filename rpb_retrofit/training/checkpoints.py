@@ -138,6 +138,11 @@ class RunFolder:
         """Whether nothing in it was trained."""
         return next(self.path.glob("stage-*"), None) is None
 
+    def release(self) -> None:
+        """Let others have the folder: an error's traceback would keep the lock for as long as somebody looks at it."""
+        if self._lock is not None:
+            self._lock.close()
+
     def remove(self) -> None:
         """Forget the run: it is finished and OUT holds what it made, or nothing was trained."""
         shutil.rmtree(self.path, ignore_errors=True)

@@ -11,7 +11,8 @@ import torch
 from datasets import load_dataset
 from torch import Tensor
 
-from rpb_retrofit.errors import DataError, RetrofitError
+from rpb_retrofit.errors import DataError
+from rpb_retrofit.files.source import may_be_hub_id
 from rpb_retrofit.text import decoded, read_rows, read_text
 from rpb_retrofit.training.recipe import Data, Recipe
 
@@ -205,19 +206,13 @@ def _open(data: Data | None) -> tuple[str, Any, bool]:
     path = Path(data.name).expanduser()
     if path.is_dir():
         raise DataError(f"data '{data.name}' is a folder: name the files in it, one by one")
-    if path.is_file() or path.suffix or not _hub_id(data.name):
+    if path.is_file() or path.suffix or not may_be_hub_id(data.name):
         return path.name, read_rows(data.name, "data", data.column, data.streaming), data.streaming
     try:
         rows = load_dataset(data.name, data.subset, split=data.split, streaming=data.streaming)
         names = rows.column_names or list(next(iter(rows)))
-    except RetrofitError:
-        raise
     except Exception as error:  # whatever the hub and its files raise
         raise DataError(f"data '{data.name}' cannot be loaded: {str(error).splitlines()[0]}") from error
     if data.column not in names:
         raise DataError(f"data '{data.name}' has no column '{data.column}', only {', '.join(names)}")
     return data.name, rows if data.streaming else rows[data.column], data.streaming
-
-
-def _hub_id(name: str) -> bool:
-    return name.count("/") <= 1 and not name.startswith((".", "/", "~"))

@@ -23,7 +23,7 @@ from rpb_retrofit.runtime.families import family_of
 from rpb_retrofit.runtime.mechanisms import trained_context
 from rpb_retrofit.text import bos_policy, special_tokens, tokenise
 from rpb_retrofit.training.batches import Rows, layout_of
-from rpb_retrofit.training.checkpoints import RunFolder, write_whole
+from rpb_retrofit.training.checkpoints import RunFolder
 from rpb_retrofit.training.documents import Mixture, open_sources
 from rpb_retrofit.training.held_out import held_out_for
 from rpb_retrofit.training.identity import identity_of
@@ -35,7 +35,7 @@ from rpb_retrofit.training.relations import Relations
 from rpb_retrofit.training.stage import StageRun
 from rpb_retrofit.training.step import Progress, Setting
 from rpb_retrofit.training.summary import SUMMARY, Summary, read_summary, stage_summary, write_summary
-from rpb_retrofit.training.teacher import open_teacher, share_weights, source_of
+from rpb_retrofit.training.teacher import open_teacher, share_weights
 
 RECIPE, STATE = "recipe.yaml", "state.json"
 
@@ -66,10 +66,10 @@ def finetune(
     folder = RunFolder(out)
     accelerator = open_accelerator(recipe, str(folder.path / "logs"))
     set_seed(recipe.seed)
-    network, _ = open_model(model)
-    if getattr(network.config, "rpb_retrofit", None) is None:
+    config = None if model.endswith(".gguf") else find(model).config()
+    if (settings := getattr(config, "rpb_retrofit", None)) is None:
         raise NotRetrofittedError(f"'{model}' is not a retrofit: make one with `rpb retrofit {model} OUT`")
-    teacher_name = source or source_of(network)
+    teacher_name = source or settings["source"]
     start = teacher_name if control else model
     identity = identity_of(model, start, teacher_name, recipe, control)
     if reuse and (finished := on_main(accelerator, partial(_finished, out, identity))) is not None:
@@ -79,22 +79,24 @@ def finetune(
         check_absent(out)
         return folder.open(identity, restart)
 
-    goes_on = on_main(accelerator, open_folder)
     try:
-        summary = _all_stages(accelerator, network, out, folder, recipe, identity, goes_on, say)
-    except BaseException:
-        if accelerator.is_main_process and folder.idle:
+        goes_on = on_main(accelerator, open_folder)
+        try:
+            summary = _all_stages(accelerator, out, folder, recipe, identity, goes_on, say)
+        except BaseException:
+            if accelerator.is_main_process and folder.idle:
+                folder.remove()
+            raise
+        if accelerator.is_main_process:
             folder.remove()
-        raise
-    if accelerator.is_main_process:
-        folder.remove()
+    finally:
+        folder.release()
     accelerator.wait_for_everyone()
     return summary
 
 
 def _all_stages(
     accelerator: Accelerator,
-    network: PreTrainedModel,
     out: Path,
     folder: RunFolder,
     recipe: Recipe,
@@ -108,7 +110,9 @@ def _all_stages(
     accelerator.init_trackers("rpb_retrofit")
     teacher = None
     if recipe.objective == "distillation":
-        teacher = open_teacher(network, identity["source"]).to(accelerator.device)
+        retrofit, _ = open_model(identity["model"])
+        teacher = open_teacher(retrofit, identity["source"]).to(accelerator.device)
+        del retrofit  # only compared with its source: in memory it would be one copy too many
     start, label = (identity["source"], "control") if identity["control"] else (identity["model"], "retrofit")
     summary = _Stages(accelerator, recipe, folder.path, start, teacher, label, said).run(out, identity)
     for tracker in accelerator.trackers:
@@ -253,7 +257,7 @@ class _Stages:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             if isinstance(end, dict):
-                write_whole(folder / STATE, json.dumps(end))
+                (folder / STATE).write_text(json.dumps(end))
                 return
             if (card := self._source_card()) is not None:
                 shutil.copyfile(card, folder / "README.source.md")

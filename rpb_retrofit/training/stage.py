@@ -16,8 +16,7 @@ from tqdm import tqdm
 
 from rpb_retrofit.errors import ConfigError, InterruptedRunError, TrainingError
 from rpb_retrofit.evaluation.nll import LengthResult
-from rpb_retrofit.runtime.bias import RelativePositionBias
-from rpb_retrofit.training.batches import pairs_by_bucket
+from rpb_retrofit.training.batches import bucketing_of, pairs_by_bucket
 from rpb_retrofit.training.checkpoints import Checkpoints, attempt
 from rpb_retrofit.training.processes import Interruption, gathered
 from rpb_retrofit.training.step import Progress, Setting, Stepper
@@ -121,12 +120,12 @@ class StageRun:
             return None
         with self._evaluating():
             loss, by_length = self.setting.held_out.measure(self.model, self.accelerator)
-        table = next((m for m in self.model.modules() if isinstance(m, RelativePositionBias)), None)
+        bucketing = bucketing_of(self.model)
         found = {
             "step": self.progress.step,
             "loss": loss,
             "by_length": [_plain(result) for result in by_length],
-            "pairs_by_bucket": [] if table is None else pairs_by_bucket(self.progress.parts, table.bucketing),
+            "pairs_by_bucket": [] if bucketing is None else pairs_by_bucket(self.progress.parts, bucketing),
         }
         self.progress.evaluations.append(found)
         return found

@@ -11,9 +11,8 @@ import torch
 from transformers import PreTrainedModel
 
 from rpb_retrofit.evaluation.plots import training_curves
-from rpb_retrofit.runtime.bias import RelativePositionBias
 from rpb_retrofit.runtime.buckets import bucket_of
-from rpb_retrofit.training.batches import pairs_by_bucket
+from rpb_retrofit.training.batches import bucketing_of, pairs_by_bucket
 from rpb_retrofit.training.recipe import Stage
 from rpb_retrofit.training.step import Progress
 from rpb_retrofit.version import __version__
@@ -78,12 +77,11 @@ def read_summary(folder: Path) -> Summary:
 
 def stage_summary(stage: Stage, progress: Progress, model: PreTrainedModel) -> StageSummary:
     """What a stage did. Pairs are those of full attention: layers with a sliding window see fewer."""
-    table = next((module for module in model.modules() if isinstance(module, RelativePositionBias)), None)
     pairs, untrained = [], []
-    if table is not None:
-        pairs = pairs_by_bucket(progress.parts, table.bucketing)
-        reach = table.bucketing.max_distance + 1  # bidirectional tables have a bucket that no offset reaches
-        reached = bucket_of(torch.arange(-reach, reach + 1), table.bucketing).unique().tolist()
+    if (bucketing := bucketing_of(model)) is not None:
+        pairs = pairs_by_bucket(progress.parts, bucketing)
+        reach = bucketing.max_distance + 1  # bidirectional tables have a bucket that no offset reaches
+        reached = bucket_of(torch.arange(-reach, reach + 1), bucketing).unique().tolist()
         untrained = [bucket for bucket in reached if not pairs[bucket]]
     return StageSummary(
         stage.train, progress.step, progress.scored, progress.seconds, progress.losses, progress.skipped, pairs,

@@ -32,12 +32,6 @@ def open_teacher(model: PreTrainedModel, name: str) -> PreTrainedModel:
     return teacher.float().requires_grad_(False).eval()
 
 
-def source_of(model: PreTrainedModel) -> str:
-    """The source that the config names."""
-    settings = getattr(model.config, "rpb_retrofit", None)
-    return settings["source"] if settings else str(model.name_or_path)
-
-
 def share_weights(teacher: PreTrainedModel, student: nn.Module) -> int:
     """Let the teacher read the student's tensors where both hold the same numbers and the student's are not trained.
 
