@@ -20,6 +20,7 @@ from rpb_retrofit.text import bos_policy, read_text
 from tests.families.cases import CASES
 from tests.families.test_contract import CONFIG, VOCAB, build, tokens
 from tests.test_checkpoint import rpb_command
+from tests.training_cases import PROSE, write_source
 
 LLAMA, GPT2, BERT = (next(case for case in CASES if str(case) == name) for name in ("llama", "gpt2", "bert"))
 WORDS = [f"w{i}" for i in range(VOCAB)]
@@ -109,12 +110,14 @@ def test_read_text(suffix: str, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A retrofit, a plain model with a table of 64 positions, an encoder; all with a tokenizer."""
+    """A retrofit, a plain model with a table of 64 positions, an encoder, one that can spell; all with a tokenizer."""
     base = tmp_path_factory.mktemp("models")
     saved = {"retrofit": rpb_model(), "gpt2": build(GPT2), "bert": build(BERT)}
     for name, model in saved.items():
         model.save_pretrained(base / name)
         tokenizer().save_pretrained(base / name)
+    write_source(base / "speller")
+    (base / "prose.txt").write_text(PROSE)
     (base / "text.txt").write_text(" ".join(WORDS[(7 * i) % VOCAB] for i in range(300)))
     (base / "empty.txt").write_text(" \n")
     (base / "latin.txt").write_bytes("café ".encode("latin-1") * 50)
@@ -141,6 +144,28 @@ def test_evaluate_prints_what_it_writes(
     assert files["--plot"].read_bytes().startswith(b"\x89PNG")
 
 
+def test_evaluate_retrieval(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--data", folders["prose.txt"], "--lengths", "256,384", "--tokens", "768", "--json", tmp_path / "r.json"]
+    asked = ["--retrieval", "passkey,common-words", "--depths", "1,0", "--items", "2"]
+    assert rpb_command(monkeypatch, "evaluate", folders["speller"], *options, *asked) == 0
+    printed = capsys.readouterr().out
+    written = json.loads((tmp_path / "r.json").read_text())
+    shape = [(cell["kind"], cell["length"], cell["depth"]) for cell in written["retrieval"]]
+    placed = [("passkey", length, depth) for length in (256, 384) for depth in (0, 1)]
+    assert shape == [*placed, ("common-words", 256, None), ("common-words", 384, None)]
+    for cell in written["retrieval"]:
+        answers = [row for row in written["answers"] if all(row[n] == cell[n] for n in ("kind", "length", "depth"))]
+        assert [row["number"] for row in answers] == [0, 1]
+        assert cell["items"] == 2
+        assert cell["correct"] == sum(row["correct"] for row in answers) / 2
+        assert cell["nll"] == pytest.approx(sum(row["nll"] for row in answers) / 2)
+        depth = "all" if cell["depth"] is None else f"{cell['depth']:g}"
+        line = [cell["kind"], str(cell["length"]), depth, f"{cell['correct']:.0%}", f"{cell['nll']:.4f}"]
+        assert line in [row.split() for row in printed.splitlines()]
+
+
 @pytest.mark.parametrize(
     ("model", "options", "answer"),
     [
@@ -160,6 +185,11 @@ def test_evaluate_prints_what_it_writes(
         ("retrofit", ["--data", "latin.txt"], "is not UTF-8"),
         ("retrofit", ["--data", "other.jsonl"], "has no column 'text', only body"),
         ("retrofit", ["--data", "retrofit/tokenizer.jpeg"], "no such file"),
+        ("retrofit", ["--retrieval", "passkey,pass"], "retrieval 'pass': no such kind, choose from passkey, multi-key"),
+        ("retrofit", ["--retrieval", "passkey"], "the tokenizer cannot spell"),
+        ("retrofit", ["--depths", "0,middle"], "--depths 0,middle: 'middle' is not a depth"),
+        ("retrofit", ["--depths", "1.5"], "--depths 1.5: '1.5' is not a depth"),
+        ("speller", ["--retrieval", "all"], "length 16: a question of kind passkey takes"),
     ],
 )
 def test_evaluate_wrong_input(

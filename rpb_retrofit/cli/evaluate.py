@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rpb_retrofit.cli.options import Json, check_writable, show, table
 from rpb_retrofit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rpb_retrofit.evaluation.retrieval import Cell
 
 
 def command(
@@ -23,15 +27,21 @@ def command(
         int, typer.Option(help="Tokens from one window to the next; 0: the length, so that windows do not overlap.")
     ] = 0,
     bos: Annotated[str, typer.Option(help="Begin every window with the BOS token: auto, always or never.")] = "auto",
+    retrieval: Annotated[
+        str, typer.Option(metavar="KINDS", help="Ask about long contexts: kinds separated by commas, or all.")
+    ] = "",
+    depths: Annotated[str, typer.Option(help="Where in the context the answer stands, 0 to 1.")] = "0,0.5,1",
+    items: Annotated[int, typer.Option(min=1, help="Questions of each kind, length and depth.")] = 10,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the loss by position.")] = None,
     json: Json = None,
 ) -> None:
-    """Mean loss by context length and by position."""
+    """Mean loss by context length and by position, and what the model finds in a long context."""
     from rpb_retrofit.checkpoint.load import open_causal_lm
     from rpb_retrofit.evaluation.nll import Windows, nll_at_length
+    from rpb_retrofit.evaluation.retrieval import cells, make_items, measure
     from rpb_retrofit.text import bos_policy, read_text, tokenise
 
-    wanted = parse_lengths(lengths)
+    wanted, kinds, places = parse_lengths(lengths), parse_kinds(retrieval), parse_depths(depths)
     if bos not in ("auto", "always", "never"):
         raise ConfigError(f"--bos {bos}: choose auto, always or never")
     if stride < 0 or stride > min(wanted):
@@ -41,10 +51,12 @@ def command(
     text = read_text(data)
     network, tokenizer = open_causal_lm(model)
     documents, first = tokenise(tokenizer, text.documents), bos_policy(tokenizer, bos)
+    asked = [item for kind in kinds for item in make_items(kind, tokenizer, documents, wanted, places, items)]
     results = [
         nll_at_length(network, documents, Windows(length, stride or length - (first is not None), first), tokens)
         for length in wanted
     ]
+    answers = measure(network, asked)
     if plot:
         from rpb_retrofit.evaluation.plots import loss_by_position, save
 
@@ -59,8 +71,23 @@ def command(
     lines.append(
         table(["position", *(str(r.length) for r in results)], [[e, *(b.get(e, "") for b in by_edge)] for e in edges])
     )
+    found = cells(answers)
+    if kinds:
+        prompts = "plain prompts" if tokenizer.chat_template is None else "chat prompts"
+        lines += ["", f"retrieval, {items} {prompts} each; correct: share answered to the letter; loss of the answer:"]
+        lines.append(cell_table(found))
     settings = {"model": model, "data": text.name, "stride": stride or "length", "bos": policy, "tokens": tokens}
-    show("\n".join(lines), {**settings, "lengths": [asdict(result) for result in results]}, json)
+    measured = {"lengths": [asdict(r) for r in results], "retrieval": [asdict(c) for c in found], "answers": answers}
+    show("\n".join(lines), {**settings, **measured}, json)
+
+
+def cell_table(cells: Sequence[Cell]) -> str:
+    """What was found of each kind, at each length and depth."""
+    rows = [
+        [c.kind, str(c.length), "all" if c.depth is None else f"{c.depth:g}", f"{c.correct:.0%}", f"{c.nll:.4f}"]
+        for c in cells
+    ]
+    return table(["kind", "length", "depth", "correct", "loss"], rows)
 
 
 def parse_lengths(lengths: str) -> list[int]:
@@ -70,4 +97,31 @@ def parse_lengths(lengths: str) -> list[int]:
         if not item.strip().isdecimal() or int(item) < 2:
             raise ConfigError(f"--lengths {lengths}: '{item}' is not a length of at least 2 tokens")
         found.append(int(item))
+    return sorted(set(found))
+
+
+def parse_kinds(kinds: str) -> list[str]:
+    """``passkey,key-value`` as names in that order, ``all`` as all of them. ConfigError for an unknown one."""
+    from rpb_retrofit.evaluation.retrieval import check_kind
+    from rpb_retrofit.evaluation.tasks import KINDS
+
+    if kinds.strip() == "all":
+        return list(KINDS)
+    found = [kind.strip() for kind in kinds.split(",")] if kinds else []
+    for kind in found:
+        check_kind(kind)
+    return list(dict.fromkeys(found))
+
+
+def parse_depths(depths: str) -> list[float]:
+    """``0,0.5,1`` as numbers, ascending. ConfigError names what is no depth."""
+    found = []
+    for item in depths.split(","):
+        try:
+            depth = float(item)
+        except ValueError:
+            depth = -1.0
+        if not 0 <= depth <= 1:
+            raise ConfigError(f"--depths {depths}: '{item}' is not a depth between 0, the context's beginning, and 1")
+        found.append(depth)
     return sorted(set(found))

@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from rpb_retrofit.cli import card, demo, evaluate, explain, finetune, retrofit
+from rpb_retrofit.cli import card, demo, diagnose, evaluate, explain, finetune, retrofit
 from rpb_retrofit.errors import InterruptedRunError, RetrofitError
 from rpb_retrofit.version import __version__
 
@@ -16,7 +16,7 @@ from rpb_retrofit.version import __version__
 UsageError: Any = typer.BadParameter.__base__
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
-for module in (retrofit, finetune, evaluate, card, explain, demo):
+for module in (retrofit, finetune, evaluate, diagnose, card, explain, demo):
     app.command(module.__name__.rpartition(".")[2])(module.command)
 
 
@@ -29,8 +29,8 @@ def about(version: bool = typer.Option(False, "--version", help="Print the versi
 
 
 def main() -> None:
-    """Run ``rpb``. Exit status 0: done; 2: a mistake of the user's, named in one line; 130: interrupted;
-    143: stopped by SIGTERM after saving."""
+    """Run ``rpb``. Exit status 0: done; 1: a regression found (``diagnose --fail-on-regression``); 2: a mistake of
+    the user's, named in one line; 130: interrupted; 143: stopped by SIGTERM after saving."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         sys.exit(app(standalone_mode=False) or 0)

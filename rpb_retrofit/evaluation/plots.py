@@ -18,7 +18,7 @@ from rpb_retrofit.runtime.buckets import Bucketing, bucket_of
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-_STYLE: Any = {
+STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -27,6 +27,7 @@ _STYLE: Any = {
     "figure.dpi": 130,
     "legend.frameon": False,
 }
+"""How every picture of the package looks; for ``plt.rc_context``."""
 
 
 def save(figure: Any, file: Path) -> None:
@@ -35,9 +36,15 @@ def save(figure: Any, file: Path) -> None:
     plt.close(figure)
 
 
+def log2_positions(axes: Any) -> None:
+    """A log axis of positions, with plain numbers at powers of two."""
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%d"))
+
+
 def loss_by_position(results: Mapping[str, Sequence[LengthResult]]) -> Any:
     """A figure: loss against position in the window, one line per model and length, positions on a log scale."""
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(6.4, 4))
         for number, (name, lengths) in enumerate(results.items()):
             for shade, result in enumerate(lengths):
@@ -47,8 +54,7 @@ def loss_by_position(results: Mapping[str, Sequence[LengthResult]]) -> Any:
                 axes.plot(
                     centre, [b.nll for b in result.by_position], "o-", ms=3, color=f"C{number}", alpha=fade, label=label
                 )
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%d"))
+        log2_positions(axes)
         axes.set_xlabel("position in the window (tokens of context)")
         axes.set_ylabel("loss (nats a token)")
         axes.legend(fontsize=8)
@@ -65,7 +71,7 @@ def bias_by_offset(model: PreTrainedModel) -> Any:
     first = -reach if bucketing.bidirectional else 0
     offset = torch.arange(first, reach + 1)
     curves = torch.stack([m(offset.to(m.weight.device)).cpu().mean(0) for m in modules.values()])
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(6.4, 4))
         colours = plt.colormaps["viridis"](torch.linspace(0, 0.9, len(curves)).numpy())
         for curve, colour in zip(curves, colours, strict=True):
@@ -91,7 +97,7 @@ def bucket_map(bucketing: Bucketing) -> Any:
     reach = 2 * bucketing.max_distance
     offset = torch.arange(-reach if bucketing.bidirectional else 0, reach + 1)
     bucket = bucket_of(offset, bucketing)
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(6.4, 4))
         axes.plot(offset, bucket, drawstyle="steps-post", lw=1.5)
         axes.axvspan(
@@ -115,7 +121,7 @@ def training_curves(stages: Sequence[Mapping[str, Any]], file: Path) -> None:
 
     ``stages`` are those of training.json.
     """
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, (steps, positions, buckets) = plt.subplots(1, 3, figsize=(15, 4))
         start = 0
         for number, stage in enumerate(stages):
@@ -134,8 +140,7 @@ def training_curves(stages: Sequence[Mapping[str, Any]], file: Path) -> None:
                 centre = [(first * last) ** 0.5 for first, last, _, _ in result["by_position"]]
                 losses = [nll for _, _, nll, _ in result["by_position"]]
                 positions.plot(centre, losses, "o-", ms=3, label=f"{name}, windows of {result['length']}")
-                positions.set_xscale("log", base=2)
-                positions.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%d"))
+                log2_positions(positions)
         if positions.has_data():
             positions.set_xlabel("position in the window (tokens of context)")
             positions.set_ylabel("held-out loss (nats a token)")

@@ -26,6 +26,9 @@ from rpb_retrofit.tables.spool import Spool
 Take = Callable[[str, Rows], None]
 """Told the name of an attention module and the rows of its attention."""
 
+Run = Callable[..., tuple[Tensor, Tensor | None]]
+"""An attention: what `runtime.interface.biased_attention` is."""
+
 FAINTEST = -80.0
 """The least logarithm of an attention weight, where a model hands out only weights: smaller ones round to zero."""
 
@@ -107,16 +110,31 @@ def watch(
 def _watch_interface(
     model: PreTrainedModel, attentions: Mapping[str, Any], listener: list[tuple[Take, range]], undo: ExitStack
 ) -> None:
-    for config in {id(m.config): m.config for m in submodels(model)}.values():
-        _set(undo, config, "_attn_implementation_internal", ATTENTION)
-    for module in model.modules():
-        if "Attention" in type(module).__name__ and RUN not in vars(module):
-            _set(undo, module, RUN, plain_attention)
-    for name, module in attentions.items():
-        if TABLE not in module._modules:  # a source, which has no bias
-            _set(undo, module, TABLE, partial(_no_bias, num_heads(module, model.config)))
-            _set(undo, module, CAUSAL, is_causal_module(module))
-        _set(undo, module, RUN, partial(_take_rows, name, listener))
+    undo.enter_context(intercepted(model, attentions, lambda name, run: partial(_take_rows, name, listener, run)))
+
+
+@contextmanager
+def intercepted(
+    model: PreTrainedModel, attentions: Mapping[str, Any], wrap: Callable[[str, Run], Run]
+) -> Iterator[None]:
+    """Inside, each attention of a model that uses the interface runs ``wrap(name, run)`` in the place of its ``run``.
+
+    A source's ``run`` is the same attention as a retrofit's, with a bias of zero.
+    """
+    with ExitStack() as undo:
+        if getattr(model.config, "rpb_retrofit", None) is None:
+            for config in {id(m.config): m.config for m in submodels(model)}.values():
+                _set(undo, config, "_attn_implementation_internal", ATTENTION)
+            for module in model.modules():
+                if "Attention" in type(module).__name__:
+                    _set(undo, module, RUN, plain_attention)
+            for module in attentions.values():
+                _set(undo, module, TABLE, partial(_no_bias, num_heads(module, model.config)))
+                _set(undo, module, CAUSAL, is_causal_module(module))
+                _set(undo, module, RUN, biased_attention)
+        for name, module in attentions.items():
+            _set(undo, module, RUN, wrap(name, vars(module)[RUN]))
+        yield
 
 
 def _set(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
@@ -136,6 +154,7 @@ def _no_bias(heads: int, offset: Tensor) -> Tensor:
 def _take_rows(
     name: str,
     listener: list[tuple[Take, range]],
+    attend: Run,
     module: Any,
     query: Tensor,
     key: Tensor,
@@ -146,7 +165,7 @@ def _take_rows(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """In the place of `biased_attention`: the same, after its rows were taken."""
+    """In the place of an attention's own run: the same, after its rows were taken."""
     take, positions = listener[0]
     at = torch.tensor(positions, device=query.device)
     rows = Rows(
@@ -160,9 +179,7 @@ def _take_rows(
         sinks=s_aux,
     )
     take(name, rows)
-    return biased_attention(
-        module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, s_aux=s_aux, **kwargs
-    )
+    return attend(module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, s_aux=s_aux, **kwargs)
 
 
 def _take_weights(

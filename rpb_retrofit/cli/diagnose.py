@@ -1,0 +1,176 @@
+"""``rpb diagnose RETROFIT``."""
+
+from __future__ import annotations
+
+import json as json_format
+import shlex
+import sys
+import zlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rpb_retrofit.cli.evaluate import parse_lengths
+from rpb_retrofit.cli.options import Json, check_writable
+from rpb_retrofit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rpb_retrofit.diagnosis.run import Diagnosis
+
+
+def command(
+    retrofit: Annotated[str, typer.Argument(help="The retrofit that is examined: a folder or a hub id.")],
+    source: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="The model before the retrofit. Default: what the retrofit's config names."),
+    ] = None,
+    untrained: Annotated[str | None, typer.Option(metavar="MODEL", help="The retrofit before it was trained.")] = None,
+    control: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The source after the same training (rpb finetune --control).")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Text, JSONL or Parquet (column 'text'). Default: Python's help.")
+    ] = None,
+    lengths: Annotated[str, typer.Option(help="Context lengths, separated by commas.")] = "128,512,2048",
+    tokens: Annotated[int, typer.Option(help="Tokens of text, the same ones at every length.")] = 4096,
+    probed: Annotated[int, typer.Option(help="Tokens on which a suspected cause is undone.")] = 1024,
+    items: Annotated[int, typer.Option(help="Questions of each kind, length and depth; 0 for none.")] = 2,
+    rounds: Annotated[int, typer.Option(help="Rounds of timing; 0 for none.")] = 2,
+    bos: Annotated[str, typer.Option(help="Begin every window with the BOS token: auto, always or never.")] = "auto",
+    only: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="Test these hypotheses only, and draw no report.")
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where report.html and report.json go.")] = Path(
+        "diagnosis"
+    ),
+    fail_on_regression: Annotated[
+        float | None,
+        typer.Option(
+            metavar="NATS", help="Exit with status 1 where the retrofit loses more, or does not run as it should."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the questions and of what else is drawn.")] = 0,
+    json: Json = None,
+) -> None:
+    """What regressed after a retrofit, where, and why."""
+    from rpb_retrofit.diagnosis.exam import Exam, Plan
+    from rpb_retrofit.diagnosis.hypotheses import HYPOTHESES
+    from rpb_retrofit.diagnosis.journal import Journal
+    from rpb_retrofit.diagnosis.opening import identity, known_source, open_arms, trained_pairs
+    from rpb_retrofit.diagnosis.report import write_report
+    from rpb_retrofit.diagnosis.run import diagnose
+    from rpb_retrofit.files.folder import check_absent, whole_folder
+    from rpb_retrofit.text import bos_policy, read_text, tokenise
+
+    wanted = parse_lengths(lengths)
+    if bos not in ("auto", "always", "never"):
+        raise ConfigError(f"--bos {bos}: choose auto, always or never")
+    for option, value, least in (
+        ("tokens", tokens, 2),
+        ("probed", probed, 2),
+        ("items", items, 0),
+        ("rounds", rounds, 0),
+    ):
+        if value < least:
+            raise ConfigError(f"--{option} {value}: at least {least}")
+    if fail_on_regression is not None and fail_on_regression < 0:
+        raise ConfigError(f"--fail-on-regression {fail_on_regression}: a number of nats a token, 0 or more")
+    chosen = {hypothesis.name: hypothesis for hypothesis in HYPOTHESES}
+    if only is not None:
+        for name in (names := [name.strip() for name in only.split(",")]):
+            if name not in chosen:
+                raise ConfigError(f"--only {name}: no such hypothesis; choose from {', '.join(chosen)}")
+        chosen = {name: chosen[name] for name in names}
+    else:
+        check_absent(out)
+    check_writable("--json", json)
+    text = read_text(data)
+    given = {"source": source or known_source(retrofit), "untrained": untrained, "control": control}
+    arms_by_name = {"retrofit": retrofit, **{role: name for role, name in given.items() if name is not None}}
+    arms, tokenizer = open_arms(arms_by_name, text.documents[0])
+    plan = Plan(tuple(wanted), tokens, probed, items, rounds, seed)
+    checksum = f"{zlib.crc32(chr(0).join(text.documents).encode()):08x}"
+    journal = Journal()
+    if only is None:
+        journal = Journal.open(
+            out.with_name(f"{out.name}.run"), identity(arms_by_name, checksum, {**asdict(plan), "bos": bos})
+        )
+    exam = Exam(
+        arms,
+        tokenise(tokenizer, text.documents),
+        bos_policy(tokenizer, bos),
+        plan,
+        tokenizer,
+        trained_pairs(retrofit),
+        journal,
+    )
+    found = diagnose(exam, text.name, _say, list(chosen.values()), figures=only is None)
+    _print(found)
+    result = {"command": shlex.join(["rpb", *sys.argv[1:]]), **found.to_dict()}
+    if only is None:
+        with whole_folder(out) as folder:
+            write_report(found.to_dict(), result["command"], folder / "report.html")
+            (folder / "report.json").write_text(json_format.dumps(result, indent=2) + "\n")
+        journal.remove()
+        print(f"\nreport: {out / 'report.html'}")
+    if json is not None:
+        json.write_text(json_format.dumps(result, indent=2) + "\n")
+    if fail_on_regression is not None and _regressed(found, fail_on_regression):
+        raise typer.Exit(1)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _regressed(found: Diagnosis, tolerance: float) -> bool:
+    """Whether CI is to fail, and why, in words."""
+    from rpb_retrofit.diagnosis.finding import Kind
+
+    worse = found.regressions(tolerance)
+    for cost in worse:
+        print(f"regression: {cost['mean']:+.3f} nats a token at {cost['length']} tokens, more than {tolerance:g}")
+    wrong = [cause for cause in found.causes if cause.kind is Kind.RUNNING]
+    for cause in wrong:
+        print(f"regression: {cause.cause}")
+    for cost in found.blind(tolerance):
+        print(
+            f"note: at {cost['length']} tokens this sample could see differences of {cost['detectable']:.3f} nats "
+            f"and more, not {tolerance:g}: give more --tokens"
+        )
+    return bool(worse or wrong)
+
+
+def _print(found: Diagnosis) -> None:
+    """The verdict and the confirmed hypotheses, as a table for the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    console.print(Text(f"\n{found.headline}", style="bold"))
+    table = Table(show_lines=True)
+    for column in ("", "hypothesis", "verdict", "evidence", "remedy"):
+        table.add_column(column)
+    order = {outcome.name: number for number, outcome in enumerate(found.causes, 1)}
+    for outcome in [*found.causes, *(o for o in found.outcomes if not o.confirmed)]:
+        finding = outcome.finding
+        gain = "" if finding.gain is None else f" (undone: {-finding.gain:+.3f} nats a token)"
+        row: list[Any] = [str(order.get(outcome.name, "")), outcome.cause, str(finding.verdict)]
+        table.add_row(*map(Text, [*row, finding.because + gain, finding.remedy]))
+    console.print(table)
+    losses = found.figures.get("loss") or {"costs": []}
+    for cost in losses["costs"]:
+        sure = "" if cost["real"] else f"; no difference found, of {cost['detectable']:.3f} or more"
+        console.print(
+            Text(
+                f"{cost['arm']} above {cost['above']} at {cost['length']} tokens: {cost['mean']:+.3f} "
+                f"({cost['low']:+.3f} to {cost['high']:+.3f}) nats a token{sure}"
+            )
+        )
+    for role, what in found.missing.items():
+        console.print(Text(f"without {role}, not told: {what}"))
+    for what, reason in found.skipped.items():
+        console.print(Text(f"skipped: {what}: {reason}"))

@@ -1,0 +1,1 @@
+"""Diagnosis: what regressed after a retrofit, where, and why."""

@@ -1,0 +1,105 @@
+"""The models that are compared: the retrofit that is examined, and whatever it can be held against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from rpb_retrofit.errors import DataError, NotRetrofittedError
+from rpb_retrofit.runtime.bias import RelativePositionBias
+from rpb_retrofit.runtime.families import TABLE, Family, family_of, is_own
+from rpb_retrofit.runtime.modeling import RetrofitModel, attention_modules
+
+SOURCE, UNTRAINED, RETROFIT, CONTROL = "source", "untrained", "retrofit", "control"
+
+
+@dataclass(frozen=True)
+class Arms:
+    """``retrofit`` is examined. ``source``: the model before; ``untrained``: the retrofit before it was trained;
+    ``control``: the source after the same training. All in evaluation mode.
+
+    Raises NotRetrofittedError, or DataError where two do not read the same tokens.
+    """
+
+    retrofit: PreTrainedModel
+    source: PreTrainedModel | None = None
+    untrained: PreTrainedModel | None = None
+    control: PreTrainedModel | None = None
+
+    def __post_init__(self) -> None:
+        for role, model in self:
+            settings = getattr(model.config, "rpb_retrofit", None)
+            if (settings is None) == (role in (RETROFIT, UNTRAINED)):
+                raise NotRetrofittedError(
+                    f"the {role} '{model.name_or_path}' is {'no' if settings is None else 'a'} retrofit: "
+                    f"{'make one with `rpb retrofit`' if settings is None else 'give the plain model'}"
+                )
+            if model.config.get_text_config().vocab_size != self.vocabulary:
+                raise DataError(
+                    f"the {role} '{model.name_or_path}' has {model.config.get_text_config().vocab_size} tokens, the "
+                    f"retrofit {self.vocabulary}: they read different texts; give models of one tokenizer"
+                )
+
+    def __iter__(self) -> Iterator[tuple[str, PreTrainedModel]]:
+        """The models that are there, by role, the source first."""
+        for role in (SOURCE, CONTROL, UNTRAINED, RETROFIT):
+            if (model := getattr(self, role)) is not None:
+                yield role, model
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids that the models know."""
+        return self.retrofit.config.get_text_config().vocab_size
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What the retrofit's config says about it."""
+        return self.retrofit.config.rpb_retrofit
+
+    @cached_property
+    def family(self) -> Family:
+        """How positions enter these models."""
+        return family_of(self.retrofit.config)
+
+    @cached_property
+    def attentions(self) -> dict[str, Any]:
+        """The retrofit's self-attention modules by name."""
+        return attention_modules(self.retrofit, self.family)
+
+    @property
+    def biases(self) -> dict[str, RelativePositionBias]:
+        """The retrofit's bias modules by their attention's name; attentions without one are left out."""
+        found = {name: module._modules.get(TABLE) for name, module in self.attentions.items()}
+        return {name: bias for name, bias in found.items() if isinstance(bias, RelativePositionBias)}
+
+    @cached_property
+    def plain(self) -> PreTrainedModel:
+        """The retrofit's weights in its source's class: what the family itself does. They share their memory."""
+        model = self.retrofit
+        cls: Any = model.source_class if isinstance(model, RetrofitModel) else type(model)
+        settings = {k: v for k, v in model.config.to_dict().items() if k not in _RETROFITS}
+        config = type(model.config).from_dict(settings)
+        with no_init_weights():
+            plain = cls._from_config(config, attn_implementation=None if self.family.uses_interface else "eager")
+        state = {name: tensor for name, tensor in model.state_dict().items() if not is_own(name)}
+        plain.load_state_dict(state, strict=False, assign=True)
+        plain.tie_weights()
+        plain.name_or_path = model.name_or_path
+        return plain.to(model.device).eval()
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """In which the retrofit computes."""
+        return self.retrofit.dtype
+
+
+_RETROFITS = (
+    *("rpb_retrofit", "auto_map", "attn_implementation", "experts_implementation", "architectures"),
+    *("_attn_implementation", "_experts_implementation"),
+)

@@ -1,0 +1,88 @@
+"""Whether the same text gets the same logits however it is fed: cached, padded, packed, alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, StaticCache
+
+CLOSE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.bfloat16: 0.06, torch.float16: 0.02}
+"""Largest difference of logits, relative to the largest logit, that rounding explains, by dtype."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to feed a text: the largest difference of its logits from the plain pass, relative to the largest one.
+
+    ``error``: what was raised in the place of logits; ``broken``: logits that are no numbers.
+    """
+
+    difference: float
+    error: str = ""
+    broken: int = 0
+
+
+@torch.no_grad()
+def consistency(model: Any, ids: Tensor) -> dict[str, Way]:
+    """How a causal model's logits of the text ``ids`` (n,), and of parts of it, depend on the way it is fed."""
+    ids = ids.to(model.device)[None]
+    half, length = ids.shape[1] // 2, ids.shape[1]
+    first, second = ids[:, :half], ids[:, half:]
+    pad = torch.zeros(1, 7, dtype=torch.long, device=ids.device)
+    real, padded = torch.ones_like(first), torch.zeros_like(pad)
+    positions = torch.arange(length, device=ids.device)
+
+    def logits(tokens: Tensor, **kwargs: Any) -> Tensor:
+        return model(input_ids=tokens, use_cache=False, **kwargs).logits[0].float()
+
+    def cached(cache: Any, steps: list[int]) -> Tensor:
+        parts: list[Tensor] = []
+        start = 0
+        for end in steps:
+            out = model(input_ids=ids[:, start:end], past_key_values=cache, use_cache=True)
+            parts, start = [*parts, out.logits[0].float()], end
+        return torch.cat(parts)
+
+    steps = [half, *range(half + 1, min(half + 9, length - 1)), length]
+    pair = torch.cat([torch.cat([pad, first], 1), second[:, : half + 7]]) if second.shape[1] >= half + 7 else None
+    ways: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
+        "dynamic cache": (lambda: cached(DynamicCache(config=model.config), steps), lambda: logits(ids)),
+        "static cache": (
+            lambda: cached(StaticCache(config=model.config, max_cache_len=length + 16), steps),
+            lambda: logits(ids),
+        ),
+        "left padding": (
+            lambda: logits(torch.cat([pad, first], 1), attention_mask=torch.cat([padded, real], 1))[pad.shape[1] :],
+            lambda: logits(first),
+        ),
+        "right padding": (
+            lambda: logits(torch.cat([first, pad], 1), attention_mask=torch.cat([real, padded], 1))[:half],
+            lambda: logits(first),
+        ),
+        "packing": (
+            lambda: logits(ids, position_ids=torch.where(positions < half, positions, positions - half)[None])[half:],
+            lambda: logits(second),
+        ),
+    }
+    if pair is not None:
+        mask = torch.ones_like(pair)
+        mask[0, : pad.shape[1]] = 0
+        ways["batch"] = (
+            lambda: model(input_ids=pair, attention_mask=mask, use_cache=False).logits[0, pad.shape[1] :].float(),
+            lambda: logits(first),
+        )
+    return {name: _compare(*way) for name, way in ways.items()}
+
+
+def _compare(fed: Callable[[], Tensor], plain: Callable[[], Tensor]) -> Way:
+    try:
+        got, want = fed(), plain()
+    except Exception as error:  # whatever a model raises where it cannot do this
+        return Way(0.0, f"{type(error).__name__}: {error}".splitlines()[0])
+    broken = int((~got.isfinite()).sum() + (~want.isfinite()).sum())
+    size = want.nan_to_num().abs().max().clamp(min=1e-12)
+    return Way(((got - want).nan_to_num().abs().max() / size).item(), "", broken)

@@ -1,0 +1,357 @@
+"""One examination: the models, the text, and every measurement that a hypothesis may ask for, each taken once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rpb_retrofit.diagnosis.arms import RETROFIT, SOURCE, Arms
+from rpb_retrofit.diagnosis.consistency import Way, consistency
+from rpb_retrofit.diagnosis.fidelity import Fidelity, fidelity
+from rpb_retrofit.diagnosis.gaze import Gaze, gaze
+from rpb_retrofit.diagnosis.intervention import Change, changed
+from rpb_retrofit.diagnosis.journal import Journal
+from rpb_retrofit.diagnosis.promise import Comparison, compare
+from rpb_retrofit.diagnosis.still_life import StillLife, still_life
+from rpb_retrofit.errors import DataError
+from rpb_retrofit.evaluation.context_use import make_inductions, make_local_orders
+from rpb_retrofit.evaluation.losses import Losses, cut_text, difference, key_tokens, on_tokens, token_by_token
+from rpb_retrofit.evaluation.nll import check_length
+from rpb_retrofit.evaluation.retrieval import KINDS, make_items, measure
+from rpb_retrofit.evaluation.speed import Skipped, SpeedResult, speed
+from rpb_retrofit.evaluation.statistics import Difference
+from rpb_retrofit.runtime.mechanisms import trained_context
+
+DEPTHS = (0.1, 0.9)
+"""Where in the context the answers lie, from its beginning to its end."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured. ``lengths``: context lengths, ascending. ``tokens``: of text, the same at every length.
+    ``probed``: tokens that an intervention is scored on. ``items``: of each kind of question, at each length and
+    depth. ``rounds``: of timing. ``seed``: of the questions."""
+
+    lengths: tuple[int, ...] = (128, 512, 2048)
+    tokens: int = 4096
+    probed: int = 2048
+    items: int = 4
+    rounds: int = 3
+    seed: int = 0
+
+
+@dataclass
+class Exam:
+    """The measurements of ``arms`` on ``documents`` of token ids.
+
+    ``bos``: the token that begins every window. ``tokenizer``: for questions in words; without one only what token ids
+    can show is measured. ``pairs``: of queries and keys that trained each bucket, where a training.json says so.
+    """
+
+    arms: Arms
+    documents: Sequence[Tensor]
+    bos: int | None = None
+    plan: Plan = field(default_factory=Plan)
+    tokenizer: Any = None
+    pairs: Sequence[int] | None = None
+    journal: Journal = field(default_factory=Journal)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    # --- the text -------------------------------------------------------------------------------------------------
+
+    def window(self, length: int, number: int = 0) -> Tensor:
+        """A window (length,) of the text."""
+        return self.windows(length, number + 1)[number]
+
+    def windows(self, length: int, count: int) -> list[Tensor]:
+        """``count`` windows of the text, or as many as there are."""
+        return cut_text(self.documents, length, count * length, self.bos)
+
+    @cached_property
+    def common(self) -> Tensor:
+        """The tokens that occur in the text."""
+        return torch.cat(list(self.documents)).unique()
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """The plan's lengths that the text fills; what it does not is in ``skipped``."""
+        longest = max(map(len, self.documents))
+        found = []
+        for length in self.plan.lengths:
+            if length > min(longest, self.plan.tokens):
+                self.skipped[f"length {length}"] = (
+                    f"the text's longest document has {longest} tokens, of which {self.plan.tokens} are read"
+                )
+            else:
+                found.append(length)
+        if not found:
+            raise DataError(
+                f"the text's longest document has {longest} tokens, the shortest length is {min(self.plan.lengths)}: "
+                "give longer text or shorter lengths"
+            )
+        return found
+
+    @cached_property
+    def limit(self) -> int | None:
+        """Tokens beyond which an absolute source has no positions; None where there is no such end."""
+        if self.arms.source is None or self.arms.family.mechanism not in ("learned", "sinusoidal"):
+            return None
+        return trained_context(self.arms.source, self.arms.family)
+
+    def within(self, length: int) -> int:
+        """A length, or what of it the text fills and all arms can take."""
+        return min(length, max(self.lengths), self.limit or length)
+
+    @property
+    def trained(self) -> int | None:
+        """Tokens of context that the source was made for, None where nothing says."""
+        return trained_context(self.arms.plain, self.arms.family)
+
+    # --- the running model ----------------------------------------------------------------------------------------
+
+    @cached_property
+    def probe_length(self) -> int:
+        """Tokens that are enough to see what an attention does."""
+        return self.within(256)
+
+    @cached_property
+    def still_life(self) -> StillLife:
+        """What positions do in the retrofit."""
+        return self._still_life(RETROFIT, self.arms.retrofit)
+
+    @cached_property
+    def source_still_life(self) -> StillLife:
+        """What they do in its source; without one, in the source's class with the retrofit's weights."""
+        source = self.arms.source
+        return self._still_life(SOURCE, self.arms.plain if source is None else source)
+
+    def _still_life(self, role: str, model: PreTrainedModel) -> StillLife:
+        from rpb_retrofit.runtime.modeling import attention_modules
+
+        family = self.arms.family
+        reach = max((bias.bucketing.max_distance for bias in self.arms.biases.values()), default=0)
+        far = min(2 * reach, 4096) if role == RETROFIT else 0
+        if role == SOURCE and not family.uses_interface:
+            return StillLife({}, 0.0)
+        return self.journal(
+            f"positions-{role}",
+            lambda: still_life(model, family, attention_modules(model, family), self.probe_length, far),
+        )
+
+    @property
+    def running(self) -> bool:
+        """Whether every attention of the retrofit has a table and runs the retrofit's attention."""
+        return len(self.arms.biases) == len(self.arms.attentions) == len(self.still_life.portraits)
+
+    @cached_property
+    def comparisons(self) -> dict[str, Comparison]:
+        """Whether the bias that acts in each attention is its table's."""
+        biases, dtype = self.arms.biases, self.arms.dtype
+        return {
+            name: compare(name, portrait, biases, self.width, dtype)
+            for name, portrait in self.still_life.portraits.items()
+            if name in biases
+        }
+
+    @property
+    def causal(self) -> bool:
+        """Whether the retrofit predicts next tokens."""
+        return type(self.arms.retrofit).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+
+    @cached_property
+    def trained_since(self) -> bool:
+        """Whether the retrofit's weights or tables were trained after the retrofit, as far as the other arms tell."""
+        from rpb_retrofit.diagnosis.judge import drift
+
+        if self.arms.untrained is not None:
+            before = dict(self.arms.untrained.named_parameters())
+            return any(not torch.equal(p, before[n]) for n, p in self.arms.retrofit.named_parameters() if n in before)
+        source = self.arms.source
+        moved = [] if source is None else [far for far in drift(self.arms.retrofit, source).values() if far]
+        return len(moved) > len(list(self.arms.retrofit.parameters())) / 2
+
+    @property
+    def width(self) -> int:
+        """Dimensions of a head."""
+        config = self.arms.retrofit.config.get_text_config()
+        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+    @cached_property
+    def ways(self) -> dict[str, Way]:
+        """How the retrofit's logits depend on the way it is fed."""
+        ids = self.window(self.within(96))
+        return self.journal("ways-retrofit", lambda: consistency(self.arms.retrofit, ids))
+
+    @cached_property
+    def source_ways(self) -> dict[str, Way]:
+        """The same of its source's class."""
+        model = self.arms.plain if self.arms.source is None else self.arms.source
+        ids = self.window(self.within(96))
+        return self.journal("ways-source", lambda: consistency(model, ids))
+
+    # --- beside the source ----------------------------------------------------------------------------------------
+
+    @cached_property
+    def fidelity(self) -> Fidelity | None:
+        """Whether the tables suit the source; None without one, or where the tables cannot be read."""
+        source, arms = self.arms.source, self.arms
+        if source is None or arms.family.mechanism == "t5" or not self.running:
+            return None
+        windows = self.windows(self.within(512), 2)
+        return self.journal("fidelity", lambda: fidelity(arms, source, windows, self.width))
+
+    def gaze(self, role: str) -> Gaze | None:
+        """Where the heads of an arm look; None without that arm, or where its attention does not run."""
+        model = dict(self.arms).get(role)
+        if model is None or not self.running:
+            return None
+        from rpb_retrofit.runtime.modeling import attention_modules
+
+        family = self.arms.family
+        text = self.window(self.within(512))
+        return self.journal(
+            f"gaze-{role}",
+            lambda: gaze(model, family, attention_modules(model, family), text, self.common, min(48, len(text) // 2)),
+        )
+
+    # --- losses ---------------------------------------------------------------------------------------------------
+
+    def losses(self, role: str, length: int) -> Losses | None:
+        """An arm's loss of every token, in windows of one length; None where it cannot take it, which is noted."""
+        model = dict(self.arms).get(role)
+        if model is None:
+            return None
+        name = f"loss-{role}-{length}"
+        if name in self.skipped:
+            return None
+        try:
+            check_length(model, length)
+            return self.journal(
+                name, lambda: token_by_token(model, self.documents, length, self.plan.tokens, self.bos, f"{role}, ")
+            )
+        except (DataError, MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not _is_memory(error):
+                raise
+            self.skipped[name] = str(error).splitlines()[0]
+            return None
+
+    def cost(self, length: int, role: str = RETROFIT, above: str = SOURCE) -> Difference | None:
+        """How much more one arm loses than another at a length."""
+        a, b = self.losses(above, length), self.losses(role, length)
+        return None if a is None or b is None else difference(a, b)
+
+    @property
+    def middle(self) -> int:
+        """The length that is nearest to 512 tokens, of those that all arms can take."""
+        return min(
+            (n for n in self.lengths if self.within(n) == n), key=lambda n: abs(n - 512), default=self.lengths[0]
+        )
+
+    def inductions(self, role: str) -> list[dict[str, Any]] | None:
+        """An arm's gain from a repeated span of random tokens, by distance, item by item; None without that arm."""
+        model = dict(self.arms).get(role)
+        if model is None:
+            return None
+        span = min(16, len(self.common))
+        longest = self.within(max(self.lengths)) - span - 1
+        distances = [d for d in (2 * span, 128, 512, 1024) if d <= longest]
+        count = max(8, 2 * self.plan.items)
+        items = make_inductions(self.documents, distances, count, self.plan.seed, span, self.bos)
+        return self.journal(f"induction-{role}", lambda: measure(model, items))
+
+    def local_orders(self, role: str) -> list[dict[str, Any]] | None:
+        """An arm's gain from the order of neighbours in its context, item by item; None without that arm."""
+        model = dict(self.arms).get(role)
+        length = min(256, self.within(self.middle))
+        if model is None:
+            return None
+        items = make_local_orders(self.documents, [length], max(8, 2 * self.plan.items), self.plan.seed, self.bos)
+        return self.journal(f"order-{role}", lambda: measure(model, items))
+
+    def questions(self, role: str) -> list[dict[str, Any]] | None:
+        """An arm's answers to questions about a long context; None without that arm or a tokenizer. What does not
+        fit is noted."""
+        model = dict(self.arms).get(role)
+        if model is None or self.tokenizer is None or not self.plan.items:
+            return None
+        items = []
+        for kind in KINDS:
+            for length in self.asked:
+                try:
+                    items += make_items(
+                        kind, self.tokenizer, self.documents, [length], DEPTHS, self.plan.items, self.plan.seed
+                    )
+                except DataError as error:
+                    self.skipped[f"{kind} at {length}"] = str(error)
+        try:
+            return self.journal(f"questions-{role}", lambda: measure(model, items))
+        except DataError as error:
+            self.skipped[f"questions to the {role}"] = str(error)
+            return None
+
+    @cached_property
+    def asked(self) -> list[int]:
+        """The lengths at which questions are asked: a short and a middle one, as far as they are among the lengths."""
+        return sorted({n for n in self.lengths if 256 <= self.within(n) == n <= 1024}) or [self.within(self.middle)]
+
+    @cached_property
+    def speed(self) -> dict[str, list[SpeedResult | Skipped]]:
+        """How fast source and retrofit are at the middle length, side by side; empty where that is not wanted."""
+        if not self.plan.rounds:
+            return {}
+        models = {role: model for role, model in self.arms if role in (SOURCE, RETROFIT)}
+        return self.journal("speed", lambda: speed(models, [self.middle], new_tokens=16, rounds=self.plan.rounds))
+
+    @cached_property
+    def key(self) -> Tensor | None:
+        """The tokens that the source predicts well only with far context."""
+        short, long = self.losses(SOURCE, self.lengths[0]), self.losses(SOURCE, self.lengths[-1])
+        return None if short is None or long is None or len(self.lengths) < 2 else key_tokens(short, long)
+
+    def key_cost(self, role: str = RETROFIT, above: str = SOURCE) -> Difference | None:
+        """How much more one arm loses than another on those, at the longest length."""
+        a, b = self.losses(above, self.lengths[-1]), self.losses(role, self.lengths[-1])
+        if a is None or b is None or self.key is None or len(self.key) < 8:
+            return None
+        return difference(on_tokens(a, self.key), on_tokens(b, self.key))
+
+    def undone(
+        self, name: str, undo: Callable[[], AbstractContextManager[Any]], length: int | None = None
+    ) -> Difference:
+        """What an arm's loss changes by when something is undone: below zero, it was a fault."""
+        length = length or self.middle
+        tokens = max(self.plan.probed, length)
+
+        def score(label: str) -> Losses:
+            return token_by_token(self.arms.retrofit, self.documents, length, tokens, self.bos, label)
+
+        plain = self.journal(f"probed-{length}", lambda: score("as it is, "))
+
+        def measure() -> Losses:
+            with undo():
+                return score(f"{name}, ")
+
+        return difference(plain, self.journal(f"undone-{name}-{length}", measure))
+
+    def with_change(self, role: str, name: str, change: Change, length: int) -> Losses:
+        """An arm's losses with a change of its attention, on the text that interventions are scored on."""
+        model = dict(self.arms)[role]
+        tokens = max(self.plan.probed, length)
+
+        def measure() -> Losses:
+            with changed(model, self.arms.family, change):
+                return token_by_token(model, self.documents, length, tokens, self.bos, f"{role}, {name}, ")
+
+        return self.journal(f"changed-{role}-{name}-{length}", measure)
+
+
+def _is_memory(error: RuntimeError) -> bool:
+    text = str(error).lower()
+    return "out of memory" in text or "can't allocate" in text or "cannot allocate" in text

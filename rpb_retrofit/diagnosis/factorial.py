@@ -1,0 +1,128 @@
+"""Method or scale? The positional method crossed with everything else that changes scores by position or in size.
+
+Each factor is switched on and off under both methods, the source's and the retrofit's, on the same text. What the
+retrofit costs above its source then falls into the method's share, the factor's and their interaction, which add up to
+it exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import median
+
+from rpb_retrofit.diagnosis.arms import CONTROL, RETROFIT, SOURCE
+from rpb_retrofit.diagnosis.exam import Exam
+from rpb_retrofit.diagnosis.intervention import Change
+from rpb_retrofit.diagnosis.judge import collinear, content_ratios
+from rpb_retrofit.evaluation.losses import Losses, contrast
+from rpb_retrofit.evaluation.statistics import Difference
+
+SCALE = "score scale"
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """The method crossed with one factor: losses in nats a token of the four cells, and the effects.
+
+    ``cells``: source without and with the factor, retrofit without and with it. ``method``: the retrofit's above the
+    source's, without the factor. ``factor``: with it above without it, under the source's method. ``both``: what they
+    do together beyond that. ``gap``: the retrofit above the source as they are; for the `SCALE` it is the sum of the
+    three. ``about``: what the factor was.
+    """
+
+    name: str
+    about: str
+    cells: tuple[float, float, float, float]
+    gap: Difference
+    method: Difference
+    factor: Difference
+    both: Difference
+
+    def __str__(self) -> str:
+        if self.name != SCALE:
+            return (
+                f"{self.about}: the source changes by {self.factor.mean:+.3f}, the retrofit by "
+                f"{self.factor.mean + self.both.mean:+.3f} nats a token"
+            )
+        return (
+            f"{self.factor.mean:+.3f} of the {self.gap.mean:+.3f} nats come from the {self.name}, "
+            f"{self.method.mean:+.3f} from the positional method, {self.both.mean:+.3f} from both together"
+        )
+
+
+def factorial(exam: Exam) -> list[Crossing]:
+    """The crossings that apply; none without a source or where a family keeps its queries to itself.
+
+    With a control, that is the source's side: it was trained as the retrofit was.
+    """
+    side = CONTROL if exam.arms.control is not None else SOURCE
+    if side not in dict(exam.arms) or not exam.causal or not exam.arms.family.uses_interface or not exam.running:
+        return []
+    return [_cross(exam, side, *factor) for factor in _factors(exam)]
+
+
+def _factors(exam: Exam) -> Iterator[tuple[str, str, Change, Change, Change, Change]]:
+    """Name, description, and the changes of the four cells: source and retrofit, each without and with it."""
+    plain, length = Change(), exam.middle
+    ratio = content_ratio(exam)
+    if ratio is not None and abs(ratio - 1) > 0.03:
+        about = f"the content term times {ratio:.3g}, as the retrofit has it, against the source's"
+        yield SCALE, about, plain, Change(scale=ratio), Change(scale=1 / ratio), plain
+    start = max(8, length // 4)
+    grown = Change(trained=start)
+    yield "length factor", f"the content term grows with log n from {start} keys on", plain, grown, plain, grown
+    near = Change(window=max(8, length // 4))
+    yield "attention window", f"keys {near.window} or more away are not seen", plain, near, plain, near
+    trained = exam.trained
+    rope = getattr(exam.arms.retrofit.config.get_text_config(), "rope_parameters", None)
+    if (
+        exam.arms.family.mechanism == "rope"
+        and trained
+        and isinstance(rope, dict)
+        and rope.get("rope_type") == "default"
+    ):
+        settings = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": trained}
+        yarn = Change(rope=settings)
+        yield "RoPE scaling", "YaRN to twice the trained length", plain, yarn, plain, yarn
+
+
+def content_ratio(exam: Exam) -> float | None:
+    """What multiplies the retrofit's content term, over what multiplies the source's; None where it cannot be seen."""
+    ratios = list(content_ratios(exam).values())
+    if not ratios or exam.arms.source is None:
+        return None
+    stretched = collinear(exam.arms.retrofit, exam.arms.source)
+    by_layer = []
+    for name in exam.arms.attentions:
+        factors = [f for weight, f in stretched.items() if weight.startswith(f"{name}.") and _makes_scores(weight)]
+        by_layer.append(math.prod(factors))
+    return median(ratios) * median(by_layer)
+
+
+def _makes_scores(weight: str) -> bool:
+    return weight.endswith(
+        ("q_proj.weight", "k_proj.weight", "query.weight", "key.weight", "q_lin.weight", "k_lin.weight")
+    )
+
+
+def _cross(
+    exam: Exam, side: str, name: str, about: str, source_off: Change, source_on: Change, off: Change, on: Change
+) -> Crossing:
+    def cell(role: str, change: Change, how: str) -> Losses:
+        label = "as it is" if change == Change() else f"{name} {how}"
+        return exam.with_change(role, label.replace(" ", "-"), change, exam.middle)
+
+    a, b = cell(side, source_off, "off"), cell(side, source_on, "on")
+    c, d = cell(RETROFIT, off, "off"), cell(RETROFIT, on, "on")
+    actual = d if name == SCALE else c
+    return Crossing(
+        name,
+        about,
+        (a.mean, b.mean, c.mean, d.mean),
+        gap=contrast([(1, actual), (-1, a)]),
+        method=contrast([(1, c), (-1, a)]),
+        factor=contrast([(1, b), (-1, a)]),
+        both=contrast([(1, d), (-1, c), (-1, b), (1, a)]),
+    )

@@ -1,0 +1,239 @@
+"""Whether the tables suit the source: its attention beside the retrofit's, under the tables as they are and as they may
+have been meant.
+
+A table in the wrong place, upside down or in other units runs as well as any. But the source's attention knows whose it
+is: put back, it is much nearer to it. Distances are mean KL from the source's attention in nats, per head; queries and
+keys are the retrofit's own, so only the tables differ.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from rpb_retrofit.diagnosis.arms import Arms
+from rpb_retrofit.runtime.bias import RelativePositionBias
+from rpb_retrofit.runtime.buckets import Bucketing
+from rpb_retrofit.runtime.families import FACTOR
+from rpb_retrofit.runtime.modeling import attention_modules
+from rpb_retrofit.tables.fit import fit, loss, target_of
+from rpb_retrofit.tables.form import Form
+from rpb_retrofit.tables.recording import record_source, run, watch
+from rpb_retrofit.tables.rows import Rows
+from rpb_retrofit.tables.spool import Spool, temporary_spool
+
+QUERIES = 96
+"""Queries of each window that are compared, evenly spaced."""
+
+THIN = 4
+"""One row in so many decides whose table an attention would take, where there are many to try."""
+
+WHOLE = 12
+"""Attentions up to which each is tried with every other's table; of more, with those near it and its mirror."""
+
+MADE_FOR = "made for the maximum distance"
+
+FINE, FARTHER = "finer buckets", "a farther reach"
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """KL from the source's attention, (heads,) by attention: ``own`` tables, ``zeros``, and the best there are
+    (``refit``) of the same buckets; ``meant``: under what the tables may have been meant to be; ``swaps`` (heads,
+    heads): of each head under each one's row; ``layers``: the mean of an attention's heads under another's table;
+    ``richer``: under the best tables of other buckets. ``continued``: by bucket, where those from
+    it on hold what the one before holds. ``tables``: the best ones."""
+
+    own: dict[str, Tensor] = field(default_factory=dict)
+    zeros: dict[str, Tensor] = field(default_factory=dict)
+    refit: dict[str, Tensor] = field(default_factory=dict)
+    meant: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    swaps: dict[str, Tensor] = field(default_factory=dict)
+    layers: dict[str, dict[str, float]] = field(default_factory=dict)
+    richer: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    tables: dict[str, Tensor] = field(default_factory=dict)
+    continued: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+
+    def mean(self, by_name: dict[str, Tensor]) -> float:
+        """The mean over all heads."""
+        return torch.cat([kl.flatten() for kl in by_name.values()]).mean().item()
+
+    @property
+    def excess(self) -> float:
+        """By how much the tables as they are fall behind the best of the same buckets."""
+        return self.mean(self.own) - self.mean(self.refit)
+
+
+def fidelity(arms: Arms, source: PreTrainedModel, windows: Sequence[Tensor], width: int) -> Fidelity:
+    """Compare the retrofit's tables with ``source`` on windows of text; heads are ``width`` wide."""
+    found = Fidelity()
+    with temporary_spool() as spool:
+        names = _record(arms, source, windows, spool)
+        biases = arms.biases
+        for name in tqdm(names, desc="attention beside the source's", unit="layer", leave=False):
+            pairs, bias = _Pairs(spool, name, len(windows), arms.attentions[name]), biases[name]
+            _examine(found, name, pairs, bias, width)
+            few = _Pairs(spool, name, 1, arms.attentions[name], THIN)
+            _try_others(found, name, few, biases, names)
+    return found
+
+
+def _record(arms: Arms, source: PreTrainedModel, windows: Sequence[Tensor], spool: Spool) -> list[str]:
+    every = max(1, max(map(len, windows)) // QUERIES)
+    positions = [range(len(window) - 1, -1, -every) for window in windows]
+    theirs = attention_modules(source, arms.family)
+    names = record_source(source, arms.family, theirs, windows, positions, spool, lambda n: None)
+    with watch(arms.retrofit, arms.family, arms.attentions) as listen:
+        for number, (window, queries) in enumerate(zip(windows, positions, strict=True)):
+
+            def take(name: str, rows: Rows, number: int = number) -> None:
+                spool["student", name, number] = rows
+
+            listen(take, queries)
+            run(arms.retrofit, window)
+    return names
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """The rows of source and retrofit, window by window, from disk; with a factor that the queries get, applied."""
+
+    spool: Spool
+    name: str
+    windows: int
+    attention: Any
+    thin: int = 1
+
+    def __iter__(self) -> Iterator[tuple[Rows, Rows]]:
+        for number in range(self.windows):
+            theirs, own = (self.spool[whose, self.name, number] for whose in ("source", "student"))
+            if (factor := self.attention._modules.get(FACTOR)) is not None and own.query is not None:
+                own = replace(own, query=factor(own.query[None])[0])
+            part = slice(None, None, self.thin)
+            yield theirs.part(part), own.part(part)
+
+
+def _examine(found: Fidelity, name: str, pairs: _Pairs, bias: RelativePositionBias, width: int) -> None:
+    form = Form(bias.bucketing, bias.tail is not None)
+    target = target_of(pairs, form)
+    own = _numbers(bias)
+
+    def kl(numbers: Tensor) -> Tensor:
+        return loss(numbers, target, pairs, form, thin=None).kl
+
+    best = fit(pairs, form)
+    found.own[name], found.zeros[name], found.refit[name] = kl(own), best.before, kl(best.numbers)
+    found.tables[name] = form.table(best.numbers)
+    found.meant[name] = {what: kl(numbers) for what, numbers in _meanings(bias, own, width).items()}
+    for factor in (2, 0.5, 4, 0.25):
+        if bias.bucketing.num_exact < (distance := round(bias.bucketing.max_distance * factor)):
+            buckets = bias.bucketing
+            other = Form(Bucketing(buckets.num_buckets, distance, buckets.bidirectional), form.tail)
+            found.meant[name][f"{MADE_FOR} {distance}"] = loss(own, target_of(pairs, other), pairs, other, thin=None).kl
+    for start in range(bias.bucketing.num_exact // 2 + 1, bias.bucketing.per_direction):
+        found.continued.setdefault(start, {})[name] = kl(
+            torch.cat(
+                [
+                    continued(own[:, : bias.bucketing.num_buckets], start, bias.bucketing),
+                    own[:, bias.bucketing.num_buckets :],
+                ],
+                1,
+            )
+        )
+    heads = len(own)
+    swaps = torch.stack([kl(own.roll(-shift, 0)) for shift in range(heads)], 1)  # (head, shift)
+    column = (torch.arange(heads)[:, None] + torch.arange(heads)) % heads
+    found.swaps[name] = torch.empty_like(swaps).scatter_(1, column, swaps)
+    found.richer[name] = {
+        what: fit(pairs, Form(bucketing)).after for what, bucketing in _richer(bias.bucketing, pairs).items()
+    }
+
+
+def _numbers(bias: RelativePositionBias) -> Tensor:
+    parts = [bias.weight.detach()] + ([] if bias.tail is None else [bias.tail.detach()])
+    return torch.cat(parts, 1).float().cpu()
+
+
+def _meanings(bias: RelativePositionBias, own: Tensor, width: int) -> dict[str, Tensor]:
+    """What a table may have been meant to be, given that it became ``own`` by a mistake."""
+    buckets, root = bias.bucketing.num_buckets, math.sqrt(width)
+    half = bias.bucketing.per_direction
+
+    def of_buckets(change: Any) -> Tensor:
+        return torch.cat([change(own[:, :buckets]), own[:, buckets:]], 1)
+
+    def each_direction(change: Any) -> Any:
+        return lambda table: torch.cat([change(part) for part in table.split(half, 1)], 1)
+
+    found = {
+        "negated": -own,
+        "scaled by 1/sqrt(d)": own * root,
+        "scaled by sqrt(d)": own / root,
+        "shifted by one bucket": of_buckets(each_direction(lambda t: torch.cat([t[:, 1:], t[:, -1:]], 1))),
+        "shifted by minus one bucket": of_buckets(each_direction(lambda t: torch.cat([t[:, :1], t[:, :-1]], 1))),
+        "far and near exchanged": of_buckets(each_direction(lambda t: t.flip(1))),
+    }
+    if bias.bucketing.bidirectional:
+        found["before and after exchanged"] = of_buckets(lambda t: torch.cat([t[:, half:], t[:, :half]], 1))
+    return found
+
+
+def continued(table: Tensor, start: int, bucketing: Bucketing) -> Tensor:
+    """A table (heads, buckets) whose buckets from ``start`` on, in each direction, hold that of the one before."""
+    parts = table.split(bucketing.per_direction, 1)
+    return torch.cat(
+        [torch.cat([p[:, :start], p[:, start - 1 : start].expand(-1, p.shape[1] - start)], 1) for p in parts], 1
+    )
+
+
+def _richer(bucketing: Bucketing, pairs: _Pairs) -> dict[str, Bucketing]:
+    """Buckets that could tell more: of the same reach but finer, and of the whole text's reach."""
+    keys = next(iter(pairs))[0].keys
+    reach = min(bucketing.max_distance, keys)
+    finer = Bucketing(
+        min(max(4 * bucketing.num_buckets, 64), bucketing.directions * reach),
+        bucketing.max_distance,
+        bucketing.bidirectional,
+    )
+    found = {FINE: finer} if finer.num_buckets > bucketing.num_buckets and finer.num_exact < finer.max_distance else {}
+    if keys > bucketing.max_distance:
+        # As fine within the old reach as before, and on from there.
+        more = math.ceil(math.log2(keys / bucketing.max_distance)) + 1
+        per_octave = (bucketing.per_direction - bucketing.num_exact) / math.log2(
+            bucketing.max_distance / bucketing.num_exact
+        )
+        found[FARTHER] = Bucketing(
+            bucketing.num_buckets + bucketing.directions * 2 * math.ceil(more * per_octave / 2),
+            keys,
+            bucketing.bidirectional,
+        )
+    return found
+
+
+def _try_others(
+    found: Fidelity, name: str, pairs: _Pairs, biases: dict[str, RelativePositionBias], names: Sequence[str]
+) -> None:
+    own, at = biases[name], list(names).index(name)
+    form = Form(own.bucketing, own.tail is not None)
+    target = target_of(pairs, form)
+    near = {at - 2, at - 1, at, at + 1, at + 2, len(names) - 1 - at}
+    for index, other in enumerate(names):
+        same = biases[other].weight.shape == own.weight.shape and biases[other].bucketing == own.bucketing
+        if same and (len(names) <= WHOLE or index in near):
+            numbers = _numbers(biases[other])
+            found.layers.setdefault(name, {})[other] = loss(numbers, target, pairs, form, thin=None).kl.mean().item()
+
+
+def best_order(cost: Tensor) -> tuple[list[int], float, float]:
+    """The assignment of columns to the rows of a cost matrix (n, n) that is cheapest, its cost, that of no change."""
+    _, columns = linear_sum_assignment(cost.nan_to_num(1e6).numpy())
+    chosen = torch.as_tensor(columns)
+    return chosen.tolist(), cost[torch.arange(len(cost)), chosen].sum().item(), cost.diagonal().sum().item()

@@ -1,0 +1,84 @@
+"""What a hypothesis comes to: a verdict, with its evidence and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum, StrEnum
+from typing import Any
+
+
+class Verdict(StrEnum):
+    """What the evidence says of a hypothesis."""
+
+    CONFIRMED = "confirmed"
+    EXCLUDED = "excluded"
+    UNKNOWN = "can't tell"
+
+
+class Kind(IntEnum):
+    """What kind of cause a hypothesis names, the deepest first: a deeper one explains what the later ones see.
+
+    ``RUNNING``: the model does not compute what its weights and its config say. ``NUMBERS``: it does, but the numbers
+    are not what they were meant to be. ``CHOICE``: they are, but the settings cannot express what the source did.
+    ``BEHAVIOUR``: what the model as a whole does otherwise than its source, whatever the reason.
+    """
+
+    RUNNING = 0
+    NUMBERS = 1
+    CHOICE = 2
+    BEHAVIOUR = 3
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The outcome of one hypothesis.
+
+    ``because``: the evidence in a sentence or two, with figures. ``gain``: what undoing it brings back, in nats a
+    token, where that was measured. ``figures``: the numbers behind it, for the report's tables. ``failed``: the probe
+    itself ended in an error, which ``because`` says.
+    """
+
+    verdict: Verdict
+    because: str
+    remedy: str = ""
+    gain: float | None = None
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    failed: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finding, and the hypothesis that it is about."""
+
+    name: str
+    cause: str
+    predicts: str
+    kind: Kind
+    finding: Finding
+
+    @property
+    def confirmed(self) -> bool:
+        """Whether the evidence names it."""
+        return self.finding.verdict is Verdict.CONFIRMED
+
+
+def ranked(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """The confirmed ones, the first cause first: the deeper kind, and of one kind as they were tested, special ones
+    before general ones, since what is special explains what a general probe sees."""
+    return sorted((outcome for outcome in outcomes if outcome.confirmed), key=lambda outcome: outcome.kind)
+
+
+def confirmed(because: str, remedy: str, **more: Any) -> Finding:
+    """The evidence names it."""
+    return Finding(Verdict.CONFIRMED, because, remedy, **more)
+
+
+def excluded(because: str, **more: Any) -> Finding:
+    """The evidence speaks against it."""
+    return Finding(Verdict.EXCLUDED, because, **more)
+
+
+def unknown(because: str, **more: Any) -> Finding:
+    """There is no evidence either way, and why."""
+    return Finding(Verdict.UNKNOWN, because, **more)

@@ -1,0 +1,100 @@
+"""The hypotheses, each a file: what it says, what it would predict, and the probe that tests it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import ModuleType
+
+from rpb_retrofit.diagnosis.exam import Exam
+from rpb_retrofit.diagnosis.finding import Finding, Kind, Outcome, unknown
+from rpb_retrofit.diagnosis.hypotheses import (
+    attention_spreads,
+    bias_dropped,
+    cached_decoding,
+    does_not_run,
+    domain_drift,
+    far_order_lost,
+    foreign_tables,
+    heads_lost,
+    local_order_lost,
+    mechanism_active,
+    not_finite,
+    off_by_one,
+    offset_reversed,
+    other_buckets,
+    other_temperature,
+    outside_trained_length,
+    padding_or_packing,
+    position_scaling,
+    precision,
+    retrieval_lost,
+    settings_differ,
+    short_context_forgotten,
+    tables_not_loaded,
+    tables_shared,
+    untrained_buckets,
+    weights_differ,
+    wrong_order,
+    wrong_scale,
+)
+from rpb_retrofit.files.source import one_line
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """One file of this folder. ``name`` is the file's."""
+
+    name: str
+    cause: str
+    predicts: str
+    kind: Kind
+    examine: Callable[[Exam], Finding]
+
+    def __call__(self, exam: Exam) -> Outcome:
+        """Test it. Where that is not possible, say why."""
+        try:
+            finding = self.examine(exam)
+        except Exception as error:  # whatever a model raises that is at fault
+            finding = replace(unknown(f"{type(error).__name__}: {one_line(error)}"), failed=True)
+        return Outcome(self.name, self.cause, self.predicts, self.kind, finding)
+
+
+def _hypothesis(module: ModuleType) -> Hypothesis:
+    name = module.__name__.rpartition(".")[2]
+    return Hypothesis(name, module.CAUSE, module.PREDICTS, module.KIND, module.examine)
+
+
+HYPOTHESES = [
+    _hypothesis(module)
+    for module in (
+        not_finite,
+        precision,
+        bias_dropped,
+        mechanism_active,
+        offset_reversed,
+        off_by_one,
+        wrong_scale,
+        position_scaling,
+        cached_decoding,
+        padding_or_packing,
+        does_not_run,
+        tables_not_loaded,
+        tables_shared,
+        wrong_order,
+        other_buckets,
+        untrained_buckets,
+        weights_differ,
+        settings_differ,
+        foreign_tables,
+        far_order_lost,
+        local_order_lost,
+        domain_drift,
+        short_context_forgotten,
+        outside_trained_length,
+        retrieval_lost,
+        heads_lost,
+        attention_spreads,
+        other_temperature,
+    )
+]

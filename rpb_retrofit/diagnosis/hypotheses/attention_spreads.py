@@ -1,0 +1,45 @@
+"""Attention spreads as the text grows, and with it what the model takes in."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from rpb_retrofit.diagnosis.arms import RETROFIT, SOURCE
+from rpb_retrofit.diagnosis.exam import Exam
+from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
+from rpb_retrofit.diagnosis.intervention import Change, changed
+
+CAUSE = "attention spreads with length"
+PREDICTS = (
+    "the entropy of attention grows faster with the number of keys than the source's; and the loss of long texts falls "
+    "when the content grows with log n"
+)
+KIND = Kind.BEHAVIOUR
+REMEDY = (
+    "train at the lengths that you use; or give the scores a factor that grows with log n beyond the trained length"
+)
+
+FASTER = 0.1
+"""Nats per doubling of the keys by which entropy must grow faster than the source's."""
+
+
+def examine(exam: Exam) -> Finding:
+    """Compare the growth of entropy, and try the factor."""
+    own, theirs = exam.gaze(RETROFIT), exam.gaze(SOURCE)
+    if own is None or not exam.arms.family.uses_interface or not exam.causal:
+        return unknown("this family keeps its queries to itself: no factor can be tried")
+    longest = max(exam.lengths)
+    grows = own.slopes().mean().item()
+    said = f"entropy grows by {grows:.2f} nats as the keys double"
+    if theirs is not None:
+        said += f", the source's by {theirs.slopes().mean().item():.2f}"
+    trained = min(exam.trained or longest, longest // 2)
+    change = Change(trained=max(trained // 2, 8))
+    undone = exam.undone("length-factor", partial(changed, exam.arms.retrofit, exam.arms.family, change), longest)
+    said += (
+        f"; a factor that grows with log n from {change.trained} keys on changes the loss at {longest} by {undone} nats"
+    )
+    faster = theirs is None or grows > theirs.slopes().mean().item() + FASTER
+    if undone.real and undone.mean < -0.01 and faster:
+        return confirmed(said, REMEDY, gain=-undone.mean)
+    return excluded(said)

@@ -1,0 +1,24 @@
+"""The model does not run at all."""
+
+from __future__ import annotations
+
+import torch
+
+from rpb_retrofit.diagnosis.exam import Exam
+from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded
+from rpb_retrofit.files.source import one_line
+from rpb_retrofit.tables.recording import run
+
+CAUSE = "the model does not run"
+PREDICTS = "a forward pass of a few tokens of the text ends in an error"
+KIND = Kind.RUNNING
+
+
+@torch.no_grad()
+def examine(exam: Exam) -> Finding:
+    """Run it."""
+    try:
+        run(exam.arms.retrofit, exam.window(min(exam.lengths)))
+    except Exception as error:  # whatever a model raises
+        return confirmed(f"{type(error).__name__}: {one_line(error)}", "do what the error says; everything else waits")
+    return excluded("a forward pass ends well")

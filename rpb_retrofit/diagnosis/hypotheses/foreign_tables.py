@@ -1,0 +1,53 @@
+"""The tables are not this source's: another model's, a random start, or numbers that something spoiled."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from rpb_retrofit.diagnosis.exam import Exam
+from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
+from rpb_retrofit.diagnosis.intervention import with_tables
+from rpb_retrofit.diagnosis.judge import NOTABLE, of_kind
+from rpb_retrofit.diagnosis.words import some
+
+CAUSE = "the tables do not suit this source"
+PREDICTS = "the source's attention is nearer without any table than with these; or what acts is no form of the table"
+KIND = Kind.NUMBERS
+REMEDY = "fit them to this source: rpb retrofit --init calibrated, with text like yours; or restore them"
+
+LOST = 0.5
+"""Share of what fitted tables bring that these must miss to be called unsuitable."""
+
+
+def examine(exam: Exam) -> Finding:
+    """Compare the tables as they are with none and with the best of the same buckets."""
+    if strange := of_kind(exam, "changed in no way that is known"):
+        worst = max(exam.comparisons[name].difference for name in strange)
+        return confirmed(
+            f"the bias that acts differs from the table's by up to {worst:.2f} nats, in no way that is known, in "
+            f"{some(strange)}",
+            "look for whatever replaces or wraps the bias module or the attention",
+        )
+    if (fidelity := exam.fidelity) is None:
+        return unknown("only the source's attention tells what its tables should be; give --source")
+    poor = {}
+    for name, own in fidelity.own.items():
+        missed, brought = own - fidelity.refit[name], fidelity.zeros[name] - fidelity.refit[name]
+        heads = (missed > 2 * NOTABLE) & (missed > LOST * brought)  # one head alone is another hypothesis'
+        if missed.mean() > 2 * NOTABLE and missed.mean() > LOST * brought.mean() and heads.float().mean() > 0.5:
+            poor[name] = missed.mean().item()
+    before, zeros, refit = (fidelity.mean(kl) for kl in (fidelity.own, fidelity.zeros, fidelity.refit))
+    said = (
+        f"mean KL from the source's attention: these tables {before:.3f}, none {zeros:.3f}, the best of the same "
+        f"buckets {refit:.3f}"
+    )
+    if not poor:
+        return excluded(said)
+    gain = None
+    if exam.causal:
+        undone = exam.undone("tables-refit", partial(with_tables, exam.arms.biases, lambda n, b: fidelity.tables[n]))
+        gain = -undone.mean
+        said += f"; with the best ones the loss changes by {undone} nats a token"
+        if exam.arms.settings.get("init") and exam.trained_since and not (undone.real and undone.mean < 0):
+            return excluded(f"{said}: training has led them elsewhere, and no worse", gain=gain)
+    return confirmed(f"{said}; they miss most of what tables can bring in {some(poor)}", REMEDY, gain=gain)

@@ -1,0 +1,60 @@
+"""Heads that did the source's positional work no longer do: previous-token and induction heads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rpb_retrofit.diagnosis.arms import RETROFIT, SOURCE
+from rpb_retrofit.diagnosis.exam import Exam
+from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
+from rpb_retrofit.diagnosis.words import some
+
+CAUSE = "heads that did the source's positional work no longer do"
+PREDICTS = "a head that looked at the token before, or at what followed the same token, looks elsewhere"
+KIND = Kind.BEHAVIOUR
+REMEDY = (
+    "calibrate again (--calibrate tables+content, --keep-frequencies auto help such heads most), then heal by "
+    "distilling with attention relations"
+)
+
+WORKING, LOST = 0.3, 0.4
+"""Mean weight from which a head counts as doing it, and the share of it below which it no longer does."""
+
+
+def examine(exam: Exam) -> Finding:
+    """Compare where each head looks."""
+    own, theirs = exam.gaze(RETROFIT), exam.gaze(SOURCE)
+    if theirs is None or own is None:
+        return unknown("only the source tells which heads did it; give --source")
+    lost: dict[str, list[str]] = {}
+    count, said = 0, []
+    for kind, before, after in (
+        ("previous-token", theirs.previous, own.previous),
+        ("induction", theirs.induction, own.induction),
+    ):
+        names = list(before)
+        first, then = (torch.stack([weights[name] for name in names]) for weights in (before, after))
+        working = first > WORKING
+        gone = working & (then < LOST * first)
+        count += int(working.sum())
+        lost[kind] = _heads(names, gone)
+        said.append(
+            f"{int(gone.sum())} of {int(working.sum())} {kind} heads"
+            + (
+                f" ({', '.join(lost[kind][:4])}: mean weight {first[gone].mean():.2f} to {then[gone].mean():.2f})"
+                if gone.any()
+                else ""
+            )
+        )
+    if not count:
+        return unknown("the source has no such heads on this text")
+    text = f"no longer do it: {'; '.join(said)}"
+    gone_count = sum(map(len, lost.values()))
+    if gone_count:
+        return confirmed(text, REMEDY)
+    return excluded(f"all {count} previous-token and induction heads of the source still do it")
+
+
+def _heads(names: list[str], gone: Tensor) -> list[str]:
+    return [f"{some([names[layer]])} head {head}" for layer, head in gone.nonzero().tolist()]

@@ -1,0 +1,21 @@
+"""The buckets are too wide near by: neighbours are all alike."""
+
+from __future__ import annotations
+
+from rpb_retrofit.diagnosis.exam import Exam
+from rpb_retrofit.diagnosis.fidelity import FINE
+from rpb_retrofit.diagnosis.finding import Finding, Kind
+from rpb_retrofit.diagnosis.judge import coarse
+
+CAUSE = "local order is lost: buckets are too wide"
+PREDICTS = "the source attends otherwise at offsets that share a bucket: finer buckets bring tables nearer to it"
+KIND = Kind.CHOICE
+REMEDY = (
+    "give the tables more buckets (--buckets auto), or keep RoPE's highest frequencies, which tell neighbours apart "
+    "(--keep-frequencies auto)"
+)
+
+
+def examine(exam: Exam) -> Finding:
+    """Fit tables of finer buckets and the same reach, and see how much nearer they come."""
+    return coarse(exam, FINE, " and the same reach", REMEDY)

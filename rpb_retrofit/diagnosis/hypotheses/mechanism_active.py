@@ -1,0 +1,76 @@
+"""The source's own mechanism still works, beside the bias or in its place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rpb_retrofit.diagnosis.exam import Exam
+from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
+from rpb_retrofit.diagnosis.words import some
+from rpb_retrofit.errors import UnsupportedModelError
+from rpb_retrofit.runtime.mechanisms import rotary_pairs
+
+CAUSE = "the source's mechanism is still active"
+PREDICTS = (
+    "shown one hidden state at every position, an attention makes queries or keys that differ by position; or the "
+    "embeddings of one token do"
+)
+KIND = Kind.RUNNING
+REMEDY = "load the retrofit with rpb_retrofit.load, which neutralises the mechanism, and leave its modules as they are"
+
+MOVED = 0.05
+"""Difference between positions, relative to the size of the vectors, that is more than rounding in half precision."""
+
+
+def examine(exam: Exam) -> Finding:
+    """Look at what differs between positions where nothing else does."""
+    life, family = exam.still_life, exam.arms.family
+    if life.embedded > MOVED:
+        return confirmed(
+            f"the embeddings of one and the same token differ by {life.embedded:.2f} of their size between positions, "
+            "before any attention: the source's position vectors are added",
+            REMEDY,
+        )
+    if family.mechanism == "alibi":
+        sloped = [n for n, c in exam.comparisons.items() if c.kind == "with slopes of the offset added"]
+        if sloped:
+            return confirmed(f"the bias that acts is the table's plus slopes of the offset in {some(sloped)}", REMEDY)
+        return excluded("no slopes of the offset are added to the tables' bias")
+    turning = {n: p.turning for n, p in life.portraits.items() if p.turning is not None}
+    if not turning:
+        return unknown("this family keeps its queries to itself; its embeddings do not differ by position")
+    still = ~_meant_to_rotate(exam, len(next(iter(turning.values()))))
+    moved = {name: _largest(turned, still) for name, turned in turning.items()}
+    moving = {name: size for name, size in moved.items() if size > MOVED}
+    if moving:
+        return confirmed(
+            f"with one hidden state at every position, queries and keys differ by up to {max(moving.values()):.2f} "
+            f"of their size in {len(moving)} of {len(moved)} layers ({some(moving)})",
+            REMEDY,
+            figures={"layers": list(moving)},
+        )
+    kept = int((~still).sum())
+    aside = f", the {kept} dimensions aside that are meant to rotate" if kept else ""
+    return excluded(
+        f"queries, keys and embeddings of one token are the same at every position in all {len(moved)} layers{aside} "
+        f"(largest difference {max(moved.values()):.0e})"
+    )
+
+
+def _largest(turned: Tensor, still: Tensor) -> float:
+    chosen = turned[still[: len(turned)]]
+    return float(chosen.max()) if len(chosen) else 0.0
+
+
+def _meant_to_rotate(exam: Exam, width: int) -> Tensor:
+    """The dimensions of a head that go on rotating by the retrofit's settings, as a mask (width,)."""
+    mask = torch.zeros(width, dtype=torch.bool)
+    kept = max(exam.arms.settings.get("kept_frequencies", {"": 0}).values())
+    if kept:
+        try:
+            for dimensions in rotary_pairs(exam.arms.plain, exam.arms.family).dimensions():
+                mask[dimensions[:kept]] = True
+        except UnsupportedModelError:
+            mask[:] = True
+    return mask

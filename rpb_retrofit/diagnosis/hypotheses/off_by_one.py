@@ -1,0 +1,31 @@
+"""The bias is looked up at a neighbouring offset."""
+
+from __future__ import annotations
+
+from rpb_retrofit.diagnosis.exam import Exam
+from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded
+from rpb_retrofit.diagnosis.judge import meant_otherwise, of_kind
+from rpb_retrofit.diagnosis.words import some
+
+CAUSE = "the offset is off by one"
+PREDICTS = (
+    "what acts at each offset is what the table says of the next one or the one before; or the source's attention is "
+    "nearer under a table that is moved by one bucket"
+)
+KIND = Kind.RUNNING
+REMEDY = "count offsets from 0 for the query's own position: query position minus key position"
+
+
+def examine(exam: Exam) -> Finding:
+    """Compare what acts with the table moved along."""
+    shifted = of_kind(exam, "shifted")
+    if shifted:
+        shift = exam.comparisons[shifted[0]].detail
+        return confirmed(
+            f"the bias that acts at an offset is the table's at the offset {shift:+d} in {some(shifted)}",
+            REMEDY,
+        )
+    for moved in ("shifted by one bucket", "shifted by minus one bucket"):
+        if (found := meant_otherwise(exam, moved)) is not None:
+            return confirmed(found, f"{REMEDY}; put the tables back by one bucket, or calibrate them again")
+    return excluded("the bias that acts at each offset is that offset's own")

@@ -1,0 +1,30 @@
+"""The offset has the wrong sign: key minus query, as Transformers' T5 counts, where query minus key is meant."""
+
+from __future__ import annotations
+
+from rpb_retrofit.diagnosis.exam import Exam
+from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded
+from rpb_retrofit.diagnosis.judge import meant_otherwise, of_kind
+from rpb_retrofit.diagnosis.words import some
+
+CAUSE = "the sign of the offset is reversed"
+PREDICTS = (
+    "what acts at an offset is what the table says of its negative: in a causal model one number for all keys; or the "
+    "source's attention is nearer under a table whose two directions are exchanged"
+)
+KIND = Kind.RUNNING
+REMEDY = "count offsets as query minus key; Transformers' T5 counts the other way: convert its tables by --init from:"
+
+
+def examine(exam: Exam) -> Finding:
+    """Compare what acts with the table read backwards."""
+    reversed_ = of_kind(exam, "reversed")
+    if reversed_:
+        return confirmed(
+            f"the bias that acts is the table's at the negative of each offset in {some(reversed_)}",
+            REMEDY,
+        )
+    exchanged = meant_otherwise(exam, "before and after exchanged")
+    if exchanged is not None:
+        return confirmed(exchanged, REMEDY)
+    return excluded("the bias that acts follows the table from near to far, not its mirror image")

@@ -1,0 +1,27 @@
+"""The tables were made for other buckets: their numbers are right, and looked up at the wrong distances."""
+
+from __future__ import annotations
+
+from rpb_retrofit.diagnosis.exam import Exam
+from rpb_retrofit.diagnosis.fidelity import MADE_FOR
+from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
+from rpb_retrofit.diagnosis.judge import meant_otherwise
+
+CAUSE = "the tables were made for other buckets"
+PREDICTS = "the source's attention is nearer when the same numbers are spread to another maximum distance"
+KIND = Kind.NUMBERS
+REMEDY = (
+    "set relative_attention_max_distance in config.json to what the tables were made for, or convert them: rpb "
+    "retrofit SOURCE OUT --init from:CHECKPOINT --max-distance N"
+)
+
+
+def examine(exam: Exam) -> Finding:
+    """Look the same numbers up in buckets that reach less far, or farther."""
+    if exam.fidelity is None:
+        return unknown("only the source's attention tells which distances its numbers are for; give --source")
+    meanings = sorted({m for kl in exam.fidelity.meant.values() for m in kl if m.startswith(MADE_FOR)})
+    for meaning in meanings:
+        if (found := meant_otherwise(exam, meaning)) is not None:
+            return confirmed(found, REMEDY)
+    return excluded("under no other maximum distance are the tables nearer to the source's attention")

@@ -1,0 +1,41 @@
+"""Attention is too sharp or too flat as a whole, whatever made it so."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+from rpb_retrofit.diagnosis.exam import Exam
+from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
+from rpb_retrofit.diagnosis.intervention import Change, changed
+
+CAUSE = "attention is too sharp or too flat"
+PREDICTS = "the loss falls when the content term is multiplied by 1/sqrt(d), or by sqrt(d), or by a little"
+KIND = Kind.BEHAVIOUR
+REMEDY = (
+    "look for a scale that was applied twice or not at all, in the weights or in a norm; a small factor is best "
+    "learned: train all weights for a while"
+)
+
+NOTABLE = 0.03
+"""Nats a token that another temperature must win."""
+
+
+def examine(exam: Exam) -> Finding:
+    """Try other temperatures."""
+    if not exam.causal or not exam.arms.family.uses_interface:
+        return unknown("this family keeps its queries to itself: no other temperature can be tried")
+    root = math.sqrt(exam.width)
+    tried = {
+        factor: exam.undone(
+            f"content-{factor:.3f}",
+            partial(changed, exam.arms.retrofit, exam.arms.family, Change(scale=factor)),
+        )
+        for factor in (1 / root, 0.8, 1.25, root)
+    }
+    best = min(tried, key=lambda factor: tried[factor].mean)
+    said = ", ".join(f"times {factor:.3g}: {change.mean:+.3f}" for factor, change in tried.items())
+    said = f"the content term multiplied by a number changes the loss, in nats a token: {said}"
+    if tried[best].real and tried[best].mean < -NOTABLE:
+        return confirmed(said, REMEDY, gain=-tried[best].mean)
+    return excluded(said)

@@ -1,0 +1,43 @@
+"""Loss rises where the text is longer than what the model was trained on."""
+
+from __future__ import annotations
+
+from rpb_retrofit.diagnosis.arms import RETROFIT, SOURCE
+from rpb_retrofit.diagnosis.exam import Exam
+from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
+from rpb_retrofit.evaluation.statistics import paired
+
+CAUSE = "loss rises outside the trained length"
+PREDICTS = "tokens at positions beyond the trained context lose more than those inside it, in the same windows"
+KIND = Kind.BEHAVIOUR
+REMEDY = (
+    "calibrate and train at the lengths that you use (--calibration-length, lengths in the recipe); if the highest "
+    "frequencies were kept, keep fewer; or stay inside"
+)
+
+RISE = 0.1
+"""Nats a token."""
+
+
+def examine(exam: Exam) -> Finding:
+    """Compare the loss beyond the trained context with that of its last half."""
+    trained, longest = exam.trained, max(exam.lengths)
+    if trained is None:
+        return unknown("nothing says how long the source's context was")
+    if longest <= trained:
+        return unknown(f"no length beyond the trained context of {trained} tokens was measured; give --lengths")
+    rises = {}
+    for role in (RETROFIT, SOURCE):
+        losses = exam.losses(role, longest)
+        if losses is not None:
+            inside, outside = losses.at(trained // 2, trained - 1), losses.at(trained, longest - 1)
+            rise = outside.losses.double().mean(1) - inside.losses.double().mean(1)
+            clusters = outside.clusters()[:, 0]
+            rises[role] = paired(rise.tolist(), clusters.tolist())
+    own = rises[RETROFIT]
+    said = f"beyond {trained} tokens it loses {own} nats more than in the half before"
+    if SOURCE in rises:
+        said += f"; the source {rises[SOURCE]}"
+    if own.mean > RISE and (own.real or own.clusters < 3):
+        return confirmed(said, REMEDY, gain=own.mean)
+    return excluded(said)

@@ -1,0 +1,21 @@
+"""Padding or packing changes what a text's own tokens get."""
+
+from __future__ import annotations
+
+from rpb_retrofit.diagnosis.exam import Exam
+from rpb_retrofit.diagnosis.finding import Finding, Kind
+from rpb_retrofit.diagnosis.judge import fed_otherwise
+
+CAUSE = "padding or packing changes results"
+PREDICTS = "the logits of a text depend on the padding beside it, or on another document in its row"
+KIND = Kind.RUNNING
+
+
+def examine(exam: Exam) -> Finding:
+    """Feed a text alone, padded on either side, in a batch, and behind another document."""
+    return fed_otherwise(
+        exam,
+        ("left padding", "right padding", "batch", "packing"),
+        "pass an attention mask with every padded batch, and do not replace the mask that the attention gets; until it "
+        "is mended, run texts one at a time",
+    )

@@ -1,0 +1,47 @@
+"""Scaling of positions was left in: RoPE's base or scaling in the config, or queries that grow with their position."""
+
+from __future__ import annotations
+
+from rpb_retrofit.diagnosis.exam import Exam
+from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded
+from rpb_retrofit.diagnosis.judge import other_settings
+from rpb_retrofit.diagnosis.words import some
+
+CAUSE = "scaling of positions was left in"
+PREDICTS = (
+    "a query grows with its position though nothing rotates (as Llama 4 scales them), and the source's does not; or "
+    "config.json has another RoPE base or scaling than the source's"
+)
+KIND = Kind.RUNNING
+REMEDY = (
+    "set rope_parameters and every scale by position to the source's values: YaRN multiplies queries and keys even "
+    "where nothing rotates, and kept frequencies turn at the base that is set"
+)
+
+GROWN = 0.05
+"""Share by which the longest query is longer than the shortest one, beyond rounding."""
+
+
+def examine(exam: Exam) -> Finding:
+    """Look at how long queries are by position, and at what the config says of positions."""
+    theirs = exam.source_still_life.portraits
+    grown = {n: p.growth for n, p in exam.still_life.portraits.items() if p.growth > 1 + GROWN}
+    new = {n: growth for n, growth in grown.items() if n not in theirs or theirs[n].growth < 1 + GROWN}
+    if new:
+        return confirmed(
+            f"queries of one hidden state are up to {max(new.values()):.2f} times as long at one position as at "
+            f"another in {some(new)}; the source's are not",
+            REMEDY,
+        )
+    by_design = f"; queries grow by the source's own design, {max(grown.values()):.2f} times" if grown else ""
+    if exam.arms.source is None:
+        return excluded(f"no query grows with its position beyond what its family does{by_design}")
+    left = {key: values for key, values in other_settings(exam).items() if _about_positions(key)}
+    if left:
+        said = ", ".join(f"{key}={mine!r} (source: {its!r})" for key, (mine, its) in left.items())
+        return confirmed(f"the config has {said}", REMEDY)
+    return excluded(f"no query grows with its position, and the config's RoPE settings are the source's{by_design}")
+
+
+def _about_positions(key: str) -> bool:
+    return any(word in key for word in ("rope", "rotary", "floor_scale", "attn_scale", "temperature_tuning"))

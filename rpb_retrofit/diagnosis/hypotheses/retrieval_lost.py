@@ -1,0 +1,50 @@
+"""The model still predicts text as well, but no longer finds what it has read."""
+
+from __future__ import annotations
+
+from rpb_retrofit.diagnosis.arms import RETROFIT, SOURCE
+from rpb_retrofit.diagnosis.exam import Exam
+from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
+from rpb_retrofit.evaluation.statistics import controlled, paired
+
+CAUSE = "retrieval is lost while perplexity holds"
+PREDICTS = "a repeated span is predicted worse than by the source, at some distance, though text is predicted as well"
+KIND = Kind.BEHAVIOUR
+REMEDY = (
+    "fine-tune on text with far repetitions, at lengths that reach your distances; calibrate with a farther reach or "
+    "keep high frequencies, which previous-token heads live on"
+)
+
+LOST, HOLDS = 0.25, 0.1
+"""Share of the source's induction gain that must be lost, and the nats a token at which perplexity holds no more."""
+
+
+def examine(exam: Exam) -> Finding:
+    """Compare the gain of repetition by distance, item by item, with the cost of text."""
+    own, theirs = exam.inductions(RETROFIT), exam.inductions(SOURCE)
+    if theirs is None:
+        return unknown("only the source tells what it could find; give --source")
+    if not own or not theirs:
+        return unknown("the text is too short for repeated spans")
+    distances = sorted({row["distance"] for row in own})
+    changes, gains = [], []
+    for distance in distances:
+        pairs = [(a["gain"], b["gain"]) for a, b in zip(theirs, own, strict=True) if a["distance"] == distance]
+        changes.append(paired([b - a for a, b in pairs], list(range(len(pairs)))))
+        gains.append(sum(a for a, _ in pairs) / len(pairs))
+    changes = controlled(changes)
+    cost = exam.cost(exam.middle)
+    said = "induction gain against the source: " + ", ".join(
+        f"{change.mean:+.2f} of {gain:.2f} nats at distance {distance}"
+        for distance, change, gain in zip(distances, changes, gains, strict=True)
+    )
+    lost = [
+        (change, distance)
+        for change, gain, distance in zip(changes, gains, distances, strict=True)
+        if change.real and gain > 0.3 and -change.mean > LOST * gain
+    ]
+    if cost is not None:
+        said += f"; text costs {cost.mean:+.3f} nats a token"
+    if lost and cost is not None and cost.mean < HOLDS:
+        return confirmed(said, REMEDY)
+    return excluded(said if not lost else f"{said}: both are lost, not retrieval alone")

@@ -1,0 +1,51 @@
+"""The config is not the source's, or a module not its config's: a setting that changed on the way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rpb_retrofit.diagnosis.exam import Exam
+from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded
+from rpb_retrofit.diagnosis.judge import other_settings
+
+CAUSE = "settings are not the source's"
+PREDICTS = "config.json has settings that the source's has not; or a module has others than its config gives it"
+KIND = Kind.NUMBERS
+REMEDY = "set them to the source's values in config.json, and load the checkpoint anew"
+
+
+def examine(exam: Exam) -> Finding:
+    """Compare the config with the source's, and the modules with the config."""
+    other = other_settings(exam)
+    if other:
+        said = ", ".join(f"{key}={mine!r} (source: {its!r})" for key, (mine, its) in list(other.items())[:4])
+        return confirmed(f"{len(other)} settings are not the source's: {said}", REMEDY)
+    odd = _odd_modules(exam)
+    if odd:
+        said = ", ".join(f"{name}={mine!r} (by its config: {its!r})" for name, (mine, its) in list(odd.items())[:4])
+        return confirmed(f"{len(odd)} modules do not have the settings that the config gives them: {said}", REMEDY)
+    compared = "the config is the source's" if exam.arms.source is not None else "not compared with a source"
+    return excluded(f"{compared}, and every module has its config's settings")
+
+
+def _odd_modules(exam: Exam) -> dict[str, tuple[Any, Any]]:
+    """Plain attributes (numbers, words, truth values) of modules that are otherwise in a model made from the config."""
+    fresh = dict(exam.arms.plain.named_modules())
+    found = {}
+    for name, module in exam.arms.retrofit.named_modules():
+        for key, value in vars(module).items():
+            other = vars(fresh[name]).get(key) if name in fresh else value
+            plain = isinstance(value, int | float | str) and isinstance(other, int | float | str)
+            if plain and key not in _STATES and not key.startswith(("_", "rpb_")) and value != other:
+                found[f"{name}.{key}"] = (value, other)
+    return found
+
+
+_STATES = {
+    "training",
+    "has_relative_attention_bias",
+    "name_or_path",
+    "gradient_checkpointing",
+    "original_inv_freq",
+    "max_seq_len_cached",
+}

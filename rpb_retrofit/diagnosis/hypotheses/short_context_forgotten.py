@@ -1,0 +1,35 @@
+"""Training on long texts made short ones worse."""
+
+from __future__ import annotations
+
+from rpb_retrofit.diagnosis.arms import RETROFIT, SOURCE, UNTRAINED
+from rpb_retrofit.diagnosis.exam import Exam
+from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
+
+CAUSE = "short contexts are forgotten"
+PREDICTS = "after training, short windows lose more than before it or than the source, and more than long windows do"
+KIND = Kind.BEHAVIOUR
+REMEDY = "mix short lengths into the training (lengths: {128: 1, 2048: 1} in the recipe)"
+
+NOTABLE = 0.05
+"""Nats a token."""
+
+
+def examine(exam: Exam) -> Finding:
+    """Compare what the shortest and the longest windows lost."""
+    before = UNTRAINED if exam.arms.untrained is not None else SOURCE
+    if not exam.trained_since:
+        return (
+            unknown("as far as the arms tell, nothing was trained")
+            if exam.arms.source is None
+            else excluded("nothing was trained: the weights are the source's")
+        )
+    if len(exam.lengths) < 2:
+        return unknown("one length was measured; give a short and a long one")
+    short, long = (exam.cost(length, RETROFIT, before) for length in (exam.lengths[0], exam.lengths[-1]))
+    if short is None or long is None:
+        return unknown(f"the {before} could not be measured at both lengths")
+    said = f"against the {before}: {short} nats at {exam.lengths[0]} tokens, {long} at {exam.lengths[-1]}"
+    if short.real and short.mean > NOTABLE and short.mean > 2 * max(long.mean, 0.0) and short.low > long.mean:
+        return confirmed(said, REMEDY, gain=short.mean)
+    return excluded(said)

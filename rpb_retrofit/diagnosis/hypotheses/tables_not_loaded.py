@@ -1,0 +1,50 @@
+"""The tables hold nothing: zeros or one number where a table should be, or no numbers at all."""
+
+from __future__ import annotations
+
+import torch
+
+from rpb_retrofit.diagnosis.exam import Exam
+from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded
+from rpb_retrofit.diagnosis.words import some
+
+CAUSE = "the tables were not loaded, or say nothing"
+PREDICTS = "tables are zero, hold one number, or are alike in all heads, though they were made to be otherwise"
+KIND = Kind.NUMBERS
+REMEDY = (
+    "load the checkpoint with rpb_retrofit.load, which refuses one without its tables; if they were never fitted, "
+    "retrofit again with --init calibrated"
+)
+
+FLAT = 1e-6
+"""Nats by which a table's numbers differ at least."""
+
+
+def examine(exam: Exam) -> Finding:
+    """Look at the numbers."""
+    biases, init = exam.arms.biases, exam.arms.settings.get("init", "")
+    tables = {name: bias.weight.detach().float() for name, bias in biases.items()}
+    broken = [name for name, table in tables.items() if not bool(table.isfinite().all())]
+    if broken:
+        return confirmed(f"tables hold numbers that are none (NaN or infinite) in {some(broken)}", REMEDY)
+    flat = [name for name, table in tables.items() if float((table.amax(1) - table.amin(1)).max()) < FLAT]
+    if flat:
+        zero = all(not bool(tables[name].any()) for name in flat)
+        asked = " (init='zeros' asks for just that: no positions at all)" if init == "zeros" else f" (init='{init}')"
+        return confirmed(
+            f"{len(flat)} of {len(tables)} tables {'are zero' if zero else 'hold one number a head'}{asked}: "
+            f"{some(flat)}",
+            REMEDY,
+        )
+    alike = [
+        name
+        for name, table in tables.items()
+        if len(table) > 1 and float((_centred(table) - _centred(table)[:1]).abs().max()) < FLAT
+    ]
+    if alike:
+        return confirmed(f"all heads have the same row in {some(alike)}", REMEDY)
+    return excluded(f"all {len(tables)} tables are finite, differ by head and by bucket")
+
+
+def _centred(table: torch.Tensor) -> torch.Tensor:
+    return table - table.mean(1, keepdim=True)

@@ -1,0 +1,45 @@
+"""Layers share one table where each was to have its own."""
+
+from __future__ import annotations
+
+import torch
+
+from rpb_retrofit.diagnosis.exam import Exam
+from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded
+from rpb_retrofit.diagnosis.words import some
+
+CAUSE = "the tables are shared by layers that should have their own"
+PREDICTS = "two layers hold the same numbers, though the settings say shared=False"
+KIND = Kind.NUMBERS
+REMEDY = "restore each layer's own table from the checkpoint, or set shared=True if that is what was meant"
+
+
+def examine(exam: Exam) -> Finding:
+    """Compare each layer's numbers with every other's."""
+    if exam.arms.settings.get("shared"):
+        return excluded("one table for all layers is what the settings ask for (shared=True)")
+    twins: dict[str, list[str]] = {}
+    firsts: list[str] = []
+    biases = exam.arms.biases
+    for name, bias in biases.items():
+        if float(bias.weight.detach().float().std()) == 0:
+            continue
+        twin = next(
+            (
+                f
+                for f in firsts
+                if biases[f].weight.shape == bias.weight.shape and torch.equal(biases[f].weight, bias.weight)
+            ),
+            None,
+        )
+        if twin is None:
+            firsts.append(name)
+        else:
+            twins.setdefault(twin, [twin]).append(name)
+    if twins:
+        names = [name for group in twins.values() for name in group]
+        return confirmed(
+            f"{len(names)} of {len(biases)} layers hold the numbers of another: {some(names)}",
+            REMEDY,
+        )
+    return excluded("no two layers hold the same numbers")

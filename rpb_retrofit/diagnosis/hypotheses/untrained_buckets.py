@@ -1,0 +1,97 @@
+"""Buckets that no training reached: they hold what they began with, and longer texts fall into them."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from rpb_retrofit.diagnosis.exam import Exam
+from rpb_retrofit.diagnosis.fidelity import continued
+from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
+from rpb_retrofit.diagnosis.intervention import with_tables
+from rpb_retrofit.diagnosis.judge import LEFT, NOTABLE, WON_BACK
+from rpb_retrofit.runtime.bias import RelativePositionBias
+from rpb_retrofit.runtime.buckets import first_distances
+
+CAUSE = "buckets that training never reached"
+PREDICTS = (
+    "from some bucket on the numbers are as they were before training, or the source's attention is nearer when they "
+    "continue the last bucket before; and the loss falls then"
+)
+KIND = Kind.NUMBERS
+REMEDY = (
+    "train at lengths that reach them (lengths: {...} in the recipe), or calibrate again on windows as long as your "
+    "texts; until then let them continue the last trained bucket"
+)
+
+
+def examine(exam: Exam) -> Finding:
+    """Find where untouched buckets begin, and see what continuing the one before gives back."""
+    told = _untouched(exam)
+    start = told if told is not None else _by_the_source(exam)
+    if start is None:
+        if exam.fidelity is None and exam.arms.untrained is None:
+            return unknown("the source's attention or the untrained retrofit would tell; give --source or --untrained")
+        return excluded("no run of buckets to the far end is better replaced by the bucket before it")
+    bias = next(iter(exam.arms.biases.values()))
+    distance = first_distances(bias.bucketing)[start]
+    how = "training left as they were" if told is not None else "the source's attention says are out of place"
+    said = (
+        f"buckets {start} to {bias.bucketing.per_direction - 1} (distances from {distance} on) hold numbers that {how}"
+    )
+    if not exam.causal:
+        return confirmed(said, REMEDY)
+    longest = max(exam.lengths)
+    if distance >= longest:
+        return excluded(f"{said}, but no text that was measured ({longest} tokens) reaches them")
+    undone = exam.undone(
+        f"continued-{start}", partial(with_tables, exam.arms.biases, partial(_continued, start)), longest
+    )
+    if told is not None and not (undone.real and undone.mean < 0):
+        return excluded(f"{said}; continuing the bucket before changes the loss at {longest} tokens by {undone} nats")
+    return confirmed(
+        f"{said}; continuing bucket {start - 1} changes the loss at {longest} tokens by {undone} nats a token",
+        REMEDY,
+        gain=max(0.0, -undone.mean),
+    )
+
+
+def _continued(start: int, name: str, bias: RelativePositionBias) -> Tensor:
+    return continued(bias.weight.detach(), start, bias.bucketing)
+
+
+def _untouched(exam: Exam) -> int | None:
+    """The first of the far buckets that are what they were in the untrained retrofit, though others are not."""
+    if exam.pairs is not None:
+        counts = exam.pairs[: next(iter(exam.arms.biases.values())).bucketing.per_direction]
+        still = [not count for count in counts]
+    elif exam.arms.untrained is not None:
+        before = dict(exam.arms.untrained.named_parameters())
+        moved = torch.stack(
+            [
+                (bias.weight.detach() != before[f"{name}.relative_attention_bias.weight"].detach()).any(0)
+                for name, bias in exam.arms.biases.items()
+            ]
+        ).any(0)
+        still = [not bool(m) for m in moved[: next(iter(exam.arms.biases.values())).bucketing.per_direction]]
+    else:
+        return None
+    start = len(still)
+    while start and still[start - 1]:
+        start -= 1
+    return start if 0 < start < len(still) else None
+
+
+def _by_the_source(exam: Exam) -> int | None:
+    """The bucket from which on the tables are better continued, by the source's attention."""
+    if exam.fidelity is None:
+        return None
+    fidelity = exam.fidelity
+    own, refit = fidelity.mean(fidelity.own), fidelity.mean(fidelity.refit)
+    kl = {start: fidelity.mean(by_name) for start, by_name in fidelity.continued.items()}
+    best = min(kl, key=lambda start: kl[start], default=0)
+    gain = own - kl.get(best, own)
+    left = 2 * LEFT * (fidelity.mean(fidelity.zeros) - refit)
+    return best if gain > NOTABLE and gain > WON_BACK * (own - refit) and kl[best] - refit < left else None

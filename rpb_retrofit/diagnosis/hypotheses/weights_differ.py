@@ -1,0 +1,58 @@
+"""Weights are not the source's: another checkpoint's, damaged, or changed beyond what training does."""
+
+from __future__ import annotations
+
+from statistics import median
+
+from rpb_retrofit.diagnosis.exam import Exam
+from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
+from rpb_retrofit.diagnosis.judge import drift
+from rpb_retrofit.tables import CONTENT
+
+CAUSE = "weights differ from the source's beyond what the retrofit changes"
+PREDICTS = "before training, a weight differs at all; after it, some moved very much farther than the others"
+KIND = Kind.NUMBERS
+REMEDY = "restore these weights from the source or from the checkpoint of before"
+
+OUTLIER, FAR = 20.0, 0.3
+"""A weight moved too far where it moved so many times as far as the median one, and by this share of its size."""
+
+
+def examine(exam: Exam) -> Finding:
+    """Compare every weight with the source's."""
+    if exam.arms.source is None:
+        return unknown("there is nothing to compare with; give --source")
+    moved = drift(exam.arms.retrofit, exam.arms.source)
+    missing = [name for name, far in moved.items() if far is None]
+    if missing:
+        return confirmed(
+            f"{len(missing)} weights are missing or of another shape than the source's: {', '.join(missing[:3])}",
+            REMEDY,
+        )
+    sizes = {name: far for name, far in moved.items() if far is not None}
+    changed = {name: far for name, far in sizes.items() if far > 0}
+    folded = exam.arms.settings.get("calibrate") == CONTENT
+    attention = {n for n in changed if any(n.startswith(f"{a}.") for a in exam.arms.attentions)}
+    typical = median(sizes.values())
+    if typical == 0:  # most weights are the source's: nothing was trained
+        odd = {name: far for name, far in changed.items() if not (folded and name in attention)}
+        if odd:
+            worst = sorted(odd, key=lambda name: -odd[name])
+            return confirmed(
+                f"{len(odd)} of {len(sizes)} weights are not the source's, all others are: {', '.join(worst[:3])} "
+                f"(by {odd[worst[0]]:.1%} of its size)",
+                REMEDY,
+            )
+        rest = ", but for query projections with factors folded in" if changed else ""
+        return excluded(f"all {len(sizes)} weights are the source's{rest}")
+    odd = {name: far for name, far in changed.items() if far > max(FAR, OUTLIER * typical)}
+    if odd:
+        worst = sorted(odd, key=lambda name: -odd[name])
+        return confirmed(
+            f"{len(odd)} weights moved by up to {odd[worst[0]]:.0%} of their size, the median one by {typical:.1%}: "
+            f"{', '.join(worst[:3])}",
+            REMEDY,
+        )
+    return excluded(
+        f"weights moved as training moves them: by {typical:.1%} of their size, at most {max(sizes.values()):.0%}"
+    )

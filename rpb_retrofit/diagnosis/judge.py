@@ -1,0 +1,202 @@
+"""What several hypotheses ask of the same measurements."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from rpb_retrofit.diagnosis.consistency import CLOSE, Way
+from rpb_retrofit.diagnosis.exam import Exam
+from rpb_retrofit.diagnosis.finding import Finding, confirmed, excluded, unknown
+from rpb_retrofit.diagnosis.words import some
+from rpb_retrofit.runtime.families import is_own
+
+WON_BACK = 0.4
+"""Share of the distance from the best tables that undoing a mistake must win back to be its cause."""
+
+LEFT = 0.25
+"""Share of what the best tables bring over none that may still be missing then: less of a wrong table also helps."""
+
+NOTABLE = 0.02
+"""Mean KL in nats between attentions below which nothing is made of it."""
+
+
+def of_kind(exam: Exam, kind: str) -> list[str]:
+    """The attentions whose acting bias is related to the table in this way."""
+    return [name for name, comparison in exam.comparisons.items() if comparison.kind == kind]
+
+
+def meant_otherwise(exam: Exam, meaning: str) -> str | None:
+    """The evidence that tables were meant to be something else, by the source's attention; None where there is none.
+
+    It counts where it brings back a good part of what the best tables of the same buckets would, in most layers or in
+    some by far.
+    """
+    fidelity = exam.fidelity
+    if fidelity is None:
+        return None
+    won = {}
+    for name, own in fidelity.own.items():
+        other = fidelity.meant[name].get(meaning)
+        if other is None:
+            continue
+        excess, gain = (own - fidelity.refit[name]).mean().item(), (own - other).mean().item()
+        missed = (other - fidelity.refit[name]).mean().item()
+        brought = (fidelity.zeros[name] - fidelity.refit[name]).mean().item()
+        if gain > NOTABLE and gain > WON_BACK * excess and missed < LEFT * brought:
+            best = min(fidelity.meant[name], key=lambda what: fidelity.meant[name][what].mean().item())
+            if best == meaning:
+                won[name] = gain
+    if not won:
+        return None
+    before = sum(fidelity.own[name].mean().item() for name in won) / len(won)
+    after = before - sum(won.values()) / len(won)
+    return (
+        f"the source's attention says that the tables of {some(won)} are {meaning}: undone, the mean KL from it falls "
+        f"from {before:.3f} to {after:.3f} nats"
+    )
+
+
+def fed_otherwise(exam: Exam, ways: Sequence[str], remedy: str) -> Finding:
+    """Whether the logits depend on these ways to feed a text, where those of the family itself do not."""
+    allowed = CLOSE.get(exam.arms.dtype, CLOSE[torch.float32])
+    found: dict[str, Way] = {way: exam.ways[way] for way in ways if way in exam.ways}
+    wrong, unable = {}, []
+    if found and all(way.error for way in found.values()):
+        return unknown(f"the model does not run: {next(iter(found.values())).error}")
+    for name, way in found.items():
+        if way.difference <= allowed and not way.error and not way.broken:
+            continue
+        theirs = exam.source_ways.get(name)
+        if theirs is not None and (theirs.difference > allowed or theirs.error or theirs.broken):
+            unable.append(name)
+        else:
+            wrong[name] = way
+    figures = {name: way.difference for name, way in found.items()}
+    if wrong:
+        said = ", ".join(f"{name}: {_said(way)}" for name, way in wrong.items())
+        return confirmed(
+            f"{said}; the family itself shows no such difference",
+            remedy,
+            figures=figures,
+        )
+    good = [name for name in found if name not in unable]
+    rest = f"; {', '.join(unable)}: the family itself cannot do that" if unable else ""
+    if not good:
+        return unknown(f"nothing to compare{rest}", figures=figures)
+    largest = max(found[name].difference for name in good)
+    return excluded(
+        f"{', '.join(good)}: the same logits, within {largest:.0e} of the largest one{rest}", figures=figures
+    )
+
+
+FINER, SHARE = 0.05, 0.28
+"""Mean KL in nats, and share of what the best tables of these buckets win over none, that others must win on top."""
+
+
+def coarse(exam: Exam, other: str, described: str, remedy: str) -> Finding:
+    """Whether other buckets would bring the tables notably nearer to the source's attention."""
+    fidelity = exam.fidelity
+    if fidelity is None:
+        return unknown("only the source's attention tells what the buckets hide; give --source")
+    richer = {name: kl[other] for name, kl in fidelity.richer.items() if other in kl}
+    if not richer:
+        return excluded("the buckets are as fine and reach as far as the text that was measured")
+    refit, best = fidelity.mean({name: fidelity.refit[name] for name in richer}), fidelity.mean(richer)
+    said = (
+        f"mean KL from the source's attention: {refit:.3f} with the best tables of these buckets, {best:.3f} with those "
+        f"of {other}{described}"
+    )
+    brought = fidelity.mean({name: fidelity.zeros[name] for name in richer}) - refit
+    if refit - best > FINER and refit - best > SHARE * brought:
+        return confirmed(said, remedy)
+    return excluded(said)
+
+
+def content_ratios(exam: Exam) -> dict[str, float]:
+    """What multiplies query and key, over the same of the source, by attention."""
+    theirs = exam.source_still_life.portraits
+    found = {}
+    for name, portrait in exam.still_life.portraits.items():
+        other = theirs.get(name)
+        if portrait.scale is not None and other is not None and other.scale is not None:
+            ratio = portrait.scale / other.scale
+            found[name] = float(ratio[(ratio - 1).abs().argmax()])
+    return found
+
+
+def collinear(model: PreTrainedModel, source: PreTrainedModel) -> dict[str, float]:
+    """The weights that are the source's times a number, and the number; all others are left out."""
+    theirs, found = dict(source.named_parameters()), {}
+    for name, own in model.named_parameters():
+        other = theirs.get(name)
+        if other is None or other.shape != own.shape or own.dim() < 2:
+            continue
+        a, b = own.detach().flatten().double(), other.detach().flatten().double().to(own.device)
+        factor = (a @ b / (b @ b).clamp(min=1e-30)).item()
+        if (a - factor * b).norm() < 0.02 * a.norm():
+            found[name] = factor
+    return found
+
+
+def drift(model: PreTrainedModel, source: PreTrainedModel) -> dict[str, float | None]:
+    """By how much of its size each of the source's weights moved; None where the model has none of its shape."""
+    own, found = dict(model.named_parameters()), dict[str, float | None]()
+    for name, other in source.named_parameters():
+        mine = own.get(name)
+        if is_own(name):
+            continue
+        if mine is None or mine.shape != other.shape:
+            found[name] = None
+            continue
+        distance = (mine.detach().double() - other.detach().double().to(mine.device)).norm()
+        found[name] = (distance / other.detach().double().norm().clamp(min=1e-12)).item()
+    return found
+
+
+_OURS = {
+    *(
+        "rpb_retrofit",
+        "auto_map",
+        "attn_implementation",
+        "experts_implementation",
+        "architectures",
+        "torch_dtype",
+        "dtype",
+    ),
+    *("transformers_version", "_name_or_path", "use_cache", "output_attentions", "output_hidden_states", "return_dict"),
+    *("_attn_implementation", "_experts_implementation", "name_or_path", "model_type", "max_position_embeddings"),
+    *("id2label", "label2id", "problem_type", "finetuning_task", "task_specific_params"),
+}
+"""What a retrofit writes itself, and what no forward pass reads."""
+
+
+def other_settings(exam: Exam) -> dict[str, tuple[Any, Any]]:
+    """The settings of the retrofit's config that are not the source's, and both values; empty without a source."""
+    if exam.arms.source is None:
+        return {}
+    own, source = flat_settings(exam.arms.retrofit.config.to_dict()), flat_settings(exam.arms.source.config.to_dict())
+    return {key: (own.get(key), source.get(key)) for key in sorted({*own, *source}) if own.get(key) != source.get(key)}
+
+
+def flat_settings(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        if key in _OURS or key.endswith(("token_id", "token_ids")):
+            continue
+        if isinstance(value, dict):
+            found |= flat_settings(value, f"{prefix}{key}.")
+        elif value is not None:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def _said(way: Way) -> str:
+    if way.error:
+        return way.error
+    if way.broken:
+        return f"{way.broken} logits are no numbers"
+    return f"logits differ by {way.difference:.1%} of the largest one"

@@ -1,0 +1,128 @@
+"""A diagnosis: every hypothesis tested, every figure measured, and what comes first."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rpb_retrofit.diagnosis.arms import CONTROL, SOURCE
+from rpb_retrofit.diagnosis.exam import Exam
+from rpb_retrofit.diagnosis.finding import Outcome, ranked
+from rpb_retrofit.diagnosis.hypotheses import HYPOTHESES, Hypothesis
+from rpb_retrofit.diagnosis.measures import Figures, all_figures
+from rpb_retrofit.version import __version__
+
+MISSING = {
+    SOURCE: "whether the tables suit the source, what the retrofit costs, which heads it lost",
+    CONTROL: "what the text that was trained on did, apart from the positions",
+    "untrained": "what training changed",
+}
+"""What cannot be concluded without an arm."""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """The outcome of an examination. ``causes``: the confirmed hypotheses, the first cause first."""
+
+    arms: dict[str, str]
+    text: str
+    plan: dict[str, Any]
+    outcomes: list[Outcome]
+    figures: Figures
+    skipped: dict[str, str]
+    seconds: float
+    version: str = __version__
+
+    @property
+    def causes(self) -> list[Outcome]:
+        """The confirmed hypotheses, the first cause first."""
+        return ranked(self.outcomes)
+
+    @property
+    def missing(self) -> dict[str, str]:
+        """The arms that were not given, and what cannot be told without each."""
+        return {role: what for role, what in MISSING.items() if role not in self.arms}
+
+    @property
+    def headline(self) -> str:
+        """The verdict in a sentence."""
+        if not self.causes:
+            untold = sum(outcome.finding.verdict == "can't tell" for outcome in self.outcomes)
+            rest = f"; {untold} could not be told" if untold else ""
+            return f"No cause of a regression found: {len(self.outcomes) - untold} were looked for and excluded{rest}."
+        first, *others = self.causes
+        also = f" Also confirmed: {'; '.join(o.cause for o in others)}." if others else ""
+        return f"First cause: {first.cause}.{also}"
+
+    def cost(self, length: int | None = None) -> Figures | None:
+        """What the retrofit loses above the control, or else the source, at a length, by default the longest."""
+        losses = self.figures.get("loss") or {"costs": []}
+        for above in (CONTROL, SOURCE):
+            found = [c for c in losses["costs"] if c["arm"] == "retrofit" and c["above"] == above]
+            found = [c for c in found if length is None or c["length"] == length]
+            if found:
+                return found[-1]
+        return None
+
+    def regressions(self, tolerance: float) -> list[Figures]:
+        """The lengths at which the retrofit loses more than ``tolerance`` nats a token above control or source."""
+        losses = self.figures.get("loss") or {"costs": []}
+        above = CONTROL if CONTROL in self.arms else SOURCE
+        return [c for c in losses["costs"] if c["arm"] == "retrofit" and c["above"] == above and c["mean"] > tolerance]
+
+    def blind(self, tolerance: float) -> list[Figures]:
+        """The lengths at which a loss of ``tolerance`` could have gone unnoticed."""
+        losses = self.figures.get("loss") or {"costs": []}
+        above = CONTROL if CONTROL in self.arms else SOURCE
+        return [
+            c for c in losses["costs"] if c["arm"] == "retrofit" and c["above"] == above and c["detectable"] > tolerance
+        ]
+
+    def to_dict(self) -> Figures:
+        """All of it, as JSON takes it."""
+        return {
+            "version": self.version,
+            "headline": self.headline,
+            "causes": [outcome.name for outcome in self.causes],
+            "arms": self.arms,
+            "missing": self.missing,
+            "text": self.text,
+            "plan": self.plan,
+            "hypotheses": [
+                {**asdict(outcome), "kind": outcome.kind.name.lower(), "confirmed": outcome.confirmed}
+                for outcome in self.outcomes
+            ],
+            "figures": self.figures,
+            "skipped": self.skipped,
+            "seconds": self.seconds,
+        }
+
+
+def diagnose(
+    exam: Exam,
+    text: str = "",
+    progress: Callable[[str], None] = lambda line: None,
+    hypotheses: Sequence[Hypothesis] = HYPOTHESES,
+    figures: bool = True,
+) -> Diagnosis:
+    """Test ``hypotheses`` on the models of ``exam`` and measure the ``figures`` of a report.
+
+    ``text`` is what the documents are called; ``progress`` is told what is being done. DataError where the text is
+    shorter than the shortest length.
+    """
+    start = time.perf_counter()
+    assert exam.lengths, "text that is too short for all of them is an error of its own"
+    outcomes = []
+    for number, hypothesis in enumerate(hypotheses, 1):
+        progress(f"[{number}/{len(hypotheses)}] is it that {hypothesis.cause}?")
+        outcomes.append(hypothesis(exam))
+    measured: Figures = {}
+    if figures and not any(outcome.name == "does_not_run" and outcome.confirmed for outcome in outcomes):
+        progress("measuring what the report shows")
+        measured = all_figures(exam)
+    names = {role: model.name_or_path or type(model).__name__ for role, model in exam.arms}
+    return Diagnosis(
+        names, text, asdict(exam.plan), outcomes, measured, dict(exam.skipped), time.perf_counter() - start
+    )

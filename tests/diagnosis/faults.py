@@ -1,0 +1,362 @@
+"""Faults to plant in a healthy retrofit: in its weights, config, cache path, mask or data; each with its true name."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import rpb_retrofit as rpb
+from rpb_retrofit.diagnosis.arms import Arms
+from rpb_retrofit.runtime import interface
+from rpb_retrofit.runtime.mechanisms import position_zero, remove_hooks
+from tests.diagnosis.small_model import CONTEXT, language, plain_language, retrofitted, train
+
+
+@dataclass(frozen=True)
+class Fault:
+    """``plant`` spoils a healthy retrofit in place, or gives other arms; ``cause`` is the hypothesis that has to name
+    it first, where a text of the language is read at ``lengths``."""
+
+    name: str
+    cause: str
+    plant: Callable[[Arms], Arms | None]
+    lengths: tuple[int, ...] = (64, 256)
+    text: Callable[[int, int], Tensor] = language
+
+    def __str__(self) -> str:
+        return self.name
+
+
+FAULTS: list[Fault] = []
+
+
+def fault(name: str, cause: str, exam: dict[str, Any] | None = None, **severities: Any) -> Callable[[Any], Any]:
+    """Register a function as one fault, or as one for each severity."""
+
+    def register(plant: Any) -> Any:
+        if not severities:
+            FAULTS.append(Fault(name, cause, plant, **(exam or {})))
+        for how, value in severities.items():
+            FAULTS.append(Fault(f"{name}, {how}", cause, lambda arms, value=value: plant(arms, value), **(exam or {})))
+        return plant
+
+    return register
+
+
+def tables(arms: Arms) -> list[nn.Parameter]:
+    return [bias.weight for bias in arms.biases.values()]
+
+
+def layers(arms: Arms, count: int | None) -> list[Any]:
+    return list(arms.attentions.values())[:count]
+
+
+def reloaded(model: Any, **settings: Any) -> Any:
+    """A retrofit, saved, its config.json changed, and loaded again."""
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        file = Path(folder) / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+        return rpb.load(folder).eval()
+
+
+def answer(arms: Arms, change: Callable[[Any, Any], Any], count: int | None = None) -> None:
+    """Every bias module (of the first ``count`` layers) answers ``change(module, offsets)``."""
+    for module in layers(arms, count):
+        bias = module.relative_attention_bias
+        inner = type(bias).forward
+        bias.forward = lambda offset, bias=bias, inner=inner: change(
+            lambda o: inner(bias, o), torch.tensor(list(offset)) if isinstance(offset, range) else offset
+        )
+
+
+# --- the running model ---------------------------------------------------------------------------------------------
+
+
+@fault("RoPE goes on", "mechanism_active", **{"in all layers": None, "in one layer": 1})
+def rope_goes_on(arms: Arms, count: int | None) -> None:
+    model: Any = arms.retrofit
+    rotary = model.model.rotary_emb
+    if count is None:
+        remove_hooks(rotary, position_zero)
+        return
+
+    def rotated(module: Any, args: Any, kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        positions = torch.arange(hidden.shape[1])[None]
+        return args, {**kwargs, "position_embeddings": rotary.forward(hidden, positions)}
+
+    layers(arms, count)[0].register_forward_pre_hook(rotated, with_kwargs=True)
+
+
+@fault("offset reversed", "offset_reversed", **{"in all layers": None, "in one layer": 1})
+def offset_reversed(arms: Arms, count: int | None) -> None:
+    answer(arms, lambda bias, offset: bias(-offset), count)
+
+
+@fault("offset off by one", "off_by_one", **{"in all layers": None, "in one layer": 1})
+def off_by_one(arms: Arms, count: int | None) -> None:
+    answer(arms, lambda bias, offset: bias(offset + 1), count)
+
+
+@fault("bias scaled by 1/sqrt(d)", "wrong_scale", **{"in all layers": None, "in one layer": 1})
+def bias_scaled(arms: Arms, count: int | None) -> None:
+    answer(arms, lambda bias, offset: bias(offset) / 4, count)
+
+
+@fault("content not scaled", "wrong_scale", **{"in all layers": None, "in one layer": 1})
+def content_unscaled(arms: Arms, count: int | None) -> None:
+    for module in layers(arms, count):
+        module.scaling = 1.0
+
+
+@fault("query projection times sqrt(d)", "wrong_scale", **{"in all layers": None, "in one layer": 1})
+def query_projection_scaled(arms: Arms, count: int | None) -> None:
+    for module in layers(arms, count):
+        module.q_proj.weight.data *= 4.0
+
+
+@fault("tables times 1/sqrt(d) in the file", "wrong_scale")
+def tables_scaled(arms: Arms) -> None:
+    for table in tables(arms):
+        table.data /= 4
+
+
+@fault("bias dropped: another implementation is set", "bias_dropped")
+def other_implementation(arms: Arms) -> None:
+    arms.retrofit.config._attn_implementation = "sdpa"
+
+
+@fault("bias dropped: another implementation, and its guard removed", "bias_dropped")
+def other_implementation_unguarded(arms: Arms) -> None:
+    arms.retrofit.config._attn_implementation = "sdpa"
+    for module in arms.attentions.values():
+        remove_hooks(module, interface.pass_offset)
+
+
+@fault("bias dropped: zero answers", "bias_dropped", **{"in all layers": None, "in one layer": 1})
+def zero_answers(arms: Arms, count: int | None) -> None:
+    answer(arms, lambda bias, offset: bias(offset) * 0, count)
+
+
+@fault("cached decoding counts from the cache's start", "cached_decoding")
+def cached_row_shifted(arms: Arms) -> None:
+    for bias in arms.biases.values():
+        row = type(bias)._row
+        bias._row = lambda keys, weight, bias=bias, row=row: row(bias, keys, weight).roll(1, 1)
+
+
+@fault("cached decoding sees far keys as near", "cached_decoding")
+def cached_row_constant(arms: Arms) -> None:
+    for bias in arms.biases.values():
+        bias._row = lambda keys, weight, bias=bias: bias.weight[:, :1].expand(-1, keys)
+
+
+@fault("a static cache's unused slots are counted", "cached_decoding")
+def static_cache_offset(arms: Arms) -> None:
+    def late(module: Any, args: Any, kwargs: Any) -> Any:
+        if kwargs.get("first_offset") is not None:
+            kwargs = {**kwargs, "first_offset": kwargs["first_offset"] + 5}
+        return args, kwargs
+
+    for module in arms.attentions.values():
+        module.register_forward_pre_hook(late, with_kwargs=True)
+
+
+@fault("padding is seen", "padding_or_packing")
+def padding_seen(arms: Arms) -> None:
+    def unmasked(module: Any, args: Any, kwargs: Any) -> Any:
+        return args, {**kwargs, "attention_mask": None}
+
+    arms.retrofit.base_model.register_forward_pre_hook(unmasked, with_kwargs=True)
+
+
+@fault("packed documents see one another", "padding_or_packing")
+def packing_seen(arms: Arms) -> None:
+    def unpacked(module: Any, args: Any, kwargs: Any) -> Any:
+        return args, {**kwargs, "position_ids": None}
+
+    arms.retrofit.base_model.register_forward_pre_hook(unpacked, with_kwargs=True)
+
+
+@fault("YaRN was left in the config", "position_scaling", **{"of 4": 4.0, "of 1.5": 1.5})
+def yarn_left(arms: Arms, factor: float) -> Arms:
+    rope = {"rope_type": "yarn", "factor": factor, "rope_theta": 10_000.0, "original_max_position_embeddings": CONTEXT}
+    return replace(arms, retrofit=reloaded(arms.retrofit, rope_parameters=rope))
+
+
+@fault("RoPE's base was changed, under kept frequencies", "position_scaling")
+def base_changed(arms: Arms) -> Arms:
+    rope = {"rope_type": "default", "rope_theta": 1_000_000.0}
+    return replace(arms, retrofit=reloaded(retrofitted(arms.source, keep=4), rope_parameters=rope))
+
+
+# --- the numbers ---------------------------------------------------------------------------------------------------
+
+
+@fault("tables not loaded: zeros", "tables_not_loaded", **{"in all layers": None, "in one layer": 1})
+def tables_zero(arms: Arms, count: int | None) -> None:
+    for table in tables(arms)[:count]:
+        table.data.zero_()
+
+
+@fault("tables not loaded: one number", "tables_not_loaded")
+def tables_constant(arms: Arms) -> None:
+    for table in tables(arms):
+        table.data[:] = table.data[:, :1]
+
+
+@fault("all heads alike", "tables_not_loaded")
+def heads_alike(arms: Arms) -> None:
+    for table in tables(arms):
+        table.data[:] = table.data[:1]
+
+
+@fault("tables of random numbers", "foreign_tables")
+def tables_random(arms: Arms) -> None:
+    for number, table in enumerate(tables(arms)):
+        table.data.normal_(0, 2, generator=torch.Generator().manual_seed(number))
+
+
+@fault("one table for all layers", "tables_shared")
+def tables_shared(arms: Arms) -> None:
+    first, *others = tables(arms)
+    for table in others:
+        table.data.copy_(first.data)
+
+
+@fault("heads in another order", "wrong_order", **{"rolled in all layers": None, "rolled in one layer": 1})
+def heads_rolled(arms: Arms, count: int | None) -> None:
+    for table in tables(arms)[:count]:
+        table.data.copy_(table.data.roll(1, 0))
+
+
+@fault("layers in another order", "wrong_order")
+def layers_reversed(arms: Arms) -> None:
+    before = [table.data.clone() for table in tables(arms)]
+    for table, other in zip(tables(arms), reversed(before), strict=True):
+        table.data.copy_(other)
+
+
+@fault("the maximum distance of the config was changed", "other_buckets", **{"to a quarter": 64, "to twice": 512})
+def other_distance(arms: Arms, distance: int) -> Arms:
+    settings = {**arms.settings, "relative_attention_max_distance": distance}
+    return replace(arms, retrofit=reloaded(arms.retrofit, rpb_retrofit=settings))
+
+
+@fault("sign of the tables reversed", "wrong_scale")
+def tables_negated(arms: Arms) -> None:
+    for table in tables(arms):
+        table.data.neg_()
+
+
+@fault("tables moved by one bucket", "off_by_one")
+def tables_moved(arms: Arms) -> None:
+    for table in tables(arms):
+        table.data.copy_(torch.cat([table.data[:, :1], table.data[:, :-1]], 1))
+
+
+@fault("tables rounded to bfloat16", "precision")
+def tables_rounded(arms: Arms) -> None:
+    for table in tables(arms):
+        table.data.copy_(table.data.bfloat16().float())
+
+
+@fault("tables cast to bfloat16", "precision")
+def tables_cast(arms: Arms) -> None:
+    for table in tables(arms):
+        table.data = table.data.bfloat16()
+
+
+@fault("a weight is NaN", "not_finite")
+def weight_nan(arms: Arms) -> None:
+    next(arms.retrofit.parameters()).data[3, 3] = math.nan
+
+
+@fault("a layer's weights are damaged", "weights_differ", **{"by noise": 0.5, "slightly": 0.02})
+def weights_damaged(arms: Arms, size: float) -> None:
+    weight = arms.retrofit.base_model.layers[1].mlp.up_proj.weight.data
+    weight += size * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+
+
+@fault("an epsilon of the config is not the source's", "settings_differ")
+def other_epsilon(arms: Arms) -> None:
+    arms.retrofit.config.rms_norm_eps = 1e-2
+
+
+@fault("a module's epsilon is not its config's", "settings_differ")
+def other_module_epsilon(arms: Arms) -> None:
+    for module in arms.retrofit.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.variance_epsilon = 1e-1
+
+
+@fault("queries grow with position", "position_scaling")
+def queries_grow(arms: Arms) -> None:
+    def grow(module: Any, args: Any, output: Any) -> Any:
+        return output * (1 + 0.1 * torch.arange(output.shape[1]).log1p())[None, :, None]
+
+    for module in arms.attentions.values():
+        module.q_proj.register_forward_hook(grow)
+
+
+@fault("far buckets were not trained", "untrained_buckets", **{"they hold noise": 3.0, "they hold zeros": 0.0})
+def far_buckets(arms: Arms, size: float) -> None:
+    for number, table in enumerate(tables(arms)):
+        noise = torch.randn(4, 12, generator=torch.Generator().manual_seed(number))
+        table.data[:, 20:] = size * noise + (0 if size else table.data.amax())
+
+
+@fault("the head for the token before is flat", "heads_lost")
+def flat_head(arms: Arms) -> None:
+    first = tables(arms)[0]
+    head = int((first.data.amax(1) - first.data.amin(1)).argmax())
+    first.data[head] = 0
+
+
+# --- the settings, and what training did ---------------------------------------------------------------------------
+
+
+@fault("the last bucket begins at 8", "far_order_lost")
+def short_reach(arms: Arms) -> Arms:
+    return replace(arms, retrofit=retrofitted(arms.source, buckets=10, max_distance=8))
+
+
+@fault("two buckets for all that is near", "local_order_lost")
+def wide_buckets(arms: Arms) -> Arms:
+    return replace(arms, retrofit=retrofitted(arms.source, buckets=4, max_distance=256))
+
+
+@fault("texts longer than frequencies that were kept", "outside_trained_length", {"lengths": (64, 256, 1024)})
+def kept_frequencies(arms: Arms) -> Arms:
+    return replace(arms, retrofit=retrofitted(arms.source, keep=6))
+
+
+@fault("training on far positions only", "short_context_forgotten")
+def forgets_short(arms: Arms) -> Arms:
+    train(arms.retrofit, language(60_000, 5), steps=60, worse_before=40)
+    return arms
+
+
+@fault("another language was trained", "domain_drift")
+def another_language(arms: Arms) -> Arms:
+    control = deepcopy(arms.source)
+    other = language(60_000, 5, words=1234) % 24
+    for model in (arms.retrofit, control):
+        train(model, other, steps=60)
+    return replace(arms, control=control)
+
+
+@fault("nothing ever came again in training", "retrieval_lost", {"text": plain_language})
+def no_repetitions(arms: Arms) -> Arms:
+    train(arms.retrofit, plain_language(60_000, 5), steps=120)
+    return arms

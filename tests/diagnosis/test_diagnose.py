@@ -1,0 +1,212 @@
+"""Diagnosis against the truth: planted faults are named first, healthy retrofits are left in peace."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import rpb_retrofit as rpb
+from rpb_retrofit.diagnosis.arms import Arms
+from rpb_retrofit.diagnosis.exam import Exam, Plan
+from rpb_retrofit.diagnosis.factorial import SCALE, factorial
+from rpb_retrofit.diagnosis.finding import Verdict
+from rpb_retrofit.diagnosis.hypotheses import HYPOTHESES
+from rpb_retrofit.diagnosis.run import Diagnosis, diagnose
+from rpb_retrofit.errors import DataError, NotRetrofittedError
+from rpb_retrofit.evaluation.context_use import induction_gain, make_inductions
+from rpb_retrofit.evaluation.losses import difference, token_by_token
+from tests.diagnosis.faults import FAULTS, Fault
+from tests.diagnosis.small_model import language, retrofitted, trained
+from tests.families.cases import CASES
+from tests.families.test_contract import build
+
+LENGTHS = (64, 256)
+
+
+def examine(arms: Arms, lengths: tuple[int, ...] = LENGTHS, text: Any = language, **plan: Any) -> Exam:
+    plan = {"lengths": lengths, "tokens": 8192, "rounds": 0, **plan}
+    return Exam(arms, [text(8192, 4321)], None, Plan(**plan))
+
+
+def verdicts(found: Diagnosis) -> dict[str, Verdict]:
+    return {outcome.name: outcome.finding.verdict for outcome in found.outcomes}
+
+
+def test_the_model_uses_positions(source: PreTrainedModel) -> None:
+    gains = [induction_gain(source, item).gain for item in make_inductions([language(4096, 9)], [40], 8, span=20)]
+    assert sum(gains) / len(gains) > 1
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_planted_fault_is_named_first(fault: Fault, source: PreTrainedModel, healthy: str) -> None:
+    arms = Arms(rpb.load(healthy).eval(), copy.deepcopy(source))
+    arms = fault.plant(arms) or arms
+    found = diagnose(examine(arms, fault.lengths, fault.text), figures=False)
+    assert [cause.name for cause in found.causes][:1] == [fault.cause], found.headline
+    assert found.causes[0].finding.remedy
+
+
+def test_every_hypothesis_has_its_fault() -> None:
+    symptoms = {"attention_spreads", "other_temperature"}  # of other faults: see test_symptoms
+    assert {fault.cause for fault in FAULTS} | symptoms == {h.name for h in HYPOTHESES} - {"does_not_run"}
+
+
+HEALTHY: list[tuple[str, int, dict[str, Any]]] = [
+    ("llama", 0, {}),
+    ("llama", 0, {"seed": 31}),
+    ("llama", 0, {"keep": 4}),
+    ("llama", 1, {}),
+    ("qwen2", 0, {}),
+    ("qwen2", 1, {"keep": 4}),
+    ("gpt_neox", 0, {}),
+    ("gpt_neox", 1, {"seed": 31}),
+    ("gpt2", 0, {}),
+    ("gpt2", 1, {}),
+]
+
+
+@pytest.mark.parametrize(("family", "seed", "settings"), HEALTHY, ids=str)
+def test_healthy_retrofits_are_left_in_peace(family: str, seed: int, settings: dict[str, Any]) -> None:
+    model = trained("llama") if (family, seed) == ("llama", 0) else trained(family, seed, first=0, then=60)
+    found = diagnose(examine(Arms(retrofitted(model, **settings), model)), figures=False)
+    assert not found.causes, found.headline
+    assert not [outcome for outcome in found.outcomes if outcome.finding.failed]
+    assert "No cause" in found.headline
+
+
+CAUSAL = [case for case in CASES if case.kind == "causal" and case.name != "llama-dynamic"]
+
+
+@pytest.mark.parametrize("case", CAUSAL, ids=str)
+def test_every_family_runs_as_it_should(case: Any) -> None:
+    """Of random weights and tables only what runs can be judged: no hypothesis about running is confirmed."""
+    model = build(case)
+    rpb.retrofit(
+        model,
+        rpb.RetrofitConfig(init="normal", relative_attention_num_buckets=8, relative_attention_max_distance=16),
+    )
+    documents = [torch.randint(3, 61, (400,), generator=torch.Generator().manual_seed(0))]
+    exam = Exam(Arms(model, build(case)), documents, None, Plan(lengths=(24, 40), tokens=400, probed=80, rounds=0))
+    running = [h for h in HYPOTHESES if h.kind.name == "RUNNING"]
+    found = diagnose(exam, hypotheses=running, figures=False)
+    assert not found.causes, found.headline
+    assert not [o.finding.because for o in found.outcomes if o.finding.failed]
+    excluded = [name for name, verdict in verdicts(found).items() if verdict is Verdict.EXCLUDED]
+    assert len(excluded) >= len(running) - 2
+
+
+def test_without_the_source_it_cannot_tell(source: PreTrainedModel) -> None:
+    model = retrofitted(source)
+    for bias in Arms(model).biases.values():
+        bias.weight.data.copy_(bias.weight.data.roll(1, 0))
+    found = diagnose(examine(Arms(model)), figures=False)
+    assert verdicts(found)["wrong_order"] is Verdict.UNKNOWN
+    assert "source" in found.missing and not found.causes
+
+
+def test_symptoms(source: PreTrainedModel) -> None:
+    """A flat temperature spreads attention: both are seen, and what undoing them brings back."""
+    model = retrofitted(source)
+    for bias in Arms(model).biases.values():
+        bias.weight.data *= 0.5
+    for attention in Arms(model).attentions.values():
+        attention.q_proj.weight.data *= 0.5
+    found = diagnose(examine(Arms(model)), figures=False)
+    assert "other_temperature" in [cause.name for cause in found.causes]
+    assert (found.causes[-1].finding.gain or 0) > 0
+
+
+@pytest.mark.parametrize("factor", [4.0, 0.5])
+def test_factorial_recovers_planted_effects(source: PreTrainedModel, factor: float) -> None:
+    """The truth, on text that the factorial does not read, lies in its intervals."""
+
+    def planted(scale: float, flat: bool) -> PreTrainedModel:
+        model = retrofitted(source)
+        for attention in Arms(model).attentions.values():
+            attention.scaling *= scale
+            if flat:
+                attention.relative_attention_bias.weight.data[:, 12:] = 0
+        return model
+
+    exam = examine(Arms(planted(factor, True), source), probed=4096)
+    found = {crossing.name: crossing for crossing in factorial(exam)}[SCALE]
+    assert found.gap.mean == pytest.approx(found.method.mean + found.factor.mean + found.both.mean, abs=1e-9)
+
+    fresh = [language(30_000, 777_000)]
+    scaled = copy.deepcopy(source)
+    for attention in (layer.self_attn for layer in scaled.model.layers):  # type: ignore[union-attr]
+        attention.scaling *= factor
+    losses = {
+        name: token_by_token(model, fresh, exam.middle, 30_000, None)
+        for name, model in {
+            "plain": source,
+            "scaled": scaled,
+            "tables": planted(1.0, True),
+            "both": planted(factor, True),
+        }.items()
+    }
+    for effect, truth in (
+        (found.method, difference(losses["plain"], losses["tables"]).mean),
+        (found.factor, difference(losses["plain"], losses["scaled"]).mean),
+        (found.gap, difference(losses["plain"], losses["both"]).mean),
+    ):
+        slack = 0.5 * (effect.high - effect.low)  # the truth was measured on text, too
+        assert effect.low - slack <= truth <= effect.high + slack
+        assert effect.real
+
+
+def test_figures_of_all_arms(source: PreTrainedModel, healthy: str) -> None:
+    retrofit = rpb.load(healthy).eval()
+    arms = Arms(retrofit, source, untrained=retrofit, control=source)
+    found = diagnose(examine(arms, rounds=1)).to_dict()
+    figures = found["figures"]
+    assert set(figures["loss"]["mean"]) == {"source", "control", "untrained", "retrofit"}
+    costs = {(c["arm"], c["above"], c["length"]): c for c in figures["loss"]["costs"]}
+    assert costs["control", "source", 256]["mean"] == 0 and not costs["control", "source", 256]["real"]
+    assert costs["retrofit", "source", 256]["mean"] > 0
+    assert sum(figures["coverage"]["share"]) == pytest.approx(1)
+    assert {row["arm"] for row in figures["speed"]} == {"source", "retrofit"}
+    lines = figures["bias"]
+    assert len(lines["offsets"]) == len(lines["retrofit"]["model.layers.0.self_attn"][0])
+
+
+def test_lengths_that_do_not_fit_are_named(source: PreTrainedModel) -> None:
+    gpt2 = trained("gpt2", 0, first=0, then=60)
+    exam = examine(Arms(retrofitted(gpt2), gpt2), lengths=(64, 512, 9000))
+    found = diagnose(exam)
+    assert "9000" in " ".join(found.skipped) and any("source-512" in name for name in found.skipped)
+    means = found.figures["loss"]["mean"]
+    assert set(means["source"]) == {"64"} and set(means["retrofit"]) == {"64", "512"}
+
+
+def test_no_memory_for_a_length(source: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = retrofitted(source)
+    forward = type(model).forward
+
+    def limited(self: Any, input_ids: Any = None, **kwargs: Any) -> Any:
+        if input_ids is not None and input_ids.shape[1] >= 256:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        return forward(self, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", limited)
+    exam = examine(Arms(model, source), lengths=(64, 256))
+    assert exam.losses("retrofit", 256) is None and exam.losses("retrofit", 64) is not None
+    assert "can't allocate" in exam.skipped["loss-retrofit-256"]
+
+
+def test_wrong_arms(source: PreTrainedModel) -> None:
+    retrofit = retrofitted(source)
+    with pytest.raises(NotRetrofittedError, match="the retrofit '.*' is no retrofit"):
+        Arms(source, source)
+    with pytest.raises(NotRetrofittedError, match="the source '.*' is a retrofit: give the plain model"):
+        Arms(retrofit, retrofit)
+    other = copy.deepcopy(source)
+    other.config.vocab_size = 50
+    with pytest.raises(DataError, match="has 50 tokens, the retrofit 48"):
+        Arms(retrofit, other)
+    with pytest.raises(DataError, match="longest document has 30 tokens"):
+        diagnose(Exam(Arms(retrofit, source), [language(30, 1)], None, Plan(lengths=LENGTHS)))

@@ -1,0 +1,344 @@
+"""The page that a diagnosis is read on: whole, self-contained, linked, and honest about what was not found."""
+
+from __future__ import annotations
+
+import base64
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rpb_retrofit.diagnosis import pictures
+from rpb_retrofit.diagnosis.hypotheses import HYPOTHESES
+from rpb_retrofit.diagnosis.report import EVIDENCE, number, write_report
+
+COMMAND = "rpb diagnose out --source org/model"
+ARMS = ("source", "control", "untrained", "retrofit")
+VOID = {"meta", "img", "br", "hr", "link", "input"}
+
+
+class Page(HTMLParser):
+    """What a page holds; fails where a tag is closed that is not the one open."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, {key: value or "" for key, value in attrs}))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, self.getpos()
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    def values(self, attribute: str) -> list[str]:
+        return [attributes[attribute] for _, attributes in self.tags if attribute in attributes]
+
+
+def difference(mean: float, spread: float = 0.02, real: bool = True) -> dict[str, Any]:
+    detectable = 1.5 * spread
+    low, high = mean - spread, mean + spread
+    return {
+        "mean": mean,
+        "low": low,
+        "high": high,
+        "p": 0.01 if real else 0.6,
+        "detectable": detectable,
+        "items": 9,
+        "clusters": 9,
+        "real": real,
+    }
+
+
+def unbounded(mean: float) -> dict[str, Any]:
+    return difference(mean, math.inf, real=False)
+
+
+def result(confirmed: tuple[str, ...] = (), costs: list[dict[str, Any]] | None = None, **more: Any) -> dict[str, Any]:
+    """A diagnosis as `Diagnosis.to_dict` makes it, with every figure, in which some hypotheses are confirmed."""
+    hypotheses = [
+        {
+            "name": h.name,
+            "cause": h.cause,
+            "predicts": h.predicts,
+            "kind": h.kind.name.lower(),
+            "confirmed": h.name in confirmed,
+            "finding": {
+                "verdict": "confirmed"
+                if h.name in confirmed
+                else "can't tell"
+                if h.name == "domain_drift"
+                else "excluded",
+                "because": f"evidence of {h.name}",
+                "remedy": f"remedy of {h.name}" if h.name in confirmed else "",
+                "gain": 0.321 if h.name in confirmed else None,
+                "figures": {"layers": ["a", "b"], "largest": math.inf} if h.name == "precision" else {},
+                "failed": False,
+            },
+        }
+        for h in HYPOTHESES
+    ]
+    causes = [h["cause"] for h in hypotheses if h["confirmed"]]
+    headline = f"First cause: {causes[0]}." if causes else "No cause of a regression found: 25 were excluded."
+    return {
+        "version": "0",
+        "headline": headline + (f" Also confirmed: {'; '.join(causes[1:])}." if causes[1:] else ""),
+        "causes": [h["name"] for h in hypotheses if h["confirmed"]],
+        "arms": {role: f"org/{role}" for role in ARMS},
+        "missing": {},
+        "text": "some text",
+        "plan": {"lengths": [64, 256], "items": 4},
+        "hypotheses": hypotheses,
+        "figures": figures(costs if costs is not None else [cost(64, 0.1), cost(256, 0.2)]),
+        "skipped": {},
+        "seconds": 3.0,
+        **more,
+    }
+
+
+def cost(length: int, mean: float, real: bool = True, above: str = "source") -> dict[str, Any]:
+    return {"arm": "retrofit", "above": above, "length": length, **difference(mean, real=real)}
+
+
+def figures(costs: list[dict[str, Any]]) -> dict[str, Any]:
+    names = [f"model.layers.{i}.self_attn" for i in range(2)]
+    table = {name: [[1.0, 0.0, -1.0], [0.5, 0.0, -0.5]] for name in names}
+    effects = {"gap": difference(0.3), "method": difference(0.2), "factor": difference(0.0, real=False)}
+    return {
+        "loss": {
+            "mean": {arm: {"64": 3.0, "256": 2.5} for arm in ARMS},
+            "costs": costs,
+            "by_position": [
+                {
+                    "arm": arm,
+                    "length": 256,
+                    "first": p,
+                    "last": 2 * p - 1,
+                    "nll": 3.0,
+                    "low": -math.inf,
+                    "high": math.inf,
+                }
+                for arm in ARMS
+                for p in (1, 2, 4)
+            ],
+            "key_tokens": {**difference(0.4), "tokens": 77, "length": 256},
+        },
+        "retrieval": {
+            "induction": [{"arm": arm, "distance": d, **difference(1 / d)} for arm in ARMS for d in (32, 128)],
+            "local_order": [{"arm": arm, **unbounded(0.5)} for arm in ARMS],
+            "questions": [
+                {"arm": arm, "kind": kind, "length": 256, "depth": depth, "items": 8, "correct": share, "nll": 1.0}
+                for arm in ARMS
+                for kind, depth, share in (("passkey", 0.1, 0.25), ("passkey", 0.9, 0.875), ("multi-value", None, 0.5))
+            ],
+            "compared": [{"kind": "passkey", "correct": difference(-0.25), "nll": unbounded(0.1)}],
+        },
+        "bias": {"offsets": [0, 1, 5], "retrofit": table, "source": {names[0]: table[names[0]]}},
+        "fidelity": {name: {"own": 0.2, "none": 1.0, "best": 0.1} for name in names},
+        "coverage": {"length": 256, "share": [0.5, 0.3, 0.2], "trained_pairs": [12345, 10, 0]},
+        "entropy": [
+            {"arm": arm, "keys": 8 * 2**n, "mean": 1.0 + n, "low": 0.5 + n, "high": 1.5 + n}
+            for arm in ARMS
+            for n in range(3)
+        ],
+        "factorial": [
+            {
+                "name": "score scale",
+                "about": "times 4",
+                "sentence": "sentence of the crossing",
+                "cells": {"source": 3.0, "source_with": 3.1, "retrofit": 3.2, "retrofit_with": 3.3},
+                **effects,
+                "both": unbounded(0.1),
+            }
+        ],
+        "speed": [
+            *(
+                {
+                    "arm": arm,
+                    "length": 256,
+                    "prefill_tokens_per_s": speed,
+                    "first_token_s": 0.1,
+                    "decode_tokens_per_s": speed,
+                }
+                | {"peak_bytes": None, "rounds": 3}
+                for arm, speed in (("source", 100.0), ("retrofit", 50.0))
+            ),
+            {"arm": "retrofit", "length": 4096, "skipped": "no memory for it"},
+        ],
+    }
+
+
+def render(found: dict[str, Any], folder: Path) -> tuple[Page, str]:
+    write_report(found, COMMAND, folder / "report.html")
+    source = (folder / "report.html").read_text()
+    return Page(source), source
+
+
+@pytest.mark.parametrize("confirmed", [(), ("wrong_scale", "foreign_tables")])
+def test_the_page_is_whole_and_needs_nothing_else(confirmed: tuple[str, ...], tmp_path: Path) -> None:
+    page, source = render(result(confirmed), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+    assert not re.search(r"https?:|@import|url\(", source)
+    assert not {"script", "link", "iframe"} & {tag for tag, _ in page.tags}
+    pictured = page.values("src")
+    assert len(pictured) == 9
+    assert all(address.startswith("data:image/") for address in pictured)
+    assert all(attributes["alt"] for tag, attributes in page.tags if tag == "img")
+    assert all("scope" in attributes for tag, attributes in page.tags if tag == "th")
+
+
+@pytest.mark.parametrize("confirmed", [(), ("wrong_scale", "foreign_tables")])
+def test_every_link_leads_somewhere(confirmed: tuple[str, ...], tmp_path: Path) -> None:
+    page, _ = render(result(confirmed), tmp_path)
+    anchors, links = page.values("id"), page.values("href")
+    assert len(anchors) == len(set(anchors))
+    assert links
+    assert all(link.startswith("#") for link in links)
+    assert {link[1:] for link in links} <= set(anchors)
+    # Whatever a hypothesis can point at is an exhibit of the full page, so that no link is lost by a wrong name.
+    assert {anchor for targets in EVIDENCE.values() for anchor in targets} <= set(anchors)
+    assert {f"h-{hypothesis.name}" for hypothesis in HYPOTHESES} <= set(anchors)
+    assert set(EVIDENCE) <= {hypothesis.name for hypothesis in HYPOTHESES}
+
+
+def verdict(source: str) -> str:
+    return Page(source[source.index("<header") : source.index("</header>") + len("</header>")]).text
+
+
+def test_the_verdict_names_the_first_cause_with_evidence_gain_and_remedy(tmp_path: Path) -> None:
+    found = result(
+        ("wrong_scale", "foreign_tables"), missing={"control": "what the text did"}, skipped={"a": "too long"}
+    )
+    page, source = render(found, tmp_path)
+    said = verdict(source)
+    assert "First cause: the bias is scaled, or the content is not." in said
+    assert "Also confirmed: the tables do not suit this source." in said
+    assert "Evidence of wrong_scale." in said
+    assert "Undoing it brings back 0.321 nats a token." in said
+    assert "Remedy of wrong_scale." in said
+    assert "+0.200 (95% interval +0.180 to +0.220) nats a token against the source in windows of 256" in said
+    assert "control: what the text did, cannot be told" in said
+    assert "a: too long" in said
+    assert f"{COMMAND} --only wrong_scale" in page.text
+    assert 'href="#factorial"' in source[: source.index("</header>")]
+
+
+def test_a_healthy_model_is_told_what_was_not_found(tmp_path: Path) -> None:
+    costs = [cost(64, 0.001, real=False), cost(256, 0.01, real=False)]
+    _, source = render(result(costs=costs), tmp_path)
+    said = verdict(source)
+    assert "No cause of a regression found" in said
+    assert "may still be there" in said
+    assert "Could not be told domain drift, not positions ." in said
+    assert "No difference found: +0.010" in said
+    assert "That is not to say that there is none: the smallest effect" in said
+    assert "4 times in 5 is 0.030." in said
+    assert "The retrofit does lose" not in said
+
+
+def test_a_cost_that_nothing_explains_is_said_to_be_one(tmp_path: Path) -> None:
+    _, source = render(result(), tmp_path)
+    assert "The retrofit does lose, and none of what was excluded explains it." in verdict(source)
+
+
+@pytest.mark.parametrize(
+    ("costs", "said"),
+    [
+        ([cost(64, 0.1), cost(64, 0.5, above="control")], "+0.520) nats a token against the control"),
+        ([cost(64, 0.9, real=False), cost(256, 0.2)], "+0.200 (95%"),
+        ([cost(64, -0.3)], "The retrofit's loss is the lower one."),
+        ([{**cost(64, 0.1), **unbounded(0.1)}], "no effect of any size could have been seen"),
+        ([], "Not measured: that takes a source or a control"),
+    ],
+    ids=["control", "real", "lower", "one cluster", "none"],
+)  # fmt: skip
+def test_the_cost_that_is_named(costs: list[dict[str, Any]], said: str, tmp_path: Path) -> None:
+    assert said in verdict(render(result(costs=costs), tmp_path)[1])
+
+
+def test_infinities_are_words(tmp_path: Path) -> None:
+    page, _ = render(result(costs=[{**cost(64, 0.1), **unbounded(0.1)}]), tmp_path)
+    assert "minus infinity" in page.text
+    assert "infinite" in page.text
+    assert "it takes two clusters of text to know the spread" in page.text
+    assert not re.search(r"(?<![a-z])[+-]?(inf|nan)(?![a-z])", page.text)
+    assert number(math.nan) == "not a number"
+    assert number(None) == "not measured"
+
+
+def test_hostile_names_are_text(tmp_path: Path) -> None:
+    found = result(text="<b>bold")
+    found["arms"]["retrofit"] = "<script>alert(1)</script>"
+    found["hypotheses"][0]["finding"]["because"] = '"><img src=x onerror=alert(1)>'
+    page, source = render(found, tmp_path)
+    assert "<script" not in source
+    assert "<script>alert(1)</script>" in page.text
+    assert "onerror" in page.text
+    assert not page.values("onerror")
+
+
+def test_a_probe_that_failed_is_said_to_have(tmp_path: Path) -> None:
+    found = result()
+    assert "Its probe ended in an error" not in render(found, tmp_path)[0].text
+    found["hypotheses"][0]["finding"].update(verdict="can't tell", failed=True, because="RuntimeError: <x>")
+    text = render(found, tmp_path)[0].text
+    assert "Its probe ended in an error , so this says nothing of the model: RuntimeError: <x>" in text
+
+
+def test_a_model_that_does_not_run_has_a_page_without_pictures(tmp_path: Path) -> None:
+    page, _ = render(result(("does_not_run",), figures={}), tmp_path)
+    assert not page.values("src")
+    assert "First cause: the model does not run." in page.text
+    assert {link[1:] for link in page.values("href")} <= set(page.values("id"))
+
+
+def test_the_numbers_of_the_pictures_are_in_tables(tmp_path: Path) -> None:
+    text = render(result(), tmp_path)[0].text
+    assert "retrofit passkey 256 90% 8 88%" in text
+    assert "multi-value 256 spread 8 50%" in text
+    assert "12,345" in text
+    assert "On the 77 tokens that the source predicts well only with far context" in text
+    assert "retrofit 256 50.0 0.50 100.0 50.0 0.50 not measured 3" in text  # the source's speed is twice that
+    assert "skipped: no memory for it" in text
+    assert "Score scale (times 4): sentence of the crossing." in text
+
+
+def test_panels_of_the_bias_hold_the_difference_and_gaps_where_the_source_has_none() -> None:
+    panels = pictures.bias_panels({"retrofit": {"a": [[3.0, 1.0]], "b": [[1.0, 1.0]]}, "source": {"a": [[1.0, 4.0]]}})
+    assert panels["retrofit less source"][0].tolist() == [2.0, -3.0]
+    assert all(math.isnan(value) for value in panels["retrofit less source"][1])
+    assert list(pictures.bias_panels({"retrofit": {"a": [[3.0]]}, "source": {}})) == ["retrofit"]
+
+
+def test_heat_maps_grow_with_the_heads_and_stay_bounded() -> None:
+    def height(layers: int, heads: int) -> float:
+        tables = {"retrofit": {f"layers.{i}.attn": [[0.0, 1.0]] * heads for i in range(layers)}, "source": {}}
+        figure = pictures.bias([0, 1], tables)
+        pictures.plt.close(figure)
+        return float(figure.get_size_inches()[1])
+
+    assert height(2, 4) < height(30, 9) <= 11
+
+
+def test_a_picture_is_the_same_bytes_for_the_same_numbers() -> None:
+    rows = figures([])["entropy"]
+    first, again = (pictures.as_data_uri(lambda: pictures.entropy(rows)) for _ in range(2))
+    assert first == again
+    assert b"<svg" in base64.b64decode(first.partition(",")[2])
