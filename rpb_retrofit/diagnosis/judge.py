@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -107,8 +108,8 @@ def coarse(exam: Exam, other: str, described: str, remedy: str) -> Finding:
         return excluded("the buckets are as fine and reach as far as the text that was measured")
     refit, best = fidelity.mean({name: fidelity.refit[name] for name in richer}), fidelity.mean(richer)
     said = (
-        f"mean KL from the source's attention: {refit:.3f} with the best tables of these buckets, {best:.3f} with those "
-        f"of {other}{described}"
+        f"mean KL from the source's attention: {refit:.3f} with the best tables of these buckets, {best:.3f} with "
+        f"those of {other}{described}"
     )
     brought = fidelity.mean({name: fidelity.zeros[name] for name in richer}) - refit
     if refit - best > FINER and refit - best > SHARE * brought:
@@ -124,7 +125,9 @@ def content_ratios(exam: Exam) -> dict[str, float]:
         other = theirs.get(name)
         if portrait.scale is not None and other is not None and other.scale is not None:
             ratio = portrait.scale / other.scale
-            found[name] = float(ratio[(ratio - 1).abs().argmax()])
+            worst = float(ratio[(ratio - 1).abs().argmax()])
+            if math.isfinite(worst) and worst > 0:
+                found[name] = worst
     return found
 
 

@@ -22,6 +22,10 @@ MISSING = {
 """What cannot be concluded without an arm."""
 
 
+HOPELESS = ("does_not_run", "not_finite")
+"""Hypotheses under which no figure can be measured."""
+
+
 @dataclass(frozen=True)
 class Diagnosis:
     """The outcome of an examination. ``causes``: the confirmed hypotheses, the first cause first."""
@@ -119,7 +123,10 @@ def diagnose(
         progress(f"[{number}/{len(hypotheses)}] is it that {hypothesis.cause}?")
         outcomes.append(hypothesis(exam))
     measured: Figures = {}
-    if figures and not any(outcome.name == "does_not_run" and outcome.confirmed for outcome in outcomes):
+    hopeless = [outcome for outcome in outcomes if outcome.confirmed and outcome.name in HOPELESS]
+    if hopeless and figures:
+        exam.skipped["the figures"] = f"{hopeless[0].cause}: there is nothing to measure"
+    elif figures:
         progress("measuring what the report shows")
         measured = all_figures(exam)
     names = {role: model.name_or_path or type(model).__name__ for role, model in exam.arms}

@@ -200,9 +200,9 @@ def test_no_memory_for_a_length(source: PreTrainedModel, monkeypatch: pytest.Mon
 
 def test_wrong_arms(source: PreTrainedModel) -> None:
     retrofit = retrofitted(source)
-    with pytest.raises(NotRetrofittedError, match="the retrofit '.*' is no retrofit"):
+    with pytest.raises(NotRetrofittedError, match=r"the retrofit '.*' is no retrofit"):
         Arms(source, source)
-    with pytest.raises(NotRetrofittedError, match="the source '.*' is a retrofit: give the plain model"):
+    with pytest.raises(NotRetrofittedError, match=r"the source '.*' is a retrofit: give the plain model"):
         Arms(retrofit, retrofit)
     other = copy.deepcopy(source)
     other.config.vocab_size = 50
