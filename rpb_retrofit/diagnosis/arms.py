@@ -40,6 +40,11 @@ class Arms:
                     f"the {role} '{model.name_or_path}' is {'no' if settings is None else 'a'} retrofit: "
                     f"{'make one with `rpb retrofit`' if settings is None else 'give the plain model'}"
                 )
+            if (model.get_output_embeddings() is None) != (self.retrofit.get_output_embeddings() is None):
+                raise DataError(
+                    f"the {role} is a {type(model).__name__}, the retrofit a {type(self.retrofit).__name__}: one has a "
+                    "head and the other has none"
+                )
             if model.config.get_text_config().vocab_size != self.vocabulary:
                 raise DataError(
                     f"the {role} '{model.name_or_path}' has {model.config.get_text_config().vocab_size} tokens, the "

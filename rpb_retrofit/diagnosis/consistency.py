@@ -27,8 +27,9 @@ class Way:
 
 
 @torch.no_grad()
-def consistency(model: Any, ids: Tensor) -> dict[str, Way]:
-    """How a causal model's logits of the text ``ids`` (n,), and of parts of it, depend on the way it is fed."""
+def consistency(model: Any, ids: Tensor, long: Tensor) -> dict[str, Way]:
+    """How a causal model's logits of the text ``ids`` (n,), and of parts of it, depend on the way it is fed; and those
+    of the last tokens of a ``long`` one (m,) on whether what is before them is cached."""
     ids = ids.to(model.device)[None]
     half, length = ids.shape[1] // 2, ids.shape[1]
     first, second = ids[:, :half], ids[:, half:]
@@ -47,6 +48,16 @@ def consistency(model: Any, ids: Tensor) -> dict[str, Way]:
             parts, start = [*parts, out.logits[0].float()], end
         return torch.cat(parts)
 
+    whole, last = long.to(model.device)[None], 6
+
+    def late() -> Tensor:
+        cache: Any = DynamicCache(config=model.config)
+        parts, at = [], whole.shape[1] - last
+        for start, end in [(0, at), *((n, n + 1) for n in range(at, whole.shape[1]))]:
+            logits = model(input_ids=whole[:, start:end], past_key_values=cache, use_cache=True).logits
+            parts.append(logits[0, -1:].float())
+        return torch.cat(parts[1:])
+
     steps = [half, *range(half + 1, min(half + 9, length - 1)), length]
     pair = torch.cat([torch.cat([pad, first], 1), second[:, : half + 7]]) if second.shape[1] >= half + 7 else None
     ways: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
@@ -55,6 +66,7 @@ def consistency(model: Any, ids: Tensor) -> dict[str, Way]:
             lambda: cached(StaticCache(config=model.config, max_cache_len=length + 16), steps),
             lambda: logits(ids),
         ),
+        "far decoding": (late, lambda: logits(whole)[-last:]),
         "left padding": (
             lambda: logits(torch.cat([pad, first], 1), attention_mask=torch.cat([padded, real], 1))[pad.shape[1] :],
             lambda: logits(first),
@@ -72,8 +84,16 @@ def consistency(model: Any, ids: Tensor) -> dict[str, Way]:
         mask = torch.ones_like(pair)
         mask[0, : pad.shape[1]] = 0
         ways["batch"] = (
-            lambda: model(input_ids=pair, attention_mask=mask, use_cache=False).logits[0, pad.shape[1] :].float(),
-            lambda: logits(first),
+            lambda: torch.cat(
+                [
+                    part.float()
+                    for row in model(
+                        input_ids=pair.repeat(2, 1), attention_mask=mask.repeat(2, 1), use_cache=False
+                    ).logits.unflatten(0, (2, 2))
+                    for part in (row[0, pad.shape[1] :], row[1])
+                ]
+            ),
+            lambda: torch.cat([logits(first), logits(pair[1:])]).repeat(2, 1),
         )
     return {name: _compare(*way) for name, way in ways.items()}
 

@@ -19,6 +19,7 @@ from rpb_retrofit.diagnosis.gaze import Gaze, gaze
 from rpb_retrofit.diagnosis.intervention import Change, changed
 from rpb_retrofit.diagnosis.journal import Journal
 from rpb_retrofit.diagnosis.promise import Comparison, compare
+from rpb_retrofit.diagnosis.rebuilt import Rebuilt, rebuilt
 from rpb_retrofit.diagnosis.still_life import StillLife, still_life
 from rpb_retrofit.errors import DataError
 from rpb_retrofit.evaluation.context_use import make_inductions, make_local_orders
@@ -87,14 +88,14 @@ class Exam:
         for length in self.plan.lengths:
             if length > min(longest, self.plan.tokens):
                 self.skipped[f"length {length}"] = (
-                    f"the text's longest document has {longest} tokens, of which {self.plan.tokens} are read"
+                    f"the text's longest document has {longest} tokens, and {self.plan.tokens} (--tokens) are read"
                 )
             else:
                 found.append(length)
         if not found:
             raise DataError(
-                f"the text's longest document has {longest} tokens, the shortest length is {min(self.plan.lengths)}: "
-                "give longer text or shorter lengths"
+                f"the shortest length is {min(self.plan.lengths)}; the text's longest document has {longest} tokens, "
+                f"and {self.plan.tokens} tokens are read: give longer text, shorter lengths or more tokens"
             )
         return found
 
@@ -172,7 +173,8 @@ class Exam:
 
         if self.arms.untrained is not None:
             before = dict(self.arms.untrained.named_parameters())
-            return any(not torch.equal(p, before[n]) for n, p in self.arms.retrofit.named_parameters() if n in before)
+            own = self.arms.retrofit.named_parameters()
+            return any(not torch.equal(p, before[n].to(p.dtype)) for n, p in own if n in before)
         source = self.arms.source
         moved = [] if source is None else [far for far in drift(self.arms.retrofit, source).values() if far]
         return len(moved) > len(list(self.arms.retrofit.parameters())) / 2
@@ -184,17 +186,25 @@ class Exam:
         return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
     @cached_property
+    def rebuilt(self) -> Rebuilt:
+        """The retrofit beside one built anew from its config and weights, at the longest length."""
+        window = self.window(max(self.lengths))
+        return self.journal("rebuilt", lambda: rebuilt(self.arms.retrofit, window))
+
+    @cached_property
     def ways(self) -> dict[str, Way]:
         """How the retrofit's logits depend on the way it is fed."""
         ids = self.window(self.within(96))
-        return self.journal("ways-retrofit", lambda: consistency(self.arms.retrofit, ids))
+        return self.journal(
+            "ways-retrofit", lambda: consistency(self.arms.retrofit, ids, self.window(self.within(2048)))
+        )
 
     @cached_property
     def source_ways(self) -> dict[str, Way]:
         """The same of its source's class."""
         model = self.arms.plain if self.arms.source is None else self.arms.source
         ids = self.window(self.within(96))
-        return self.journal("ways-source", lambda: consistency(model, ids))
+        return self.journal("ways-source", lambda: consistency(model, ids, self.window(self.within(2048))))
 
     # --- beside the source ----------------------------------------------------------------------------------------
 
@@ -260,6 +270,8 @@ class Exam:
         if model is None:
             return None
         span = min(16, len(self.common))
+        if span < 4:
+            return []
         longest = self.within(max(self.lengths)) - span - 1
         distances = [d for d in (2 * span, 128, 512, 1024) if d <= longest]
         count = max(8, 2 * self.plan.items)

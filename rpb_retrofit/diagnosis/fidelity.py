@@ -72,6 +72,7 @@ class Fidelity:
         return self.mean(self.own) - self.mean(self.refit)
 
 
+@torch.no_grad()
 def fidelity(arms: Arms, source: PreTrainedModel, windows: Sequence[Tensor], width: int) -> Fidelity:
     """Compare the retrofit's tables with ``source`` on windows of text; heads are ``width`` wide."""
     found = Fidelity()
@@ -175,6 +176,9 @@ def _meanings(bias: RelativePositionBias, own: Tensor, width: int) -> dict[str, 
 
     found = {
         "negated": -own,
+        "halved": own * 2,
+        "doubled": own / 2,
+        "made smaller by a third": own * 1.5,
         "scaled by 1/sqrt(d)": own * root,
         "scaled by sqrt(d)": own / root,
         "shifted by one bucket": of_buckets(each_direction(lambda t: torch.cat([t[:, 1:], t[:, -1:]], 1))),

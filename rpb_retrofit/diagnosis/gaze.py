@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rpb_retrofit.runtime.families import Family
-from rpb_retrofit.tables.recording import Run, intercepted, run
+from rpb_retrofit.tables.recording import Run, eager, intercepted, run
 
 See = Callable[[str, Tensor], None]
 """Told the name of an attention and its weights (heads, Q, K)."""
@@ -26,6 +26,7 @@ def look(model: PreTrainedModel, family: Family, attentions: Mapping[str, Any], 
         if family.uses_interface:
             undo.enter_context(intercepted(model, attentions, partial(_watched, see)))
         else:
+            undo.enter_context(eager(model))
             for name, module in attentions.items():
                 undo.callback(module.register_forward_hook(partial(_shown, see, name)).remove)
         undo.callback(model.train, model.training)
@@ -58,7 +59,8 @@ class Gaze:
 
     def slopes(self) -> Tensor:
         """By how many nats the entropy grows as the keys double, (attentions, heads), over the far half of the bins."""
-        return torch.stack([s[:, s.shape[1] // 2 :].diff(dim=1).mean(1) for s in self.spread.values()])
+        halves = [s[:, min(s.shape[1] // 2, max(0, s.shape[1] - 2)) :].diff(dim=1) for s in self.spread.values()]
+        return torch.stack([half.mean(1) if half.shape[1] else half.new_zeros(len(half)) for half in halves])
 
 
 def gaze(
@@ -73,8 +75,8 @@ def gaze(
     def see_text(name: str, weights: Tensor) -> None:
         keys = weights.shape[-1]
         entropy = -torch.xlogy(weights, weights).sum(-1)
-        edges = [2**power for power in range(3, keys.bit_length())]
-        spread[name] = torch.stack([entropy[:, e - 1 : 2 * e - 1].mean(1) for e in edges if e < keys], 1).cpu()
+        edges = [2**power for power in range(min(3, keys.bit_length() - 1), keys.bit_length()) if 2**power <= keys]
+        spread[name] = torch.stack([entropy[:, e - 1 : 2 * e - 1].mean(1) for e in edges], 1).cpu()
         previous[name] = weights.diagonal(-1, 1, 2).mean(1).cpu()
 
     def see_copies(name: str, weights: Tensor) -> None:

@@ -155,7 +155,8 @@ def drift(model: PreTrainedModel, source: PreTrainedModel) -> dict[str, float | 
         if mine is None or mine.shape != other.shape:
             found[name] = None
             continue
-        distance = (mine.detach().double() - other.detach().double().to(mine.device)).norm()
+        theirs = other.detach().to(mine.device, mine.dtype)  # a model that was only cast did not move
+        distance = (mine.detach().double() - theirs.double()).norm()
         found[name] = (distance / other.detach().double().norm().clamp(min=1e-12)).item()
     return found
 

@@ -55,7 +55,13 @@ class Diagnosis:
         if not self.causes:
             untold = sum(outcome.finding.verdict == "can't tell" for outcome in self.outcomes)
             rest = f"; {untold} could not be told" if untold else ""
-            return f"No cause of a regression found: {len(self.outcomes) - untold} were looked for and excluded{rest}."
+            cost = self.cost()
+            lost = (
+                f" It loses {cost['mean']:+.3f} nats a token against the {cost['above']} at {cost['length']} tokens."
+                if cost is not None and cost["real"] and cost["mean"] > 0
+                else ""
+            )
+            return f"No cause of a regression found: {len(self.outcomes) - untold} were excluded{rest}.{lost}"
         first, *others = self.causes
         also = f" Also confirmed: {'; '.join(o.cause for o in others)}." if others else ""
         return f"First cause: {first.cause}.{also}"

@@ -27,6 +27,10 @@ CONTENT = 0.3
 bends."""
 
 
+FAINTEST = {torch.float16: 1e-4}
+"""The least weight that still has the digits of its dtype; smaller ones are lost."""
+
+
 @dataclass(frozen=True)
 class Portrait:
     """What one attention does with positions.
@@ -130,7 +134,7 @@ def _sit(portraits: dict[str, Portrait], attentions: Mapping[str, Any], far: int
             query.shape[1] // key.shape[1], 0
         ).transpose(1, 2)
         lengths = query[0].double().norm(dim=-1)
-        content = (weights(*some)[:, -1] / weights(*nothing)[:, -1]).log().double()
+        content = (weights(*some)[:, -1] / weights(*nothing)[:, -1]).log().double()  # infinite where either is lost
         portraits[name] = Portrait(
             offsets=offsets,
             bias=bias,
@@ -159,7 +163,8 @@ def _weights(
         value[:, :, torch.arange(start, start + count), torch.arange(count)] = 1
         output, _ = attend(query, key, value, mask, **kwargs)
         parts.append(output[0, :, :, :count].float())  # (Q, heads, count)
-    return torch.cat(parts, -1).transpose(0, 1)
+    weights = torch.cat(parts, -1).transpose(0, 1)
+    return torch.where(weights > FAINTEST.get(key.dtype, 0.0), weights, 0)
 
 
 def _profile(weights: Tensor, causal: bool) -> tuple[Tensor, Tensor, float]:

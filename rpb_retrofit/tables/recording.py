@@ -100,11 +100,19 @@ def watch(
         if family.uses_interface:
             _watch_interface(model, attentions, listener, undo)
         else:
-            for config in {id(m.config): m.config for m in submodels(model)}.values():
-                _set(undo, config, "_attn_implementation_internal", "eager")
+            undo.enter_context(eager(model))
             for name, module in attentions.items():
                 undo.callback(module.register_forward_hook(partial(_take_weights, name, listener)).remove)
         yield listen
+
+
+@contextmanager
+def eager(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, a model that does not use the interface runs its eager attention, which hands out its weights."""
+    with ExitStack() as undo:
+        for config in {id(m.config): m.config for m in submodels(model)}.values():
+            _set(undo, config, "_attn_implementation_internal", "eager")
+        yield
 
 
 def _watch_interface(

@@ -18,7 +18,7 @@ import rpb_retrofit as rpb
 from rpb_retrofit.diagnosis.arms import Arms
 from rpb_retrofit.runtime import interface
 from rpb_retrofit.runtime.mechanisms import position_zero, remove_hooks
-from tests.diagnosis.small_model import CONTEXT, language, plain_language, retrofitted, train
+from tests.diagnosis.small_model import CONTEXT, language, plain_language, retrofitted, train, trained
 
 
 @dataclass(frozen=True)
@@ -200,6 +200,39 @@ def base_changed(arms: Arms) -> Arms:
     return replace(arms, retrofit=reloaded(retrofitted(arms.source, keep=4), rope_parameters=rope))
 
 
+def hooked(module: Any, factor: float) -> None:
+    module.register_forward_hook(lambda module, args, output: output * factor)
+
+
+@fault("values are halved on the way", "computes_otherwise")
+def values_halved(arms: Arms) -> None:
+    hooked(layers(arms, 1)[0].v_proj, 0.5)
+
+
+@fault("queries are a tenth too large", "computes_otherwise")
+def queries_larger(arms: Arms) -> None:
+    hooked(layers(arms, 2)[1].q_proj, 1.1)
+
+
+@fault("dropout was left on", "not_deterministic")
+def dropout_left_on(arms: Arms) -> None:
+    arms.retrofit.base_model.layers[1].mlp.register_forward_hook(
+        lambda module, args, output: torch.nn.functional.dropout(output, 0.1)
+    )
+
+
+@fault("the bias goes wrong far away", "computes_otherwise")
+def wrong_far_away(arms: Arms) -> None:
+    answer(arms, lambda bias, offset: bias(torch.where(offset > 64, offset + 40, offset)))
+
+
+@fault("decoding goes wrong late", "cached_decoding")
+def wrong_late(arms: Arms) -> None:
+    for bias in arms.biases.values():
+        row = type(bias)._row
+        bias._row = lambda keys, weight, bias=bias, row=row: row(bias, keys, weight) * (1 if keys < 100 else 0)
+
+
 # --- the numbers ---------------------------------------------------------------------------------------------------
 
 
@@ -288,6 +321,11 @@ def weights_damaged(arms: Arms, size: float) -> None:
     weight += size * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
 
 
+@fault("another model's retrofit", "weights_differ")
+def another_model(arms: Arms) -> Arms:
+    return replace(arms, retrofit=retrofitted(trained("llama", 5, first=0, then=40)))
+
+
 @fault("an epsilon of the config is not the source's", "settings_differ")
 def other_epsilon(arms: Arms) -> None:
     arms.retrofit.config.rms_norm_eps = 1e-2
@@ -316,13 +354,6 @@ def far_buckets(arms: Arms, size: float) -> None:
         table.data[:, 20:] = size * noise + (0 if size else table.data.amax())
 
 
-@fault("the head for the token before is flat", "heads_lost")
-def flat_head(arms: Arms) -> None:
-    first = tables(arms)[0]
-    head = int((first.data.amax(1) - first.data.amin(1)).argmax())
-    first.data[head] = 0
-
-
 # --- the settings, and what training did ---------------------------------------------------------------------------
 
 
@@ -338,7 +369,7 @@ def wide_buckets(arms: Arms) -> Arms:
 
 @fault("texts longer than frequencies that were kept", "outside_trained_length", {"lengths": (64, 256, 1024)})
 def kept_frequencies(arms: Arms) -> Arms:
-    return replace(arms, retrofit=retrofitted(arms.source, keep=6))
+    return Arms(retrofitted(arms.source, keep=6))  # its source breaks there as well
 
 
 @fault("training on far positions only", "short_context_forgotten")
@@ -354,6 +385,12 @@ def another_language(arms: Arms) -> Arms:
     for model in (arms.retrofit, control):
         train(model, other, steps=60)
     return replace(arms, control=control)
+
+
+@fault("induction was unlearned", "heads_lost")
+def induction_unlearned(arms: Arms) -> Arms:
+    train(arms.retrofit, plain_language(60_000, 5), steps=120)
+    return arms
 
 
 @fault("nothing ever came again in training", "retrieval_lost", {"text": plain_language})

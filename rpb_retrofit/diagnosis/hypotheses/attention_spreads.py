@@ -19,6 +19,9 @@ REMEDY = (
     "train at the lengths that you use; or give the scores a factor that grows with log n beyond the trained length"
 )
 
+NOTABLE = 0.03
+"""Nats a token that the factor must win."""
+
 FASTER = 0.1
 """Nats per doubling of the keys by which entropy must grow faster than the source's."""
 
@@ -40,6 +43,6 @@ def examine(exam: Exam) -> Finding:
         f"; a factor that grows with log n from {change.trained} keys on changes the loss at {longest} by {undone} nats"
     )
     faster = theirs is None or grows > theirs.slopes().mean().item() + FASTER
-    if undone.real and undone.mean < -0.01 and faster:
+    if undone.real and undone.mean < -NOTABLE and faster:
         return confirmed(said, REMEDY, gain=-undone.mean)
     return excluded(said)

@@ -15,7 +15,7 @@ def examine(exam: Exam) -> Finding:
     """Feed a text both ways, with a dynamic and with a static cache."""
     return fed_otherwise(
         exam,
-        ("dynamic cache", "static cache"),
+        ("dynamic cache", "static cache", "far decoding"),
         "the offset of a new token has to count the keys that are cached, of a static cache only those in use; until "
         "it is mended, generate with use_cache=False",
     )

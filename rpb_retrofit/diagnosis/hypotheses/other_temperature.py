@@ -17,7 +17,7 @@ REMEDY = (
     "learned: train all weights for a while"
 )
 
-NOTABLE = 0.03
+NOTABLE = 0.05
 """Nats a token that another temperature must win."""
 
 

@@ -38,6 +38,7 @@ def examine(exam: Exam) -> Finding:
     said = f"beyond {trained} tokens it loses {own} nats more than in the half before"
     if SOURCE in rises:
         said += f"; the source {rises[SOURCE]}"
-    if own.mean > RISE and (own.real or own.clusters < 3):
-        return confirmed(said, REMEDY, gain=own.mean)
+    beyond = own.mean - max(rises[SOURCE].mean, 0.0) if SOURCE in rises else own.mean
+    if beyond > RISE and own.real:
+        return confirmed(said, REMEDY, gain=beyond)
     return excluded(said)

@@ -10,7 +10,7 @@ from rpb_retrofit.diagnosis.judge import other_settings
 
 CAUSE = "settings are not the source's"
 PREDICTS = "config.json has settings that the source's has not; or a module has others than its config gives it"
-KIND = Kind.NUMBERS
+KIND = Kind.RUNNING
 REMEDY = "set them to the source's values in config.json, and load the checkpoint anew"
 
 

@@ -49,7 +49,7 @@ def examine(exam: Exam) -> Finding:
     undone = exam.undone(
         f"continued-{start}", partial(with_tables, exam.arms.biases, partial(_continued, start)), longest
     )
-    if told is not None and not (undone.real and undone.mean < 0):
+    if not (undone.real and undone.mean < 0):
         return excluded(f"{said}; continuing the bucket before changes the loss at {longest} tokens by {undone} nats")
     return confirmed(
         f"{said}; continuing bucket {start - 1} changes the loss at {longest} tokens by {undone} nats a token",

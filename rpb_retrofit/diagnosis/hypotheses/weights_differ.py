@@ -14,6 +14,9 @@ PREDICTS = "before training, a weight differs at all; after it, some moved very 
 KIND = Kind.NUMBERS
 REMEDY = "restore these weights from the source or from the checkpoint of before"
 
+FOREIGN = 0.7
+"""Share of its size that the median weight is away from another model's: training moves it by hundredths."""
+
 OUTLIER, FAR = 20.0, 0.3
 """A weight moved too far where it moved so many times as far as the median one, and by this share of its size."""
 
@@ -34,6 +37,12 @@ def examine(exam: Exam) -> Finding:
     folded = exam.arms.settings.get("calibrate") == CONTENT
     attention = {n for n in changed if any(n.startswith(f"{a}.") for a in exam.arms.attentions)}
     typical = median(sizes.values())
+    if typical > FOREIGN:
+        return confirmed(
+            f"the median weight is {typical:.0%} of its size away from the source's: they are not this source's",
+            "give the source that the retrofit was made from; its config names "
+            f"'{exam.arms.settings.get('source', 'none')}'",
+        )
     if typical == 0:  # most weights are the source's: nothing was trained
         odd = {name: far for name, far in changed.items() if not (folded and name in attention)}
         if odd:

@@ -7,7 +7,7 @@ import torch
 from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.fidelity import best_order
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
-from rpb_retrofit.diagnosis.judge import NOTABLE, WON_BACK, of_kind
+from rpb_retrofit.diagnosis.judge import LEFT, NOTABLE, WON_BACK, of_kind
 from rpb_retrofit.diagnosis.words import some
 
 CAUSE = "the tables are in the wrong order of heads or layers"
@@ -34,7 +34,9 @@ def examine(exam: Exam) -> Finding:
         order, best, now = best_order(cost)
         excess = (fidelity.own[name] - fidelity.refit[name]).sum().item()
         moved = [head for head, other in enumerate(order) if head != other]
-        if moved and (now - best) / len(moved) > NOTABLE and now - best > WON_BACK * excess:
+        left = 2 * LEFT * (fidelity.zeros[name] - fidelity.refit[name]).sum().item()
+        near = best - fidelity.refit[name].sum().item() < left  # random rows, too, suit other heads by chance
+        if moved and (now - best) / len(moved) > NOTABLE and now - best > WON_BACK * excess and near:
             heads[name] = moved
             gain += now - best
     if layers is not None and layers[1] > gain:

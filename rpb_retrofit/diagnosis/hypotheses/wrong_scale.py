@@ -61,7 +61,14 @@ def examine(exam: Exam) -> Finding:
                 f"{', '.join(list(stretched)[:3])}{', ...' if len(stretched) > 3 else ''}",
                 REMEDY,
             )
-        for meaning in ("scaled by 1/sqrt(d)", "scaled by sqrt(d)", "negated"):
+        for meaning in (
+            "scaled by 1/sqrt(d)",
+            "scaled by sqrt(d)",
+            "negated",
+            "halved",
+            "doubled",
+            "made smaller by a third",
+        ):
             if (found := meant_otherwise(exam, meaning)) is not None:
                 return confirmed(found, REMEDY)
     if not ratios:

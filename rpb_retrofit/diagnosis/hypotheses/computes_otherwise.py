@@ -1,0 +1,39 @@
+"""The model does not compute what its weights, tables and settings say: something was put in its way."""
+
+from __future__ import annotations
+
+from rpb_retrofit.diagnosis.exam import Exam
+from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded
+from rpb_retrofit.diagnosis.judge import of_kind
+from rpb_retrofit.diagnosis.words import some
+
+CAUSE = "the model does not compute what its weights say"
+PREDICTS = (
+    "a model built anew from the config and the same weights gives other outputs on the text; or the bias that acts "
+    "is no form of the table"
+)
+KIND = Kind.RUNNING
+
+
+def examine(exam: Exam) -> Finding:
+    """Build the model anew, and find the first module whose output differs."""
+    found = exam.rebuilt
+    if found.module is not None:
+        return confirmed(
+            f"on {found.length} tokens {found.module} is the first module to differ from a model that was built anew "
+            f"from the same config and weights; outputs differ by up to {found.difference:.1%} of their size",
+            f"look at what was changed in {found.module} in this process: a hook, a replaced method, an attribute; or "
+            "load the checkpoint anew",
+            figures={"module": found.module},
+        )
+    if strange := of_kind(exam, "changed in no way that is known"):
+        worst = max(exam.comparisons[name].difference for name in strange)
+        return confirmed(
+            f"the bias that acts differs from the table's by up to {worst:.2f} nats, in no way that is known, in "
+            f"{some(strange)}",
+            "look for whatever replaces or wraps the bias module or the attention",
+        )
+    return excluded(
+        f"a model built anew from the same config and weights gives the same outputs on {found.length} tokens, "
+        f"module by module (largest difference {found.difference:.0e} of their size)"
+    )

@@ -1,0 +1,21 @@
+"""The model draws numbers as it runs: dropout, above all, in training mode."""
+
+from __future__ import annotations
+
+from rpb_retrofit.diagnosis.exam import Exam
+from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded
+
+CAUSE = "the model draws random numbers"
+PREDICTS = "the same text gives other outputs the second time"
+KIND = Kind.RUNNING
+
+
+def examine(exam: Exam) -> Finding:
+    """Run the same text twice."""
+    found = exam.rebuilt
+    if found.again > found.allowed:
+        return confirmed(
+            f"the same text gives outputs that differ by up to {found.again:.1%} of their size the second time",
+            "call model.eval(), which switches dropout off; if that was done, look for what else draws numbers",
+        )
+    return excluded(f"the same text gives the same outputs twice (largest difference {found.again:.0e} of their size)")
