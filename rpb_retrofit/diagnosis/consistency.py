@@ -59,7 +59,9 @@ def consistency(model: Any, ids: Tensor, long: Tensor) -> dict[str, Way]:
         return torch.cat(parts[1:])
 
     steps = [half, *range(half + 1, min(half + 9, length - 1)), length]
-    pair = torch.cat([torch.cat([pad, first], 1), second[:, : half + 7]]) if second.shape[1] >= half + 7 else None
+    pair = torch.cat([torch.cat([pad, first], 1), ids[:, : half + pad.shape[1]]])
+    mask = torch.ones_like(pair)
+    mask[0, : pad.shape[1]] = 0
     ways: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
         "dynamic cache": (lambda: cached(DynamicCache(config=model.config), steps), lambda: logits(ids)),
         "static cache": (
@@ -75,26 +77,23 @@ def consistency(model: Any, ids: Tensor, long: Tensor) -> dict[str, Way]:
             lambda: logits(torch.cat([first, pad], 1), attention_mask=torch.cat([real, padded], 1))[:half],
             lambda: logits(first),
         ),
+        "batch": (
+            lambda: torch.cat(
+                [
+                    part.float()
+                    for rows in model(
+                        input_ids=pair.repeat(2, 1), attention_mask=mask.repeat(2, 1), use_cache=False
+                    ).logits.unflatten(0, (2, 2))
+                    for part in (rows[0, pad.shape[1] :], rows[1])
+                ]
+            ),
+            lambda: torch.cat([logits(first), logits(pair[1:])]).repeat(2, 1),
+        ),
         "packing": (
             lambda: logits(ids, position_ids=torch.where(positions < half, positions, positions - half)[None])[half:],
             lambda: logits(second),
         ),
     }
-    if pair is not None:
-        mask = torch.ones_like(pair)
-        mask[0, : pad.shape[1]] = 0
-        ways["batch"] = (
-            lambda: torch.cat(
-                [
-                    part.float()
-                    for row in model(
-                        input_ids=pair.repeat(2, 1), attention_mask=mask.repeat(2, 1), use_cache=False
-                    ).logits.unflatten(0, (2, 2))
-                    for part in (row[0, pad.shape[1] :], row[1])
-                ]
-            ),
-            lambda: torch.cat([logits(first), logits(pair[1:])]).repeat(2, 1),
-        )
     return {name: _compare(*way) for name, way in ways.items()}
 
 

@@ -43,7 +43,7 @@ class Crossing:
     def __str__(self) -> str:
         if self.name != SCALE:
             return (
-                f"{self.about}: the source changes by {self.factor.mean:+.3f}, the retrofit by "
+                f"the source changes by {self.factor.mean:+.3f}, the retrofit by "
                 f"{self.factor.mean + self.both.mean:+.3f} nats a token"
             )
         return (

@@ -56,28 +56,20 @@ def _difference(difference: Difference) -> Figures:
 
 
 def _by_position(exam: Exam, roles: Sequence[str]) -> list[Figures]:
-    """Loss by position in the longest windows that each arm takes, with 95% bands."""
+    """Loss by position with 95% bands, each in the shortest windows that hold it, of which there are most."""
     found = []
     for role in roles:
-        taken = [n for n in exam.lengths if exam.losses(role, n) is not None]
-        if not taken:
-            continue
-        losses = exam.losses(role, max(taken))
-        assert losses is not None
+        taken = [losses for n in exam.lengths if (losses := exam.losses(role, n)) is not None]
         first = 1
-        while first < losses.length:
+        while taken and first < taken[-1].length:
+            losses = next(losses for losses in taken if losses.length > first)
             last = min(2 * first - 1, losses.length - 1)
             part = losses.at(first, last)
             band = paired(part.losses.flatten().tolist(), part.clusters().flatten().tolist())
             found.append(
                 {
-                    "arm": role,
-                    "length": losses.length,
-                    "first": first,
-                    "last": last,
-                    "nll": band.mean,
-                    "low": band.low,
-                    "high": band.high,
+                    **{"arm": role, "length": losses.length, "first": first, "last": last},
+                    **{"nll": band.mean, "low": band.low, "high": band.high},
                 }
             )
             first *= 2

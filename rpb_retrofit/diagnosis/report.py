@@ -21,8 +21,8 @@ EVIDENCE: Mapping[str, Sequence[str]] = {
     "tables_not_loaded": ["bias"],
     "tables_shared": ["bias"],
     "wrong_order": ["bias"],
+    "other_buckets": ["bias", "fidelity"],
     "untrained_buckets": ["coverage"],
-    "settings_differ": ["factorial"],
     "foreign_tables": ["fidelity", "bias"],
     "far_order_lost": ["coverage", "fidelity"],
     "local_order_lost": ["local-order", "fidelity"],
@@ -251,7 +251,7 @@ def _losses(losses: Mapping[str, Any]) -> Iterator[Exhibit]:
         yield Exhibit(
             "loss-by-position",
             "Loss by position",
-            "In the longest windows that each arm takes; bands are 95% intervals.",
+            "Each position in the shortest windows that hold it, of which there are most; bands are 95% intervals.",
             [Table("Losses in nats a token", ("arm", "window", "positions", "loss", "low (95%)", "high (95%)"), rows)],
             pictures.as_data_uri(lambda: pictures.loss_by_position(positions)),
             "Loss in nats a token by position in the window, a line for each arm; numbers in the table below.",
