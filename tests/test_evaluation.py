@@ -144,6 +144,17 @@ def test_evaluate_prints_what_it_writes(
     assert files["--plot"].read_bytes().startswith(b"\x89PNG")
 
 
+def test_evaluate_speed(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--data", folders["text.txt"], "--lengths", "16,32", "--tokens", "64", "--json", tmp_path / "s.json"]
+    assert rpb_command(monkeypatch, "evaluate", folders["retrofit"], *options, "--speed", "2") == 0
+    printed, written = capsys.readouterr().out, json.loads((tmp_path / "s.json").read_text())
+    assert [(row["length"], row["rounds"]) for row in written["speed"]] == [(16, 2), (32, 2)]
+    assert all(len(row["prefill_s"]["each"]) == 2 for row in written["speed"])
+    assert "decoding tokens/s" in printed and f"{written['speed'][1]['first_token_s']['median']:.3f}" in printed
+
+
 def test_evaluate_retrieval(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

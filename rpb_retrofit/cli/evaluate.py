@@ -14,6 +14,7 @@ from rpb_retrofit.errors import ConfigError
 
 if TYPE_CHECKING:
     from rpb_retrofit.evaluation.retrieval import Cell
+    from rpb_retrofit.evaluation.speed import Skipped, SpeedResult
 
 
 def command(
@@ -32,13 +33,17 @@ def command(
     ] = "",
     depths: Annotated[str, typer.Option(help="Where in the context the answer stands, 0 to 1.")] = "0,0.5,1",
     items: Annotated[int, typer.Option(min=1, help="Questions of each kind, length and depth.")] = 10,
+    rounds: Annotated[
+        int, typer.Option("--speed", metavar="ROUNDS", min=0, help="Time it so often at each length.")
+    ] = 0,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the loss by position.")] = None,
     json: Json = None,
 ) -> None:
-    """Mean loss by context length and by position, and what the model finds in a long context."""
+    """Mean loss by context length and by position, what the model finds in a long context, and how fast it is."""
     from rpb_retrofit.checkpoint.load import open_causal_lm
     from rpb_retrofit.evaluation.nll import Windows, nll_at_length
     from rpb_retrofit.evaluation.retrieval import cells, make_items, measure
+    from rpb_retrofit.evaluation.speed import speed
     from rpb_retrofit.text import bos_policy, read_text, tokenise
 
     wanted, kinds, places = parse_lengths(lengths), parse_kinds(retrieval), parse_depths(depths)
@@ -76,8 +81,12 @@ def command(
         prompts = "plain prompts" if tokenizer.chat_template is None else "chat prompts"
         lines += ["", f"retrieval, {items} {prompts} each; correct: share answered to the letter; loss of the answer:"]
         lines.append(cell_table(found))
+    timed = speed({"model": network}, wanted, rounds=rounds)["model"] if rounds else []
+    if timed:
+        lines += ["", f"medians of {rounds} rounds; memory is what a run holds beside the weights:", speed_table(timed)]
     settings = {"model": model, "data": text.name, "stride": stride or "length", "bos": policy, "tokens": tokens}
     measured = {"lengths": [asdict(r) for r in results], "retrieval": [asdict(c) for c in found], "answers": answers}
+    measured["speed"] = [asdict(result) for result in timed]
     show("\n".join(lines), {**settings, **measured}, json)
 
 
@@ -88,6 +97,21 @@ def cell_table(cells: Sequence[Cell]) -> str:
         for c in cells
     ]
     return table(["kind", "length", "depth", "correct", "loss"], rows)
+
+
+def speed_table(results: Sequence[SpeedResult | Skipped]) -> str:
+    """How fast a model is at each length, or why it was not measured there."""
+    from rpb_retrofit.evaluation.speed import SpeedResult
+
+    rows = []
+    for r in results:
+        if isinstance(r, SpeedResult):
+            memory = "not measured" if r.peak_bytes is None else f"{r.peak_bytes / 2**20:.0f} MB"
+            times = [f"{r.prefill_tokens_per_s:.0f}", f"{r.first_token_s.median:.3f}", f"{r.decode_tokens_per_s:.1f}"]
+            rows.append([str(r.length), *times, memory])
+        else:
+            rows.append([str(r.length), "skipped:", r.reason, "", ""])
+    return table(["length", "prefill tokens/s", "first token s", "decoding tokens/s", "memory"], rows)
 
 
 def parse_lengths(lengths: str) -> list[int]:
