@@ -33,7 +33,7 @@ def consistency(model: Any, ids: Tensor, long: Tensor) -> dict[str, Way]:
     ids = ids.to(model.device)[None]
     half, length = ids.shape[1] // 2, ids.shape[1]
     first, second = ids[:, :half], ids[:, half:]
-    pad = torch.zeros(1, 7, dtype=torch.long, device=ids.device)
+    pad = torch.zeros(1, min(7, length - half), dtype=torch.long, device=ids.device)
     real, padded = torch.ones_like(first), torch.zeros_like(pad)
     positions = torch.arange(length, device=ids.device)
 

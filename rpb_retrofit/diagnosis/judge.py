@@ -37,7 +37,7 @@ def meant_otherwise(exam: Exam, meaning: str) -> str | None:
     some by far.
     """
     fidelity = exam.fidelity
-    if fidelity is None:
+    if fidelity is None or exam.arms.settings.get("shared"):  # a table for all layers is no single layer's best
         return None
     won = {}
     for name, own in fidelity.own.items():
