@@ -21,14 +21,16 @@ from rpb_retrofit.diagnosis.journal import Journal
 from rpb_retrofit.diagnosis.promise import Comparison, compare
 from rpb_retrofit.diagnosis.rebuilt import Rebuilt, rebuilt
 from rpb_retrofit.diagnosis.still_life import StillLife, still_life
+from rpb_retrofit.diagnosis.weights import drift
 from rpb_retrofit.errors import DataError
 from rpb_retrofit.evaluation.context_use import make_inductions, make_local_orders
 from rpb_retrofit.evaluation.losses import Losses, cut_text, difference, key_tokens, on_tokens, token_by_token
 from rpb_retrofit.evaluation.nll import check_length
 from rpb_retrofit.evaluation.retrieval import KINDS, make_items, measure
-from rpb_retrofit.evaluation.speed import Skipped, SpeedResult, speed
+from rpb_retrofit.evaluation.speed import Skipped, SpeedResult, is_out_of_memory, speed
 from rpb_retrofit.evaluation.statistics import Difference
 from rpb_retrofit.runtime.mechanisms import trained_context
+from rpb_retrofit.runtime.modeling import attention_modules
 
 DEPTHS = (0.1, 0.9)
 """Where in the context the answers lie, from its beginning to its end."""
@@ -134,8 +136,6 @@ class Exam:
         return self._still_life(SOURCE, self.arms.plain if source is None else source)
 
     def _still_life(self, role: str, model: PreTrainedModel) -> StillLife:
-        from rpb_retrofit.runtime.modeling import attention_modules
-
         family = self.arms.family
         reach = max((bias.bucketing.max_distance for bias in self.arms.biases.values()), default=0)
         far = min(2 * reach, 4096) if role == RETROFIT else 0
@@ -169,8 +169,6 @@ class Exam:
     @cached_property
     def trained_since(self) -> bool:
         """Whether the retrofit's weights or tables were trained after the retrofit, as far as the other arms tell."""
-        from rpb_retrofit.diagnosis.judge import drift
-
         if self.arms.untrained is not None:
             before = dict(self.arms.untrained.named_parameters())
             own = self.arms.retrofit.named_parameters()
@@ -187,8 +185,8 @@ class Exam:
 
     @cached_property
     def rebuilt(self) -> Rebuilt:
-        """The retrofit beside one built anew from its config and weights, at the longest length."""
-        window = self.window(max(self.lengths))
+        """The retrofit beside one built anew from its config and weights."""
+        window = self.window(self.within(2048))
         return self.journal("rebuilt", lambda: rebuilt(self.arms.retrofit, window))
 
     @cached_property
@@ -222,8 +220,6 @@ class Exam:
         model = dict(self.arms).get(role)
         if model is None or not self.running:
             return None
-        from rpb_retrofit.runtime.modeling import attention_modules
-
         family = self.arms.family
         text = self.window(self.within(512))
         return self.journal(
@@ -246,8 +242,8 @@ class Exam:
             return self.journal(
                 name, lambda: token_by_token(model, self.documents, length, self.plan.tokens, self.bos, f"{role}, ")
             )
-        except (DataError, MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not _is_memory(error):
+        except (DataError, MemoryError, RuntimeError) as error:
+            if not isinstance(error, DataError) and not is_out_of_memory(error):
                 raise
             self.skipped[name] = str(error).splitlines()[0]
             return None
@@ -362,8 +358,3 @@ class Exam:
                 return token_by_token(model, self.documents, length, tokens, self.bos, f"{role}, {name}, ")
 
         return self.journal(f"changed-{role}-{name}-{length}", measure)
-
-
-def _is_memory(error: RuntimeError) -> bool:
-    text = str(error).lower()
-    return "out of memory" in text or "can't allocate" in text or "cannot allocate" in text

@@ -15,7 +15,8 @@ from statistics import median
 from rpb_retrofit.diagnosis.arms import CONTROL, RETROFIT, SOURCE
 from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.intervention import Change
-from rpb_retrofit.diagnosis.judge import collinear, content_ratios
+from rpb_retrofit.diagnosis.judge import content_ratios
+from rpb_retrofit.diagnosis.weights import collinear
 from rpb_retrofit.evaluation.losses import Losses, contrast
 from rpb_retrofit.evaluation.statistics import Difference
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from rpb_retrofit.diagnosis.consistency import CLOSE, Way
 from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Finding, confirmed, excluded, unknown
 from rpb_retrofit.diagnosis.words import some
-from rpb_retrofit.runtime.families import is_own
 
 WON_BACK = 0.4
 """Share of the distance from the best tables that undoing a mistake must win back to be its cause."""
@@ -128,73 +125,6 @@ def content_ratios(exam: Exam) -> dict[str, float]:
             worst = float(ratio[(ratio - 1).abs().argmax()])
             if math.isfinite(worst) and worst > 0:
                 found[name] = worst
-    return found
-
-
-def collinear(model: PreTrainedModel, source: PreTrainedModel) -> dict[str, float]:
-    """The weights that are the source's times a number, and the number; all others are left out."""
-    theirs, found = dict(source.named_parameters()), {}
-    for name, own in model.named_parameters():
-        other = theirs.get(name)
-        if other is None or other.shape != own.shape or own.dim() < 2:
-            continue
-        a, b = own.detach().flatten().double(), other.detach().flatten().double().to(own.device)
-        factor = (a @ b / (b @ b).clamp(min=1e-30)).item()
-        if (a - factor * b).norm() < 0.02 * a.norm():
-            found[name] = factor
-    return found
-
-
-def drift(model: PreTrainedModel, source: PreTrainedModel) -> dict[str, float | None]:
-    """By how much of its size each of the source's weights moved; None where the model has none of its shape."""
-    own, found = dict(model.named_parameters()), dict[str, float | None]()
-    for name, other in source.named_parameters():
-        mine = own.get(name)
-        if is_own(name):
-            continue
-        if mine is None or mine.shape != other.shape:
-            found[name] = None
-            continue
-        theirs = other.detach().to(mine.device, mine.dtype)  # a model that was only cast did not move
-        distance = (mine.detach().double() - theirs.double()).norm()
-        found[name] = (distance / other.detach().double().norm().clamp(min=1e-12)).item()
-    return found
-
-
-_OURS = {
-    *(
-        "rpb_retrofit",
-        "auto_map",
-        "attn_implementation",
-        "experts_implementation",
-        "architectures",
-        "torch_dtype",
-        "dtype",
-    ),
-    *("transformers_version", "_name_or_path", "use_cache", "output_attentions", "output_hidden_states", "return_dict"),
-    *("_attn_implementation", "_experts_implementation", "name_or_path", "model_type", "max_position_embeddings"),
-    *("id2label", "label2id", "problem_type", "finetuning_task", "task_specific_params"),
-}
-"""What a retrofit writes itself, and what no forward pass reads."""
-
-
-def other_settings(exam: Exam) -> dict[str, tuple[Any, Any]]:
-    """The settings of the retrofit's config that are not the source's, and both values; empty without a source."""
-    if exam.arms.source is None:
-        return {}
-    own, source = flat_settings(exam.arms.retrofit.config.to_dict()), flat_settings(exam.arms.source.config.to_dict())
-    return {key: (own.get(key), source.get(key)) for key in sorted({*own, *source}) if own.get(key) != source.get(key)}
-
-
-def flat_settings(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in settings.items():
-        if key in _OURS or key.endswith(("token_id", "token_ids")):
-            continue
-        if isinstance(value, dict):
-            found |= flat_settings(value, f"{prefix}{key}.")
-        elif value is not None:
-            found[f"{prefix}{key}"] = value
     return found
 
 

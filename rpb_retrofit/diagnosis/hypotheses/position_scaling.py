@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded
-from rpb_retrofit.diagnosis.judge import other_settings
+from rpb_retrofit.diagnosis.settings import other_settings
 from rpb_retrofit.diagnosis.words import some
 
 CAUSE = "scaling of positions was left in"
@@ -36,7 +36,7 @@ def examine(exam: Exam) -> Finding:
     by_design = f"; queries grow by the source's own design, {max(grown.values()):.2f} times" if grown else ""
     if exam.arms.source is None:
         return excluded(f"no query grows with its position beyond what its family does{by_design}")
-    left = {key: values for key, values in other_settings(exam).items() if _about_positions(key)}
+    left = {key: values for key, values in other_settings(exam.arms).items() if _about_positions(key)}
     if left:
         said = ", ".join(f"{key}={mine!r} (source: {its!r})" for key, (mine, its) in left.items())
         return confirmed(f"the config has {said}", REMEDY)

@@ -6,7 +6,7 @@ from typing import Any
 
 from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded
-from rpb_retrofit.diagnosis.judge import other_settings
+from rpb_retrofit.diagnosis.settings import other_settings
 
 CAUSE = "settings are not the source's"
 PREDICTS = "config.json has settings that the source's has not; or a module has others than its config gives it"
@@ -16,7 +16,7 @@ REMEDY = "set them to the source's values in config.json, and load the checkpoin
 
 def examine(exam: Exam) -> Finding:
     """Compare the config with the source's, and the modules with the config."""
-    other = other_settings(exam)
+    other = other_settings(exam.arms)
     if other:
         said = ", ".join(f"{key}={mine!r} (source: {its!r})" for key, (mine, its) in list(other.items())[:4])
         return confirmed(f"{len(other)} settings are not the source's: {said}", REMEDY)

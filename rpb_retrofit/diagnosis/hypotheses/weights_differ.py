@@ -6,7 +6,7 @@ from statistics import median
 
 from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
-from rpb_retrofit.diagnosis.judge import drift
+from rpb_retrofit.diagnosis.weights import drift
 from rpb_retrofit.tables import CONTENT
 
 CAUSE = "weights differ from the source's beyond what the retrofit changes"

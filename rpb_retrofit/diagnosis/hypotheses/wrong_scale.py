@@ -9,7 +9,8 @@ from functools import partial
 from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
 from rpb_retrofit.diagnosis.intervention import Change, changed
-from rpb_retrofit.diagnosis.judge import collinear, content_ratios, meant_otherwise
+from rpb_retrofit.diagnosis.judge import content_ratios, meant_otherwise
+from rpb_retrofit.diagnosis.weights import collinear
 from rpb_retrofit.diagnosis.words import some
 
 CAUSE = "the bias is scaled, or the content is not"

@@ -1,0 +1,37 @@
+"""The retrofit's weights beside the source's."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from rpb_retrofit.runtime.families import is_own
+
+
+def collinear(model: PreTrainedModel, source: PreTrainedModel) -> dict[str, float]:
+    """The weights that are the source's times a number, and the number; all others are left out."""
+    theirs, found = dict(source.named_parameters()), {}
+    for name, own in model.named_parameters():
+        other = theirs.get(name)
+        if other is None or other.shape != own.shape or own.dim() < 2:
+            continue
+        a, b = own.detach().flatten().double(), other.detach().flatten().double().to(own.device)
+        factor = (a @ b / (b @ b).clamp(min=1e-30)).item()
+        if (a - factor * b).norm() < 0.02 * a.norm():
+            found[name] = factor
+    return found
+
+
+def drift(model: PreTrainedModel, source: PreTrainedModel) -> dict[str, float | None]:
+    """By how much of its size each of the source's weights moved; None where the model has none of its shape."""
+    own, found = dict(model.named_parameters()), dict[str, float | None]()
+    for name, other in source.named_parameters():
+        mine = own.get(name)
+        if is_own(name):
+            continue
+        if mine is None or mine.shape != other.shape:
+            found[name] = None
+            continue
+        theirs = other.detach().to(mine.device, mine.dtype)  # a model that was only cast did not move
+        distance = (mine.detach().double() - theirs.double()).norm()
+        found[name] = (distance / other.detach().double().norm().clamp(min=1e-12)).item()
+    return found
