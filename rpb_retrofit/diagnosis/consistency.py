@@ -68,6 +68,10 @@ def consistency(model: Any, ids: Tensor, long: Tensor) -> dict[str, Way]:
             lambda: cached(StaticCache(config=model.config, max_cache_len=length + 16), steps),
             lambda: logits(ids),
         ),
+        "another last token": (
+            lambda: logits(torch.cat([ids[:, :-1], ids[:, :1] if ids[0, 0] != ids[0, -1] else ids[:, 1:2]], 1))[:-1],
+            lambda: logits(ids)[:-1],
+        ),
         "far decoding": (late, lambda: logits(whole)[-last:]),
         "left padding": (
             lambda: logits(torch.cat([pad, first], 1), attention_mask=torch.cat([padded, real], 1))[pad.shape[1] :],

@@ -172,6 +172,20 @@ def static_cache_offset(arms: Arms) -> None:
         module.register_forward_pre_hook(late, with_kwargs=True)
 
 
+@fault("the next token is seen", "sees_the_future", **{"in all layers": None, "in one layer": 1})
+def next_token_seen(arms: Arms, count: int | None) -> None:
+    def leaking(module: Any, args: Any, kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        length = hidden.shape[1]
+        run = torch.stack([torch.zeros(length), (torch.arange(length) + 2).clamp(max=length)], 1).int()
+        return args, {**kwargs, "attention_mask": run[None, None] if length > 1 else kwargs["attention_mask"]}
+
+    for module in layers(arms, count):
+        module.rpb_causal = False
+        module.is_causal = False
+        module.register_forward_pre_hook(leaking, with_kwargs=True)
+
+
 @fault("padding is seen", "padding_or_packing")
 def padding_seen(arms: Arms) -> None:
     def unmasked(module: Any, args: Any, kwargs: Any) -> Any:
@@ -324,6 +338,13 @@ def weights_damaged(arms: Arms, size: float) -> None:
 @fault("another model's retrofit", "weights_differ")
 def another_model(arms: Arms) -> Arms:
     return replace(arms, retrofit=retrofitted(trained("llama", 5, first=0, then=40)))
+
+
+@fault("kept frequencies of the config were dropped", "settings_differ", **{"all": 0, "half of them": 2})
+def kept_dropped(arms: Arms, kept: int) -> Arms:
+    retrofit = retrofitted(arms.source, keep=4)
+    settings = {**retrofit.config.rpb_retrofit, "kept_frequencies": {"inv_freq": kept} if kept else {}}
+    return replace(arms, retrofit=reloaded(retrofit, rpb_retrofit=settings))
 
 
 @fault("an epsilon of the config is not the source's", "settings_differ")

@@ -66,7 +66,7 @@ def _largest(turned: Tensor, still: Tensor) -> float:
 def _meant_to_rotate(exam: Exam, width: int) -> Tensor:
     """The dimensions of a head that go on rotating by the retrofit's settings, as a mask (width,)."""
     mask = torch.zeros(width, dtype=torch.bool)
-    kept = max(exam.arms.settings.get("kept_frequencies", {"": 0}).values())
+    kept = max(exam.arms.settings.get("kept_frequencies", {}).values(), default=0)
     if kept:
         try:
             for dimensions in rotary_pairs(exam.arms.plain, exam.arms.family).dimensions():

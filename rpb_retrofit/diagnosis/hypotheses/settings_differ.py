@@ -7,6 +7,7 @@ from typing import Any
 from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded
 from rpb_retrofit.diagnosis.settings import other_settings
+from rpb_retrofit.settings import kept_frequencies
 
 CAUSE = "settings are not the source's"
 PREDICTS = "config.json has settings that the source's has not; or a module has others than its config gives it"
@@ -20,6 +21,17 @@ def examine(exam: Exam) -> Finding:
     if other:
         said = ", ".join(f"{key}={mine!r} (source: {its!r})" for key, (mine, its) in list(other.items())[:4])
         return confirmed(f"{len(other)} settings are not the source's: {said}", REMEDY)
+    settings, arms = exam.arms.settings, exam.arms
+    kept, meant = (
+        settings.get("kept_frequencies", {}),
+        kept_frequencies(arms.plain, settings.get("keep_frequencies", 0), arms.family),
+    )
+    if kept != meant:
+        return confirmed(
+            f"kept_frequencies is {kept or 'empty'} in the config, keep_frequencies={settings['keep_frequencies']!r} "
+            f"means {meant or 'none'}",
+            REMEDY,
+        )
     odd = _odd_modules(exam)
     if odd:
         said = ", ".join(f"{name}={mine!r} (by its config: {its!r})" for name, (mine, its) in list(odd.items())[:4])
