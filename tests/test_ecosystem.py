@@ -346,7 +346,7 @@ def test_evaluation_harness(by: str, harness: Path, one_thread: None) -> None:
         ids = tokenizer.encode(row["text"])
         lengths.append(len(ids))
         assert score == pytest.approx(log_likelihood(retrofit, [tokenizer.bos_token_id], ids), rel=1e-5)
-        assert score != pytest.approx(log_likelihood(source, [tokenizer.bos_token_id], ids), rel=1e-3)
+        assert score != pytest.approx(log_likelihood(source, [tokenizer.bos_token_id], ids), rel=1e-4)
     assert min(lengths) < 256 < max(lengths) < 1024
 
     for row, (text,) in zip(ROWS, responses(found, "write"), strict=True):

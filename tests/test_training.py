@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -124,7 +125,7 @@ def test_distillation_from_the_source(source: Path, retrofit: Path, text: Path, 
     changes = {"objective": "distillation", "stages": [{"train": "tables", "tokens": 128, "lengths": {64: 1}}, *stages]}
     summary = run(retrofit, tmp_path / "out", text, changes, say=said.append)
     kl = [loss for stage in summary.stages for loss in stage.losses]
-    assert kl[-1] < 0.8 * kl[0]
+    assert fmean(kl[-8:]) < 0.9 * fmean(kl[:8])  # one batch alone is easier or harder than another
     size = sum(p.numel() for p in rpb.load(retrofit).parameters()) * 4 / 1e6
     spared = next(float(line.split()[5]) for line in said if "shares" in line)
     assert spared == pytest.approx(size, abs=1), "while tables are trained the source costs no second copy"
