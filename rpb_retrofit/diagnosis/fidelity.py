@@ -128,17 +128,19 @@ def _examine(found: Fidelity, name: str, pairs: _Pairs, bias: RelativePositionBi
     own = _numbers(bias)
 
     def kl(numbers: Tensor) -> Tensor:
-        return loss(numbers, target, pairs, form, thin=None).kl
+        return loss(numbers, target, pairs, form, thin=None).kl.cpu()
 
     best = fit(pairs, form)
-    found.own[name], found.zeros[name], found.refit[name] = kl(own), best.before, kl(best.numbers)
-    found.tables[name] = form.table(best.numbers)
+    found.own[name], found.zeros[name], found.refit[name] = kl(own), best.before.cpu(), kl(best.numbers)
+    found.tables[name] = form.table(best.numbers).cpu()
     found.meant[name] = {what: kl(numbers) for what, numbers in _meanings(bias, own, width).items()}
     for factor in (2, 0.5, 4, 0.25):
         if bias.bucketing.num_exact < (distance := round(bias.bucketing.max_distance * factor)):
             buckets = bias.bucketing
             other = Form(Bucketing(buckets.num_buckets, distance, buckets.bidirectional), form.tail)
-            found.meant[name][f"{MADE_FOR} {distance}"] = loss(own, target_of(pairs, other), pairs, other, thin=None).kl
+            found.meant[name][f"{MADE_FOR} {distance}"] = loss(
+                own, target_of(pairs, other), pairs, other, thin=None
+            ).kl.cpu()
     for start in range(bias.bucketing.num_exact // 2 + 1, bias.bucketing.per_direction):
         found.continued.setdefault(start, {})[name] = kl(
             torch.cat(
@@ -154,13 +156,13 @@ def _examine(found: Fidelity, name: str, pairs: _Pairs, bias: RelativePositionBi
     column = (torch.arange(heads)[:, None] + torch.arange(heads)) % heads
     found.swaps[name] = torch.empty_like(swaps).scatter_(1, column, swaps)
     found.richer[name] = {
-        what: fit(pairs, Form(bucketing)).after for what, bucketing in _richer(bias.bucketing, pairs).items()
+        what: fit(pairs, Form(bucketing)).after.cpu() for what, bucketing in _richer(bias.bucketing, pairs).items()
     }
 
 
 def _numbers(bias: RelativePositionBias) -> Tensor:
     parts = [bias.weight.detach()] + ([] if bias.tail is None else [bias.tail.detach()])
-    return torch.cat(parts, 1).float().cpu()
+    return torch.cat(parts, 1).float()
 
 
 def _meanings(bias: RelativePositionBias, own: Tensor, width: int) -> dict[str, Tensor]:

@@ -82,7 +82,7 @@ def _suspects(
     if bias.bucketing.bidirectional or (asked is not None and -asked[0] > asked[1]):
         yield "reversed", None, reverse
     else:
-        if _difference(bias(-offsets).detach().double().cpu(), own) < CLOSE[torch.float32]:
+        if _difference(bias(-offsets.to(bias.weight.device)).detach().double().cpu(), own) < CLOSE[torch.float32]:
             yield "reversed", None, reverse
     yield "dropped", None, torch.zeros_like(own)
     for shift in (1, -1, 2, -2, 3, -3):

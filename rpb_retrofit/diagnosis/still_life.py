@@ -139,9 +139,9 @@ def _sit(portraits: dict[str, Portrait], attentions: Mapping[str, Any], far: int
             offsets=offsets,
             bias=bias,
             asked=(min(asked), max(asked)) if asked else None,
-            turning=torch.maximum(_turned(query[0].double()), _turned(key[0].double())),
+            turning=torch.maximum(_turned(query[0].double()), _turned(key[0].double())).cpu(),
             growth=(lengths.amax(1) / lengths.amin(1).clamp(min=1e-12)).max().item(),
-            scale=_slope(product[:, 0], content),
+            scale=_slope(product[:, 0].cpu(), content),
             by_row=by_row,
         )
         return attend(module, query, key, value, mask, **kwargs)
@@ -162,7 +162,7 @@ def _weights(
         value = key.new_zeros(*key.shape[:3], width)
         value[:, :, torch.arange(start, start + count), torch.arange(count)] = 1
         output, _ = attend(query, key, value, mask, **kwargs)
-        parts.append(output[0, :, :, :count].float())  # (Q, heads, count)
+        parts.append(output[0, :, :, :count].float().cpu())  # (Q, heads, count)
     weights = torch.cat(parts, -1).transpose(0, 1)
     return torch.where(weights > FAINTEST.get(key.dtype, 0.0), weights, 0)
 
@@ -213,5 +213,5 @@ def _overhear(module: Any) -> Iterator[list[int]]:
 
 def _by_weights(portraits: dict[str, Portrait], name: str, module: Any, args: Any, output: tuple[Any, ...]) -> None:
     """Forward hook of an attention that does not use the interface: its own weights show the bias."""
-    offsets, bias, by_row = _profile(output[1][0].float(), causal=True)
+    offsets, bias, by_row = _profile(output[1][0].float().cpu(), causal=True)
     portraits[name] = Portrait(offsets, bias, None, None, 1.0, None, by_row)
