@@ -194,6 +194,15 @@ def padding_seen(arms: Arms) -> None:
     arms.retrofit.base_model.register_forward_pre_hook(unmasked, with_kwargs=True)
 
 
+@fault("a mask overflows where there is padding", "not_finite")
+def mask_overflows(arms: Arms) -> None:
+    def overflow(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        return output if kwargs.get("attention_mask") is None else (output[0] * math.nan, *output[1:])
+
+    for module in arms.attentions.values():
+        module.register_forward_hook(overflow, with_kwargs=True)
+
+
 @fault("packed documents see one another", "padding_or_packing")
 def packing_seen(arms: Arms) -> None:
     def unpacked(module: Any, args: Any, kwargs: Any) -> Any:
