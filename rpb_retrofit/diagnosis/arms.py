@@ -88,7 +88,7 @@ class Arms:
         """The retrofit's weights in its source's class: what the family itself does. They share their memory."""
         model = self.retrofit
         cls: Any = model.source_class if isinstance(model, RetrofitModel) else type(model)
-        settings = {k: v for k, v in model.config.to_dict().items() if k not in _RETROFITS}
+        settings = {k: v for k, v in model.config.to_dict().items() if k not in WRITTEN}
         config = type(model.config).from_dict(settings)
         with no_init_weights():
             plain = cls._from_config(config, attn_implementation=None if self.family.uses_interface else "eager")
@@ -104,7 +104,8 @@ class Arms:
         return self.retrofit.dtype
 
 
-_RETROFITS = (
+WRITTEN = (
     *("rpb_retrofit", "auto_map", "attn_implementation", "experts_implementation", "architectures"),
     *("_attn_implementation", "_experts_implementation"),
 )
+"""What a retrofit writes into a config, and saving it into config.json."""

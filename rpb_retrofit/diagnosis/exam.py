@@ -32,6 +32,9 @@ from rpb_retrofit.evaluation.statistics import Difference
 from rpb_retrofit.runtime.mechanisms import trained_context
 from rpb_retrofit.runtime.modeling import attention_modules
 
+AS_IT_IS = "as-it-is"
+"""What a change that changes nothing is called."""
+
 DEPTHS = (0.1, 0.9)
 """Where in the context the answers lie, from its beginning to its end."""
 
@@ -335,26 +338,18 @@ class Exam:
     ) -> Difference:
         """What an arm's loss changes by when something is undone: below zero, it was a fault."""
         length = length or self.middle
-        tokens = max(self.plan.probed, length)
-
-        def score(label: str) -> Losses:
-            return token_by_token(self.arms.retrofit, self.documents, length, tokens, self.bos, label)
-
-        plain = self.journal(f"probed-{length}", lambda: score("as it is, "))
-
-        def measure() -> Losses:
-            with undo():
-                return score(f"{name}, ")
-
-        return difference(plain, self.journal(f"undone-{name}-{length}", measure))
+        plain = self.with_change(RETROFIT, AS_IT_IS, Change(), length)
+        return difference(plain, self._probed(RETROFIT, name, undo, length))
 
     def with_change(self, role: str, name: str, change: Change, length: int) -> Losses:
         """An arm's losses with a change of its attention, on the text that interventions are scored on."""
-        model = dict(self.arms)[role]
-        tokens = max(self.plan.probed, length)
+        return self._probed(role, name, lambda: changed(dict(self.arms)[role], self.arms.family, change), length)
 
-        def measure() -> Losses:
-            with changed(model, self.arms.family, change):
+    def _probed(self, role: str, name: str, within: Callable[[], AbstractContextManager[Any]], length: int) -> Losses:
+        model, tokens = dict(self.arms)[role], max(self.plan.probed, length)
+
+        def score() -> Losses:
+            with within():
                 return token_by_token(model, self.documents, length, tokens, self.bos, f"{role}, {name}, ")
 
-        return self.journal(f"changed-{role}-{name}-{length}", measure)
+        return self.journal(f"changed-{role}-{name}-{length}", score)

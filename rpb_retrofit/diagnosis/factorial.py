@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from rpb_retrofit.diagnosis.arms import CONTROL, RETROFIT, SOURCE
-from rpb_retrofit.diagnosis.exam import Exam
+from rpb_retrofit.diagnosis.exam import AS_IT_IS, Exam
 from rpb_retrofit.diagnosis.intervention import Change
 from rpb_retrofit.diagnosis.judge import content_ratios
 from rpb_retrofit.diagnosis.weights import collinear
@@ -112,8 +112,8 @@ def _cross(
     exam: Exam, side: str, name: str, about: str, source_off: Change, source_on: Change, off: Change, on: Change
 ) -> Crossing:
     def cell(role: str, change: Change, how: str) -> Losses:
-        label = "as it is" if change == Change() else f"{name} {how}"
-        return exam.with_change(role, label.replace(" ", "-"), change, exam.middle)
+        label = AS_IT_IS if change == Change() else f"{name} {how}".replace(" ", "-")
+        return exam.with_change(role, label, change, exam.middle)
 
     a, b = cell(side, source_off, "off"), cell(side, source_on, "on")
     c, d = cell(RETROFIT, off, "off"), cell(RETROFIT, on, "on")

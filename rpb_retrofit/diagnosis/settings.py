@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from rpb_retrofit.diagnosis.arms import Arms
+from rpb_retrofit.diagnosis.arms import WRITTEN, Arms
 
 _OURS = {
-    *("rpb_retrofit", "auto_map", "attn_implementation", "experts_implementation", "architectures"),
+    *WRITTEN,
     *("torch_dtype", "dtype"),
     *("transformers_version", "_name_or_path", "use_cache", "output_attentions", "output_hidden_states", "return_dict"),
-    *("_attn_implementation", "_experts_implementation", "name_or_path", "model_type", "max_position_embeddings"),
+    *("name_or_path", "model_type", "max_position_embeddings"),
     *("id2label", "label2id", "problem_type", "finetuning_task", "task_specific_params"),
 }
 """What a retrofit writes itself, and what no forward pass reads."""

@@ -121,7 +121,8 @@ def _sit(portraits: dict[str, Portrait], attentions: Mapping[str, Any], far: int
         nothing = torch.zeros_like(query), torch.zeros_like(key)
         causal = getattr(module, CAUSAL)
         with _overhear(attentions[name]) as asked:
-            offsets, bias, by_row = _profile(weights(*nothing), causal)
+            blank = weights(*nothing)
+        offsets, bias, by_row = _profile(blank, causal)
         if causal and far > len(offsets):
             # Two queries, since one alone is decoding, which has a way of its own.
             keys = key.new_zeros(1, key.shape[1], far, key.shape[3])
@@ -134,7 +135,7 @@ def _sit(portraits: dict[str, Portrait], attentions: Mapping[str, Any], far: int
             query.shape[1] // key.shape[1], 0
         ).transpose(1, 2)
         lengths = query[0].double().norm(dim=-1)
-        content = (weights(*some)[:, -1] / weights(*nothing)[:, -1]).log().double()  # infinite where either is lost
+        content = (weights(*some)[:, -1] / blank[:, -1]).log().double()  # infinite where either is lost
         portraits[name] = Portrait(
             offsets=offsets,
             bias=bias,

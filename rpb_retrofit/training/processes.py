@@ -165,10 +165,3 @@ class Interruption:
             os._exit(128 + number)
         if self.signal is None:
             self.signal, self._noted = number, time.monotonic()
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on a GPU or on a CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rpb_retrofit.errors import ConfigError, DataError, TrainingError
+from rpb_retrofit.evaluation.speed import is_out_of_memory
 from rpb_retrofit.training.batches import Batch, Layout, Rows, collate, length_of_step
 from rpb_retrofit.training.guard import Guard, first_bad_gradient, first_bad_module
 from rpb_retrofit.training.held_out import HeldOut
@@ -23,7 +24,6 @@ from rpb_retrofit.training.parameters import optimizer_of, rate_factor
 from rpb_retrofit.training.processes import (
     Interruption,
     gathered,
-    is_out_of_memory,
     prepare_for_deepspeed,
     shard_tables,
 )
