@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
@@ -57,7 +58,8 @@ def _source_class(path: str | os.PathLike[str], config: Any, auto_class: Any | N
 
 
 def open_causal_lm(name: str) -> tuple[Any, Any]:
-    """The model (a retrofit, a plain checkpoint or a GGUF file), in evaluation mode, and its tokenizer.
+    """The model (a retrofit, a plain checkpoint or a GGUF file), in evaluation mode and on the accelerator where there
+    is one, and its tokenizer.
 
     Raises CheckpointError for what cannot be found, DataError for a model that does not predict next tokens.
     """
@@ -65,7 +67,10 @@ def open_causal_lm(name: str) -> tuple[Any, Any]:
         architecture = (find(name).config().architectures or ["(none)"])[0]
         if not architecture.endswith(("ForCausalLM", "LMHeadModel")):
             raise DataError(f"'{name}' is a {architecture}: only models that predict the next token can be scored")
-    return open_model(name)
+    model, tokenizer = open_model(name)
+    if torch.accelerator.is_available():
+        model = model.to(torch.accelerator.current_accelerator())
+    return model, tokenizer
 
 
 def open_model(name: str) -> tuple[Any, Any]:

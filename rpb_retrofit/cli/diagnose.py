@@ -57,10 +57,10 @@ def command(
     """What regressed after a retrofit, where, and why."""
     from rpb_retrofit.diagnosis.exam import Exam, Plan
     from rpb_retrofit.diagnosis.hypotheses import HYPOTHESES
-    from rpb_retrofit.diagnosis.journal import Journal
     from rpb_retrofit.diagnosis.opening import identity, known_source, open_arms, trained_pairs
     from rpb_retrofit.diagnosis.report import write_report
     from rpb_retrofit.diagnosis.run import diagnose
+    from rpb_retrofit.evaluation.journal import Journal
     from rpb_retrofit.files.folder import check_absent, whole_folder
     from rpb_retrofit.text import bos_policy, read_text, tokenise
 

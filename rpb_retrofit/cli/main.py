@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from rpb_retrofit.cli import card, demo, diagnose, evaluate, explain, finetune, retrofit
+from rpb_retrofit.cli import card, compare, demo, diagnose, evaluate, explain, finetune, retrofit
 from rpb_retrofit.errors import InterruptedRunError, RetrofitError
 from rpb_retrofit.version import __version__
 
@@ -16,7 +16,7 @@ from rpb_retrofit.version import __version__
 UsageError: Any = typer.BadParameter.__base__
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
-for module in (retrofit, finetune, evaluate, diagnose, card, explain, demo):
+for module in (retrofit, finetune, evaluate, diagnose, compare, card, explain, demo):
     app.command(module.__name__.rpartition(".")[2])(module.command)
 
 

@@ -40,6 +40,28 @@ def whole_or_auto(text: str) -> int | Literal["auto"]:
         raise typer.BadParameter(f"'{text}' is neither a whole number nor 'auto'") from error
 
 
+_SUFFIXES = {"k": 1, "m": 2, "g": 3}
+
+
+def count(option: str, text: str | None, thousand: int = 1000) -> int | None:
+    """``5M``, ``32k`` or ``4096`` as a number; None where the option was not given. ConfigError for anything else.
+
+    A length's ``k`` is 1,024 tokens, as contexts are counted; elsewhere it is a ``thousand``.
+    """
+    if text is None:
+        return None
+    digits, power = text.strip(), 0
+    if digits[-1:].lower() in _SUFFIXES:
+        digits, power = digits[:-1], _SUFFIXES[digits[-1].lower()]
+    try:
+        value = float(digits) * thousand**power
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 2**63 or value != int(value):
+        raise ConfigError(f"{option} {text}: give a whole number of tokens, such as 4096, 32k or 5M")
+    return int(value)
+
+
 AutoBuckets = Annotated[
     Any,
     typer.Option(

@@ -17,13 +17,13 @@ from rpb_retrofit.diagnosis.consistency import Way, consistency
 from rpb_retrofit.diagnosis.fidelity import Fidelity, fidelity
 from rpb_retrofit.diagnosis.gaze import Gaze, gaze
 from rpb_retrofit.diagnosis.intervention import Change, changed
-from rpb_retrofit.diagnosis.journal import Journal
 from rpb_retrofit.diagnosis.promise import Comparison, compare
 from rpb_retrofit.diagnosis.rebuilt import Rebuilt, rebuilt
 from rpb_retrofit.diagnosis.still_life import StillLife, still_life
 from rpb_retrofit.diagnosis.weights import drift
 from rpb_retrofit.errors import DataError
 from rpb_retrofit.evaluation.context_use import make_inductions, make_local_orders
+from rpb_retrofit.evaluation.journal import Journal
 from rpb_retrofit.evaluation.losses import Losses, cut_text, difference, key_tokens, on_tokens, token_by_token
 from rpb_retrofit.evaluation.nll import check_length
 from rpb_retrofit.evaluation.retrieval import KINDS, make_items, measure

@@ -83,13 +83,13 @@ def trained_context(model: Any, family: Family) -> int | None:
     """The most tokens that a plain model was made for, None where nothing says: of a table of positions, its rows."""
     if family.mechanism in ("learned", "sinusoidal"):
         tables = modules_named(model, family.positions).values()
-        return min((len(cast(Any, table).weight) - _unused_rows(table) for table in tables), default=None)
+        return min((len(cast(Any, table).weight) - unused_rows(table) for table in tables), default=None)
     config = model.config.get_text_config()
     lengths = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
     return next((length for length in lengths if length), None)
 
 
-def _unused_rows(table: nn.Module) -> int:
+def unused_rows(table: nn.Module) -> int:
     """Rows that no position uses, at a position table's head: OPT's and BART's offset, RoBERTa's padding row."""
     padding = getattr(table, "padding_idx", None)
     return getattr(table, "offset", 0) if padding is None else padding + 1
@@ -190,7 +190,7 @@ class ConstantPositions(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Whatever the source's module is called with -> (1, 1, hidden), which broadcasts over batch and tokens."""
-        vectors, lengths = self.weight[_unused_rows(self) :], getattr(self, MEAN)
+        vectors, lengths = self.weight[unused_rows(self) :], getattr(self, MEAN)
         if not lengths:
             return vectors.mean(0)[None, None]
         return sum((share * vectors[:length].mean(0) for length, share in lengths), vectors.new_zeros(()))[None, None]

@@ -10,28 +10,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers import PreTrainedModel
 
 from rpb_retrofit.checkpoint.load import open_model
-from rpb_retrofit.errors import ConfigError, DataError, NotRetrofittedError, UnsupportedModelError
+from rpb_retrofit.errors import ConfigError, NotRetrofittedError
 from rpb_retrofit.files.folder import check_absent, whole_folder
 from rpb_retrofit.files.source import find
-from rpb_retrofit.runtime.families import family_of
-from rpb_retrofit.runtime.mechanisms import trained_context
-from rpb_retrofit.text import bos_policy, special_tokens, tokenise
-from rpb_retrofit.training.batches import Rows, layout_of
 from rpb_retrofit.training.checkpoints import RunFolder
-from rpb_retrofit.training.documents import Mixture, open_sources
-from rpb_retrofit.training.held_out import held_out_for
 from rpb_retrofit.training.identity import identity_of
-from rpb_retrofit.training.objective import objective_for
 from rpb_retrofit.training.parameters import merged, prepare
 from rpb_retrofit.training.processes import on_main, open_accelerator
 from rpb_retrofit.training.recipe import Recipe
 from rpb_retrofit.training.relations import Relations
+from rpb_retrofit.training.setting import open_setting
 from rpb_retrofit.training.stage import StageRun
 from rpb_retrofit.training.step import Progress, Setting
 from rpb_retrofit.training.summary import SUMMARY, Summary, read_summary, stage_summary, write_summary
@@ -143,7 +136,9 @@ class _Stages:
         for number, stage in enumerate(self.recipe.stages):
             place = self.folder / f"stage-{number + 1}"
             model, tokenizer = open_model(current)
-            self.setting = self.setting or self._setting(model, tokenizer)
+            self.setting = self.setting or open_setting(
+                self.accelerator, self.recipe, model, tokenizer, self.teacher, self.label, self.say
+            )
             if finished := place.is_dir():
                 state = json.loads((place / STATE).read_text())
                 self.setting.rows.restore(state["rows"])
@@ -195,53 +190,6 @@ class _Stages:
         if self.accelerator.is_main_process:
             shutil.rmtree(self._checkpoints(number), ignore_errors=True)
         self.accelerator.wait_for_everyone()
-
-    def _setting(self, model: PreTrainedModel, tokenizer: Any) -> Setting:
-        """What all stages share; wrong text and tokenizers are found here, before anything is trained."""
-        recipe = self.recipe
-        if model.config.is_encoder_decoder:
-            raise UnsupportedModelError(f"{type(model).__name__}: only decoders and encoders can be fine-tuned here")
-        embeddings: Any = model.get_input_embeddings()
-        rows = embeddings.weight.shape[0]
-        if len(tokenizer) > rows:
-            raise DataError(
-                f"the tokenizer of '{self.start}' has {len(tokenizer)} tokens, its model {rows}: wrong tokenizer"
-            )
-        before, after = special_tokens(tokenizer)
-        lengths = [length for stage in recipe.stages for length in stage.lengths]
-        self._check_lengths(model, lengths, len(before) + len(after))
-        layout = layout_of(model, tokenizer, before, after)
-        sources, weights, apart = open_sources(recipe)
-
-        def encode(document: str) -> torch.Tensor:
-            (ids,) = tokenise(tokenizer, [document])
-            return torch.cat([before, ids, after]) if layout.packed and len(ids) else ids
-
-        objective = objective_for(recipe, model, layout.causal, self.teacher)
-        held = held_out_for(recipe, tokenise(tokenizer, apart), objective, layout, bos_policy(tokenizer, "auto"))
-        stream = Mixture(sources, weights, encode)
-        if (found := stream.count_up_to(longest := max(lengths))) < longest:
-            raise DataError(
-                f"the training text has {found} tokens, fewer than one sequence of {longest}: give more text or "
-                "shorter lengths"
-            )
-        return Setting(self.accelerator, recipe, Rows(stream, layout), layout, tokenizer, objective, held, self.label)
-
-    def _check_lengths(self, model: PreTrainedModel, lengths: list[int], special: int) -> None:
-        if min(lengths) <= special + 1:
-            raise ConfigError(
-                f"lengths: {min(lengths)} tokens leave no room beside {special} special ones: make it longer"
-            )
-        source = self.teacher if self.teacher is not None else model if self.label == "control" else None
-        if source is None or max(lengths) <= (trained_context(source, family_of(source.config)) or max(lengths)):
-            return
-        context, mechanism = trained_context(source, family_of(source.config)), family_of(source.config).mechanism
-        if mechanism in ("learned", "sinusoidal"):
-            raise ConfigError(
-                f"lengths: {max(lengths)} tokens, and the source has {context} {mechanism} positions: it can neither "
-                "teach nor be a control beyond them; make it shorter, or choose next-token or masked"
-            )
-        self.say(f"sequences of {max(lengths)} tokens are longer than the source's context of {context}")
 
     def _write(
         self, target: Path, current: str, weights: dict[str, Any] | None, number: int, end: Summary | dict[str, Any]

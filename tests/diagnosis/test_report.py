@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import math
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -13,43 +12,13 @@ import pytest
 
 from rpb_retrofit.diagnosis import pictures
 from rpb_retrofit.diagnosis.hypotheses import HYPOTHESES
-from rpb_retrofit.diagnosis.report import EVIDENCE, number, write_report
+from rpb_retrofit.diagnosis.report import EVIDENCE, write_report
+from rpb_retrofit.pages.drawing import as_data_uri
+from rpb_retrofit.pages.words import number
+from tests.page import Page
 
 COMMAND = "rpb diagnose out --source org/model"
 ARMS = ("source", "control", "untrained", "retrofit")
-VOID = {"meta", "img", "br", "hr", "link", "input"}
-
-
-class Page(HTMLParser):
-    """What a page holds; fails where a tag is closed that is not the one open."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str]]] = []
-        self.words: list[str] = []
-        self.feed(text)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, {key: value or "" for key, value in attrs}))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag, self.getpos()
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] != "style":
-            self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
-
-    def values(self, attribute: str) -> list[str]:
-        return [attributes[attribute] for _, attributes in self.tags if attribute in attributes]
 
 
 def difference(mean: float, spread: float = 0.02, real: bool = True) -> dict[str, Any]:
@@ -339,6 +308,6 @@ def test_heat_maps_grow_with_the_heads_and_stay_bounded() -> None:
 
 def test_a_picture_is_the_same_bytes_for_the_same_numbers() -> None:
     rows = figures([])["entropy"]
-    first, again = (pictures.as_data_uri(lambda: pictures.entropy(rows)) for _ in range(2))
+    first, again = (as_data_uri(lambda: pictures.entropy(rows)) for _ in range(2))
     assert first == again
     assert b"<svg" in base64.b64decode(first.partition(",")[2])

@@ -1,0 +1,34 @@
+"""ALiBi, exactly, on the engine that the T5 bias runs on. Press et al. 2022, arXiv:2108.12409."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from rpb_retrofit.comparison.arm import Arm, Situation
+from rpb_retrofit.config import RetrofitConfig
+from rpb_retrofit.errors import ConfigError
+from rpb_retrofit.inplace import retrofit
+from rpb_retrofit.runtime.bias import AlibiBias
+from rpb_retrofit.runtime.families import TABLE
+from rpb_retrofit.runtime.modeling import attention_modules, num_heads
+from rpb_retrofit.tables.alibi import slopes
+
+
+def _penalise(model: PreTrainedModel, situation: Situation) -> str:
+    if situation.family.mechanism == "alibi":
+        raise ConfigError("the source has ALiBi already")
+    retrofit(model, RetrofitConfig(init="zeros"))
+    for module in attention_modules(model, situation.family).values():
+        heads = num_heads(module, model.config)
+        setattr(module, TABLE, AlibiBias(slopes(heads)).to(model.device))
+    return (
+        f"nearest as a checkpoint: rpb retrofit SOURCE OUT --init alibi --buckets 64 --max-distance {situation.target}"
+    )
+
+
+ARM = Arm(
+    "alibi",
+    "a penalty that grows with the distance, at fixed slopes, in the place of the source's positions "
+    "(ALiBi, arXiv:2108.12409)",
+    _penalise,
+)

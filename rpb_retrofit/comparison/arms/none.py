@@ -1,0 +1,27 @@
+"""No positions: the source's mechanism off, and nothing in its place.
+
+Kazemnejad et al. 2023, arXiv:2305.19466; dropped after training: DroPE, Gelberg et al. 2025, arXiv:2512.12167.
+"""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from rpb_retrofit.comparison.arm import Arm, Situation
+from rpb_retrofit.config import RetrofitConfig
+from rpb_retrofit.inplace import retrofit
+from rpb_retrofit.runtime.mechanisms import neutralise
+
+
+def drop(model: PreTrainedModel, situation: Situation) -> str:
+    """Switch the mechanism off; where it lives in the attention itself (ALiBi), by a bias of zero."""
+    if situation.family.positions:
+        neutralise(model, situation.family, {}, [])
+        if situation.family.mechanism != "rope":  # every length has the same vectors now
+            model.config.max_position_embeddings = max(situation.target, situation.context)
+    else:
+        retrofit(model, RetrofitConfig(init="zeros"))
+    return "rpb retrofit SOURCE OUT --init zeros"
+
+
+ARM = Arm("none", "the source's positions dropped, nothing in their place (as DroPE, arXiv:2512.12167)", drop)

@@ -1,0 +1,449 @@
+"""The recommendation on planted figures: right, never inadmissible, with thresholds that hold when tried."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from dataclasses import asdict, replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rpb_retrofit.comparison.recommend import CLEARLY, Candidate, Constraints, Figures, Recommendation, recommend
+from rpb_retrofit.errors import ConfigError
+from rpb_retrofit.evaluation.statistics import Difference
+
+TARGET = 16384
+SIGHT = 0.05
+"""Nats from which on planted differences are real."""
+
+
+def difference(mean: float, real: bool, width: float = 0.01) -> Difference:
+    return Difference(mean, mean - width, mean + width, 0.001 if real else 0.5, SIGHT, 16000, 120)
+
+
+def arm(
+    name: str, loss: float, kept: float | None = 0.0, slowdown: float | None = 1.0, tokens: int = 0, **more: Any
+) -> Candidate:
+    inside = None if kept is None else difference(kept, kept > 0.005, 0.005)
+    return Candidate(name, loss, inside, slowdown, tokens, 40.0, **more)
+
+
+def figures(*candidates: Candidate, sight: float = SIGHT) -> Figures:
+    """Whatever differs by ``sight`` nats or more is real. What is broken was not compared."""
+    pairs = itertools.combinations([c for c in candidates if not c.broken], 2)
+    found = {(a.name, b.name): difference(b.loss - a.loss, abs(b.loss - a.loss) >= sight) for a, b in pairs}
+    return Figures(TARGET, candidates, found)
+
+
+SOURCE = arm("rope", 3.0, None)
+ARMS = figures(
+    SOURCE,
+    arm("yarn", 2.6, 0.03, 1.01),
+    arm("t5", 2.5, 0.01, 1.3),
+    arm("yarn healed", 2.4, 0.005, 1.01, 100_000, retrieval=0.75, memory=1.1),
+    arm("t5 healed", 2.2, 0.001, 1.3, 100_000),
+    arm("alibi", 1.0, slowdown=2.0, broken="does not run at 16384 tokens: killed"),
+    arm("nope", math.nan, broken="its logits are no numbers"),
+)
+
+
+@pytest.mark.parametrize(
+    ("constraints", "choice", "runner_up"),
+    [
+        ({}, "t5 healed", "yarn healed"),
+        ({"max_slowdown": 1.05}, "yarn healed", "yarn"),
+        ({"max_slowdown": 1.3}, "t5 healed", "yarn healed"),
+        ({"max_slowdown": 1.0}, "rope", None),
+        ({"train_tokens": 99_999}, "t5", "yarn"),
+        ({"train_tokens": 100_000}, "t5 healed", "yarn healed"),
+        ({"must_keep": 0.0}, "rope", None),
+        ({"must_keep": 0.001}, "t5 healed", "rope"),
+        ({"max_slowdown": 1.05, "must_keep": 0.02}, "yarn healed", "rope"),
+        ({"max_slowdown": 1.05, "train_tokens": 0}, "yarn", "rope"),
+        ({"train_tokens": 0, "must_keep": 0.02}, "t5", "rope"),
+        ({"max_slowdown": 1.05, "train_tokens": 0, "must_keep": 0.02}, "rope", None),
+        ({"max_slowdown": 2.0, "train_tokens": 10**9, "must_keep": 1.0}, "t5 healed", "yarn healed"),
+    ],
+)
+def test_the_lowest_that_meets_all_constraints(constraints: dict[str, Any], choice: str, runner_up: str | None) -> None:
+    found = recommend(ARMS, Constraints(**constraints))
+    assert (found.choice, found.runner_up) == (choice, runner_up)
+    assert choice in found.headline and f"{TARGET:,} tokens" in found.headline
+    assert not found.failures
+    assert found.rejected["alibi"] == "does not run at 16384 tokens: killed"
+
+
+TWIN, LATE = arm("twin", 2.5, slowdown=1.2), arm("late", 2.49, slowdown=1.2, tokens=1000)
+CLEAR = {"slowdown": 1.2 - 2 * CLEARLY}
+
+
+@pytest.mark.parametrize(
+    ("candidates", "choice", "says"),
+    [
+        ((replace(SOURCE, loss=2.52), TWIN), "rope", "tied with the lowest, 2.500 of twin, and there is nothing to do"),
+        ((replace(SOURCE, loss=2.52), LATE), "rope", "tied with the lowest, 2.490 of late, and there is nothing to do"),
+        ((SOURCE, LATE, TWIN), "twin", "tied with the lowest, 2.490 of late, and it needs less training"),
+        ((SOURCE, TWIN, arm("quick", 2.53, **CLEAR)), "quick", "tied with the lowest, 2.500 of twin, and it is the f"),
+        (
+            (SOURCE, TWIN, arm("as quick", 2.49, slowdown=1.21)),
+            "as quick",
+            "the lowest of those that can be taken, though tied with twin",
+        ),
+        ((SOURCE, TWIN, arm("untimed", 2.49, slowdown=None)), "twin", "faster one, as far as measured"),
+        (
+            (SOURCE, replace(TWIN, slowdown=None), arm("untimed", 2.49, slowdown=None)),
+            "untimed",
+            "though tied with twin",
+        ),
+        ((SOURCE, LATE, arm("quick", 2.5, tokens=1000, **CLEAR)), "quick", "faster one"),
+        ((SOURCE, arm("costly", 2.3, tokens=1000), TWIN), "costly", "the lowest of those that can be taken."),
+    ],
+)
+def test_of_those_that_are_tied_the_least_work(candidates: tuple[Candidate, ...], choice: str, says: str) -> None:
+    found = recommend(figures(*candidates), Constraints())
+    assert found.choice == choice
+    assert says in found.headline
+    told = [change for change in found.changes if change.startswith(f"Tied with {choice}: ")]
+    assert len(told) == (says != "the lowest of those that can be taken.")
+    assert all("where 0.050 would show" in change for change in told)
+
+
+def test_tied_with_the_lowest_is_not_enough_where_another_tied_one_is_really_better() -> None:
+    """The spread of a noisy arm hides that the source is beaten by a third."""
+    table = figures(SOURCE, noisy := arm("noisy", 2.4), sound := arm("sound", 2.5), sight=0.0)
+    hidden = {pair: replace(d, p=0.5) for pair, d in table.differences.items() if noisy.name in pair}
+    found = recommend(replace(table, differences={**table.differences, **hidden}), Constraints())
+    assert found.choice == noisy.name and found.runner_up == sound.name
+
+
+@pytest.mark.parametrize(
+    ("candidates", "constraints", "headline", "last"),
+    [
+        (
+            (replace(SOURCE, kept=difference(0.04, True)), arm("yarn:2", 2.5, 0.031)),
+            {"must_keep": 0.02},
+            "the nearest to --must-keep 0.02, yarn:2, loses +0.031 (+0.026 to +0.036) nats a token inside the context, "
+            "0.011 too much.",
+            "Not all constraints can be met: without --must-keep 0.02, yarn:2 is taken.",
+        ),
+        (
+            (SOURCE, arm("t5", 2.5, slowdown=1.3), arm("fast", 2.7, slowdown=0.93)),
+            {"max_slowdown": 0.9},
+            "the nearest to --max-slowdown 0.9, fast, takes 0.93 times the source's time, 0.03 too much.",
+            "Not all constraints can be met: without --max-slowdown 0.9, t5 is taken.",
+        ),
+        (
+            (SOURCE, arm("quick", 2.5, 0.04, 0.8), arm("quicker", 2.5, 0.05, 0.7), arm("true", 2.3, 0.01, 1.3)),
+            {"max_slowdown": 0.9, "must_keep": 0.02},
+            "the nearest to --max-slowdown 0.9 that meets the rest, rope, takes 1.00 times the source's time, "
+            "0.10 too much.",
+            "Each constraint can be met, but not all together: without --max-slowdown 0.9, true is taken; "
+            "without --must-keep 0.02, quicker is taken.",
+        ),
+        (
+            (replace(SOURCE, tokens=5_000_000), arm("t5", 2.5, 0.04, 0.8, 2_000_000), arm("yarn", 2.5, 0.03, 1.0)),
+            {"max_slowdown": 0.9, "must_keep": 0.02, "train_tokens": 1_000_000},
+            "the nearest to --max-slowdown 0.9 that meets one of the rest, rope, takes 1.00 times the source's time, "
+            "0.10 too much.",
+            "Each constraint can be met, but not all together: no single one, dropped, lets anybody in.",
+        ),
+        (
+            (replace(SOURCE, tokens=5_000_000), arm("t5", 2.5, tokens=2_000_000)),
+            {"train_tokens": 1_500_000},
+            "the nearest to --train-tokens 1,500,000, t5, was trained on 2,000,000 tokens, 500,000 too much.",
+            "Not all constraints can be met: without --train-tokens 1,500,000, t5 is taken.",
+        ),
+        (
+            (replace(SOURCE, slowdown=None), arm("t5", 2.5, slowdown=None)),
+            {"max_slowdown": 1.05},
+            "the nearest to --max-slowdown 1.05, rope, has not been timed, so nothing shows that it is fast enough.",
+            "Not all constraints can be met: without --max-slowdown 1.05, t5 is taken.",
+        ),
+        (
+            (replace(SOURCE, broken="does not run"), arm("t5", math.inf)),
+            {"max_slowdown": 1.05},
+            "no candidate works.",
+            "No candidate works.",
+        ),
+    ],
+)
+def test_where_nothing_fits_it_says_by_how_much(
+    candidates: tuple[Candidate, ...], constraints: dict[str, Any], headline: str, last: str
+) -> None:
+    found = recommend(figures(*candidates), Constraints(**constraints))
+    assert found.choice is None and found.runner_up is None
+    assert found.headline == f"Nothing meets the constraints: {headline}"
+    assert found.failures[0][1:] == headline[1:]
+    assert found.failures[-1] == last
+    assert set(found.rejected) == {c.name for c in candidates}
+    assert not found.reasons and not found.costs
+
+
+def test_two_constraints_that_exclude_each_other_are_both_named() -> None:
+    table = figures(SOURCE, arm("quick", 2.5, 0.0412, 0.8))
+    found = recommend(table, Constraints(max_slowdown=0.9, must_keep=0.02))
+    assert "The nearest to --must-keep 0.02 that meets the rest, quick, " in found.failures[1]
+    assert "0.022 too much" in found.failures[1]  # rounded up: relaxing by less would not let it in
+    assert "At --must-keep 0.042, quick is taken." in found.changes
+
+
+def test_a_constraint_that_is_met_is_not_said_to_fail() -> None:
+    table = figures(replace(SOURCE, kept=difference(0.04, True)), arm("slow", 2.5, 0.03, 1.3))
+    found = recommend(table, Constraints(max_slowdown=1.05, must_keep=0.02))
+    assert [failure.split(",")[0] for failure in found.failures] == [
+        "The nearest to --must-keep 0.02 that meets the rest",
+        "Not all constraints can be met: without --must-keep 0.02",
+    ]
+
+
+@pytest.mark.parametrize(("slowdown", "step"), [(1.037, "1.03"), (1.031, "1.03"), (1.03, "1.03"), (1.1, "1.1")])
+def test_a_threshold_is_rounded_to_the_side_on_which_it_holds(slowdown: float, step: str) -> None:
+    found = recommend(figures(SOURCE, arm("t5", 2.5, slowdown=slowdown)), Constraints())
+    assert f"Below --max-slowdown {step}, rope is taken instead." in found.changes
+
+
+def test_all_that_is_said_of_a_choice() -> None:
+    found = recommend(ARMS, Constraints(max_slowdown=1.05, train_tokens=5_000_000, must_keep=0.007))
+    assert (
+        found.headline
+        == "Take yarn healed: 2.400 nats a token at 16,384 tokens, the lowest of those that can be taken."
+    )
+    assert found.reasons == (
+        "At 16,384 tokens yarn healed loses 2.400 nats a token; against the source, rope: -0.600 (-0.610 to -0.590).",
+        "It takes 1.01 times the source's time.",
+        "It loses +0.005 (+0.000 to +0.010) nats a token inside the context, which could be as much as 0.010, "
+        "beyond --must-keep 0.007.",
+        "It was trained on 100,000 tokens; calibration and training took 40 seconds.",
+        "It answers 75% of the retrieval questions right and takes 1.10 times the source's memory, "
+        "which the choice does not weigh.",
+    )
+    assert found.costs == (
+        "--max-slowdown 1.05 costs +0.200 (+0.190 to +0.210) nats a token: without it t5 healed is taken.",
+        "--train-tokens 5,000,000 costs nothing: yarn healed is taken without it too.",
+        "--must-keep 0.007 costs nothing: yarn healed is taken without it too.",
+    )
+    assert found.changes == (
+        "Below --max-slowdown 1.01, rope is taken instead.",
+        "Below --train-tokens 100,000, rope is taken instead.",
+        "Below --must-keep 0.005, rope is taken instead.",
+        "At --max-slowdown 1.3, t5 healed is taken: -0.200 (-0.210 to -0.190) nats a token.",
+        "More training than the 100,000 tokens measured, up to --train-tokens 5,000,000, may reorder them.",
+    )
+    assert found.rejected == {
+        "yarn": "--must-keep 0.007: loses +0.030 (+0.025 to +0.035) nats a token inside the context, 0.023 too much",
+        "t5": "--max-slowdown 1.05: takes 1.30 times the source's time, 0.25 too much; "
+        "--must-keep 0.007: loses +0.010 (+0.005 to +0.015) nats a token inside the context, 0.003 too much",
+        "t5 healed": "--max-slowdown 1.05: takes 1.30 times the source's time, 0.25 too much",
+        "alibi": "does not run at 16384 tokens: killed",
+        "nope": "its logits are no numbers",
+    }
+    assert asdict(found)["choice"] == "yarn healed"
+
+
+def test_source_and_runner_up_are_both_held_against_the_choice() -> None:
+    found = recommend(figures(SOURCE, arm("t5", 2.5), arm("yarn", 2.52)), Constraints())
+    assert found.reasons[0] == (
+        "At 16,384 tokens t5 loses 2.500 nats a token; against the runner-up, yarn: "
+        "-0.020 (-0.030 to -0.010): no difference found, of 0.050 or more; against the source, rope: "
+        "-0.500 (-0.510 to -0.490)."
+    )
+
+
+def test_a_constraint_that_only_costs_a_tie_costs_nothing_that_shows() -> None:
+    found = recommend(figures(SOURCE, TWIN, arm("quick", 2.53, 0.03, **CLEAR)), Constraints(must_keep=0.02))
+    assert found.choice == "twin"
+    assert found.costs == (
+        "--must-keep 0.02 costs nothing that this text shows, -0.030 (-0.040 to -0.020): without it quick is taken.",
+    )
+    assert not any(change.startswith("At ") for change in found.changes)  # it is not really better
+
+
+def test_what_was_not_timed_meets_no_bound() -> None:
+    table = figures(SOURCE, arm("untimed", 2.0, slowdown=None))
+    assert recommend(table, Constraints()).reasons[1].startswith("It has not been timed")
+    found = recommend(table, Constraints(max_slowdown=100))
+    assert found.choice == "rope"
+    assert found.rejected == {
+        "untimed": "--max-slowdown 100: has not been timed, so nothing shows that it is fast enough"
+    }
+
+
+def test_one_stretch_of_text_shows_nothing_so_the_source_stays() -> None:
+    blind = Difference(-0.5, -math.inf, math.inf, 1.0, math.inf, 16000, 1)
+    found = recommend(Figures(TARGET, (SOURCE, arm("t5", 2.5)), {("rope", "t5"): blind}), Constraints())
+    assert found.choice == "rope"
+    assert any("t5 (-0.500, where no difference would show)" in change for change in found.changes)
+
+
+@pytest.mark.parametrize("tokens", [None, 1000, 1001])
+def test_a_budget_beyond_what_was_measured_is_said(tokens: int | None) -> None:
+    found = recommend(figures(SOURCE, LATE), Constraints(train_tokens=tokens))
+    said = "More training than the 1,000 tokens measured, up to --train-tokens 1,001, may reorder them."
+    assert (said in found.changes) == (tokens == 1001) == any("reorder" in change for change in found.changes)
+
+
+def test_differences_are_read_in_either_order() -> None:
+    turned = {(b, a): replace(d, mean=-d.mean, low=-d.high, high=-d.low) for (a, b), d in ARMS.differences.items()}
+    constraints = Constraints(max_slowdown=1.05, must_keep=0.02)
+    assert recommend(ARMS, constraints) == recommend(replace(ARMS, differences=turned), constraints)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_slowdown", 0.0),
+        ("max_slowdown", -1.0),
+        ("max_slowdown", math.inf),
+        ("max_slowdown", math.nan),
+        ("train_tokens", -1),
+        ("must_keep", -0.01),
+        ("must_keep", math.inf),
+        ("must_keep", math.nan),
+    ],
+)
+def test_a_constraint_that_means_nothing_is_refused(field: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=rf"^--{field.replace('_', '-')} {re.escape(str(value))}: give [^\n]+$"):
+        Constraints(**{field: value})
+
+
+# Random tables: any losses, any of the differences real.
+
+
+def rounded(low: int, high: int, unit: float, exact: bool) -> st.SearchStrategy[float]:
+    """Numbers in steps of ``unit``, as they are printed, or a little beside them."""
+    beside = st.just(0.0) if exact else st.sampled_from([0.0, -0.3, 0.2, 0.45])
+    return st.builds(lambda steps, off: round((steps + off) * unit, 6), st.integers(low, high), beside)
+
+
+@st.composite
+def tables(draw: st.DrawFn, exact: bool = False) -> Figures:
+    count = draw(st.integers(1, 6))
+    losses = draw(st.lists(rounded(2000, 2300, 0.001, True), min_size=count, max_size=count, unique=True))
+    candidates = [
+        arm(
+            f"arm {index}",
+            loss,
+            draw(st.none() | rounded(-5, 40, 0.001, exact)),
+            draw(st.none() | rounded(90, 140, 0.01, exact)),
+            draw(st.sampled_from([0, 1000, 2000])),
+            broken=draw(st.sampled_from([None, None, None, "broken"])),
+        )
+        for index, loss in enumerate(losses)
+    ]
+    table = figures(*candidates, sight=0.0)
+    real = draw(st.lists(st.booleans(), min_size=len(table.differences), max_size=len(table.differences)))
+    found = {
+        pair: replace(d, p=0.0 if r else 1.0) for (pair, d), r in zip(table.differences.items(), real, strict=True)
+    }
+    return replace(table, differences=found)
+
+
+def limits(exact: bool = False) -> st.SearchStrategy[Constraints]:
+    return st.builds(
+        Constraints,
+        st.none() | rounded(85, 145, 0.01, exact),
+        st.sampled_from([None, 0, 999, 1000, 5000]),
+        st.none() | rounded(1, 45, 0.001, exact),
+    )
+
+
+VALUES = {
+    "max_slowdown": lambda c: c.slowdown,
+    "train_tokens": lambda c: c.tokens,
+    "must_keep": lambda c: c.kept.mean if c.kept else 0.0,
+}
+
+
+def meets(candidate: Candidate, constraints: Constraints) -> bool:
+    if candidate.broken:
+        return False
+    bounds = asdict(constraints)
+    values = {field: value(candidate) for field, value in VALUES.items()}
+    return all(bound is None or (values[f] is not None and values[f] <= bound) for f, bound in bounds.items())
+
+
+def beats(table: Figures, a: str | None, b: str | None) -> bool:
+    """Whether ``a`` is really better than ``b``, or than nothing."""
+    if a is None or b is None:
+        return a is not None
+    loss = {c.name: c.loss for c in table.candidates}
+    found = table.differences.get((a, b)) or table.differences[b, a]
+    return found.real and loss[a] < loss[b]
+
+
+def thresholds(found: Recommendation, word: str) -> dict[str, tuple[float, str]]:
+    """The values that the answer states, by constraint, and who is said to be taken there."""
+    said = {}
+    for change in found.changes:
+        if match := re.match(rf"{word} --(\S+) (\S+), (.+?) is taken", change):
+            said[match[1].replace("-", "_")] = float(match[2].replace(",", "")), match[3]
+    return said
+
+
+@given(tables(), limits())
+def test_the_choice_is_admissible_and_never_really_beaten(table: Figures, constraints: Constraints) -> None:
+    found = recommend(table, constraints)
+    able = [c.name for c in table.candidates if meets(c, constraints)]
+    assert (found.choice is None) == (not able) == bool(found.failures)
+    assert set(found.rejected) == {c.name for c in table.candidates} - set(able)
+    assert all(found.rejected.values())
+    if found.choice is not None:
+        assert found.choice in able
+        assert not any(beats(table, other, found.choice) for other in able if other != found.choice)
+        assert (found.runner_up is None) == (len(able) == 1)
+        assert found.runner_up != found.choice
+
+
+@given(tables(), limits(), st.sampled_from(list(VALUES)))
+def test_dropping_a_constraint_never_ends_in_a_worse_one(table: Figures, constraints: Constraints, field: str) -> None:
+    before = recommend(table, constraints).choice
+    after = recommend(table, replace(constraints, **{field: None})).choice
+    assert before is None or after is not None
+    assert before in (None, after) or not beats(table, before, after)
+
+
+@given(tables(), limits())
+def test_stated_thresholds_change_the_answer_as_stated(table: Figures, constraints: Constraints) -> None:
+    found = recommend(table, constraints)
+    for field, (value, name) in thresholds(found, "At").items():
+        assert value > getattr(constraints, field)
+        then = recommend(table, replace(constraints, **{field: value})).choice
+        assert then == name and beats(table, name, found.choice)
+    for field, (value, name) in thresholds(found, "Below").items():
+        then = recommend(table, replace(constraints, **{field: math.nextafter(value, 0)})).choice
+        assert (then or "nothing") == name != found.choice
+
+
+@settings(max_examples=200)
+@given(tables(exact=True), limits(exact=True))
+def test_stated_thresholds_are_the_nearest_and_none_is_missed(table: Figures, constraints: Constraints) -> None:
+    found = recommend(table, constraints)
+    relaxed, tightened = thresholds(found, "At"), thresholds(found, "Below")
+    for field, value in VALUES.items():
+        bound = getattr(constraints, field)
+        steps = sorted({v for c in table.candidates if (v := value(c)) is not None and v > 0})
+        ends = [
+            (step, then)
+            for step in steps
+            if bound is not None and step > bound
+            for then in [recommend(table, replace(constraints, **{field: step})).choice]
+            if then not in (None, found.choice) and beats(table, then, found.choice)
+        ]
+        assert relaxed.get(field) == (ends[0] if ends else None)
+        chosen = next((c for c in table.candidates if c.name == found.choice), None)
+        if chosen is None or value(chosen) is None:
+            assert field not in tightened
+            continue
+        ends = [
+            (step, then or "nothing")
+            for step in steps
+            if bound is None or step <= bound
+            for then in [recommend(table, replace(constraints, **{field: math.nextafter(step, 0)})).choice]
+            if then != found.choice
+        ]
+        expected = ends[-1] if ends and not (bound is None and ends[-1][1] == "nothing") else None
+        assert tightened.get(field) == expected
