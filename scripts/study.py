@@ -232,7 +232,7 @@ def train_scratch(folder: Path, size: Size, seed: int) -> Row:
 
     def train() -> Row:
         model = new_model(size, seed)
-        far = {"relative_attention_max_distance": size.context}
+        far = {"relative_attention_max_distance": max(size.context, 128)}
         rpb.retrofit(model, rpb.RetrofitConfig(init="normal", tail="log", seed=seed, **far))
         model, seconds = trained(model, folder, size, tokens, seed, f"{SCRATCH} {seed}")
         measured = probes_of(folder, size).measure(model, SCRATCH)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -77,8 +78,10 @@ class Compare:
     ) -> None:
         """``names`` as of `arms.parse`; the source is always among the arms. ``windows``: to calibrate on.
 
-        Raises ConfigError for an unknown arm.
+        Raises ConfigError for an unknown arm, or a source that is a retrofit.
         """
+        if getattr(source.config, "rpb_retrofit", None) is not None:
+            raise ConfigError(f"'{source.name_or_path}' is a retrofit already: compare the arms on its source")
         self.source, self.plan, self.journal, self.say = source, plan, journal or Journal(), say
         self.arms: dict[str, tuple[Arm, float | None]] = {SOURCE: parse(SOURCE)}
         self.arms |= {name.strip(): parse(name) for name in names}
@@ -149,7 +152,8 @@ class Compare:
             self.say(f"timing {len(names)} arms at {', '.join(map(str, self.plan.timed))} tokens")
             return speed({name: self.model(name) for name in names}, self.plan.timed, 16, self.plan.rounds)
 
-        return self.journal("speed", take)
+        others = zlib.crc32(",".join(names).encode())  # other arms would have taken other turns
+        return self.journal(f"speed-{others:08x}", take)
 
     def _healed(self, row: Row, healing: Healing, probes: Probes) -> list[Row]:
         """The trained row of an arm; none, with the reason in ``skipped``, where it cannot be trained."""
