@@ -347,9 +347,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes at a time")
     parser.add_argument("--card", type=Path, help="a Markdown file for the result, with pictures beside it")
     options = parser.parse_args()
+    from rpb_retrofit.comparison.candidates import Constraints
     from rpb_retrofit.comparison.card import write_card
     from rpb_retrofit.comparison.page import write_page
-    from rpb_retrofit.comparison.recommend import Constraints
     from rpb_retrofit.comparison.result import result
 
     start, size = time.perf_counter(), SIZES[options.size]

@@ -98,10 +98,10 @@ def command(
     """Which positional mechanism to take for a target length, measured on your model under your constraints."""
     from rpb_retrofit.checkpoint.load import open_causal_lm
     from rpb_retrofit.comparison.arms import ARMS, parse
+    from rpb_retrofit.comparison.candidates import Constraints
     from rpb_retrofit.comparison.card import write_card
     from rpb_retrofit.comparison.measures import Plan
     from rpb_retrofit.comparison.page import write_page
-    from rpb_retrofit.comparison.recommend import Constraints
     from rpb_retrofit.comparison.result import result
     from rpb_retrofit.comparison.run import Compare
     from rpb_retrofit.evaluation.journal import Journal

@@ -9,8 +9,8 @@ from functools import partial
 from typing import Any
 
 from rpb_retrofit.comparison import pictures
+from rpb_retrofit.comparison.candidates import Candidate
 from rpb_retrofit.comparison.pictures import Series, Spot
-from rpb_retrofit.comparison.recommend import Candidate
 from rpb_retrofit.comparison.standing import Standing
 from rpb_retrofit.pages.context import QUESTIONS, SPANS, answers, shares, shares_width
 from rpb_retrofit.pages.drawing import as_data_uri

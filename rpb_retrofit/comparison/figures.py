@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from rpb_retrofit.comparison.candidates import Candidate, Figures
 from rpb_retrofit.comparison.measures import Measured
-from rpb_retrofit.comparison.recommend import Candidate, Figures
 from rpb_retrofit.comparison.run import SOURCE, Comparison, Row
 from rpb_retrofit.evaluation.losses import Losses, difference
 from rpb_retrofit.evaluation.retrieval import cells

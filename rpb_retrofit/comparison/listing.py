@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rpb_retrofit.comparison.recommend import Candidate
+from rpb_retrofit.comparison.candidates import Candidate
 from rpb_retrofit.comparison.standing import Standing
 from rpb_retrofit.evaluation.statistics import Difference
 from rpb_retrofit.pages.page import Exhibit, Table

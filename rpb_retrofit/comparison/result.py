@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from rpb_retrofit.comparison.candidates import Constraints
 from rpb_retrofit.comparison.figures import figures, table
-from rpb_retrofit.comparison.recommend import Constraints, recommend
+from rpb_retrofit.comparison.recommend import recommend
 from rpb_retrofit.comparison.run import Comparison
 from rpb_retrofit.version import __version__
 

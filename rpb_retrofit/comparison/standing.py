@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from rpb_retrofit.comparison.candidates import Candidate, Figures
 from rpb_retrofit.comparison.figures import table
-from rpb_retrofit.comparison.recommend import Candidate, Figures
 from rpb_retrofit.evaluation.statistics import Difference
 from rpb_retrofit.pages.drawing import LOOKS, Look
 

@@ -8,8 +8,9 @@ from dataclasses import asdict
 from itertools import combinations
 from typing import Any
 
+from rpb_retrofit.comparison.candidates import Constraints
 from rpb_retrofit.comparison.figures import table
-from rpb_retrofit.comparison.recommend import Constraints, recommend
+from rpb_retrofit.comparison.recommend import recommend
 
 JSON = dict[str, Any]
 

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
+from rpb_retrofit.comparison.candidates import Constraints
 from rpb_retrofit.comparison.figures import figures, over_seeds, table
 from rpb_retrofit.comparison.measures import Measured, Plan
-from rpb_retrofit.comparison.recommend import Constraints
 from rpb_retrofit.comparison.result import result
 from rpb_retrofit.comparison.run import Comparison, Made, Row
 from rpb_retrofit.evaluation.losses import Losses

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rpb_retrofit.comparison.recommend import CLEARLY, Candidate, Constraints, Figures, Recommendation, recommend
+from rpb_retrofit.comparison.candidates import Candidate, Constraints, Figures
+from rpb_retrofit.comparison.recommend import CLEARLY, Recommendation, recommend
 from rpb_retrofit.errors import ConfigError
 from rpb_retrofit.evaluation.statistics import Difference
 
