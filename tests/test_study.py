@@ -17,6 +17,7 @@ import torch
 
 from rpb_retrofit.comparison.measures import Probes
 
+ARMS = ("source", "yarn", "none-log-n", "t5-content")
 TINY = {"hidden": 16, "layers": 1, "heads": 2, "context": 32, "copies_tokens": 256, "text_tokens": 512}
 TINY |= {"heal_tokens": 256, "batch_tokens": 64, "scored_tokens": 1024}
 
@@ -32,7 +33,7 @@ def study(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     specification.loader.exec_module(module)
     texts = [text for text, _ in zip(module.sources(), range(16), strict=False)]
     monkeypatch.setattr(module, "sources", lambda: iter(text[:6000] for text in texts))
-    monkeypatch.setattr(module, "ARMS", ("source", "yarn", "t5-content"))
+    monkeypatch.setattr(module, "ARMS", ARMS)
     monkeypatch.setattr(module, "ProcessPoolExecutor", InProcess)
     monkeypatch.setattr(module, "SIZES", {"cpu": replace(module.SIZES["cpu"], **TINY)})
     return module
@@ -95,17 +96,17 @@ def test_study(study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Probes, "measure", measure)
     command = ["study.py", "--out", str(tmp_path / "out"), "--seeds", "2", "--card", str(tmp_path / "card.md")]
     monkeypatch.setattr(sys, "argv", command)
-    stop = 7
+    stop = 9
     with pytest.raises(KeyboardInterrupt):
         study.main()
     stop = -1
     study.main()
     torch.set_num_threads(threads)
-    arms = [name for arm in ("source", "yarn", "t5-content") for name in (arm, f"{arm} healed")]
+    arms = [name for arm in ARMS for name in (arm, f"{arm} healed")]
     assert sorted(measured) == sorted([*arms * 2, study.SCRATCH, study.SCRATCH]), "each once for each seed"
     found = json.loads((tmp_path / "out" / "study.json").read_text())
     rows = {row["id"]: row for row in found["rows"]}
-    assert [*rows] == ["source", "yarn", "t5-content", *arms[1::2], f"{study.SCRATCH} healed"]
+    assert [*rows] == [*ARMS, *arms[1::2], f"{study.SCRATCH} healed"]
     assert found["context"] == 32 and found["target"] == 512
     for row in rows.values():
         assert row["seeds"] == 2 and [losses["length"] for losses in row["losses"]] == [32, 64, 128, 256, 512]
@@ -113,4 +114,5 @@ def test_study(study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert rows["yarn healed"]["rate"] in study.SIZES["cpu"].rates and rows["yarn healed"]["tokens"] == 256
     assert rows[f"{study.SCRATCH} healed"]["tokens"] == 512 + 256
     assert rows["yarn"]["speed"] and "<h1" in (tmp_path / "out" / "study.html").read_text()
-    assert (tmp_path / "card.md").read_text().startswith(f"# {study.TITLE}")
+    card = (tmp_path / "card.md").read_text()
+    assert card.startswith(f"# {study.TITLE}") and "What was aimed at" in card
