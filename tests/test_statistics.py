@@ -111,3 +111,9 @@ def test_many_comparisons_are_controlled() -> None:
         families += any(difference.real for difference in controlled(found))
     assert families <= stats.binom.ppf(0.999, 100, LEVEL)
     assert controlled([]) == []
+
+
+def test_one_cluster_has_no_interval() -> None:
+    alone, two = paired([0.1, 0.3], [0, 0]), paired([0.1, 0.3], [0, 1])
+    assert str(alone) == "+0.200 (no interval: the text is one cluster)" and not alone.real
+    assert str(two).startswith("+0.200 (") and "no difference found, of" in str(two)

@@ -289,7 +289,7 @@ def _print(found: Mapping[str, Any]) -> None:
             for sentence in answer[key]:
                 console.print(Text(f"  {sentence}"))
     inside = next((row["inside"]["length"] for row in found["rows"] if row["inside"]), None)
-    table = Table(caption="loss in nats a token; in brackets, above the source (trained as the row is), 95% interval")
+    table = Table(caption="loss in nats a token; below it, that above the source (trained as the row is)")
     for column in (
         "arm",
         f"inside, {inside}",
@@ -317,12 +317,12 @@ def _print(found: Mapping[str, Any]) -> None:
 
 
 def _loss(found: Mapping[str, Any] | None) -> str:
+    from rpb_retrofit.comparison.figures import as_difference
+
     if found is None:
         return "not measured"
     gap = found["above"]
-    return f"{found['mean']:.3f}" + (
-        "" if gap is None else f" ({gap['mean']:+.3f}, {gap['low']:+.3f} to {gap['high']:+.3f})"
-    )
+    return f"{found['mean']:.3f}" + ("" if gap is None else f"\n{as_difference(gap).interval}")
 
 
 def _times(over: float | None) -> str:

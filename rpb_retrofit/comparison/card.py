@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rpb_retrofit.comparison.arms import ARMS
 from rpb_retrofit.comparison.exhibits import exhibits
+from rpb_retrofit.comparison.figures import as_difference
 from rpb_retrofit.comparison.standing import Standing
 
 Row = Mapping[str, Any]
@@ -138,7 +139,7 @@ def gap(found: Mapping[str, Any] | None) -> str:
     """What it is above the reference, with its interval; in bold where that is real."""
     if found is None or (above := found["above"]) is None:
         return ""
-    said = f"{above['mean']:+.3f} ({above['low']:+.3f} to {above['high']:+.3f})"
+    said = as_difference(above).interval
     return f"**{said}**" if above["real"] else said
 
 

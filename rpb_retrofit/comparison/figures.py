@@ -174,7 +174,7 @@ def table(result: Mapping[str, Any]) -> Figures:
             Candidate(
                 name=row["id"],
                 loss=row["beyond"]["mean"] if row["beyond"] else float("inf"),
-                kept=_difference(row["inside"]["above"]) if row["inside"] and row["inside"]["above"] else None,
+                kept=as_difference(row["inside"]["above"]) if row["inside"] and row["inside"]["above"] else None,
                 slowdown=max(timed[-1]["prefill_over"], timed[-1]["decode_over"]) if timed else None,
                 tokens=row["tokens"],
                 seconds=row["cost"]["calibration_s"] + row["cost"]["training_s"],
@@ -183,7 +183,7 @@ def table(result: Mapping[str, Any]) -> Figures:
                 memory=own[shared[-1]] / peaks[shared[-1]] if shared and peaks[shared[-1]] else None,
             )
         )
-    differences = {(p["a"], p["b"]): _difference(p) for p in result["pairs"] if p["at"] == "target"}
+    differences = {(p["a"], p["b"]): as_difference(p) for p in result["pairs"] if p["at"] == "target"}
     return Figures(result["target"], tuple(candidates), differences)
 
 
@@ -197,7 +197,7 @@ def as_json(difference: Difference) -> JSON:
     return {**asdict(difference), "real": difference.real}
 
 
-def _difference(found: Mapping[str, Any]) -> Difference:
+def as_difference(found: Mapping[str, Any]) -> Difference:
     """The inverse of `as_json`."""
     return Difference(**{name: found[name] for name in Difference.__dataclass_fields__})
 

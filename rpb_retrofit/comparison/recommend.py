@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rpb_retrofit.comparison.candidates import Candidate, Constraints, Figures
-from rpb_retrofit.evaluation.statistics import Difference
 
 CLEARLY = 0.02
 """By how many times the source's time one candidate must be faster than another for that to choose between ties."""
@@ -84,7 +83,7 @@ def _speed(candidate: Candidate) -> str:
 def _keeping(candidate: Candidate) -> str:
     if candidate.kept is None:
         return "is what the others are held against inside the context"
-    return f"loses {_interval(candidate.kept)} nats a token inside the context"
+    return f"loses {candidate.kept.interval} nats a token inside the context"
 
 
 LIMITS = (
@@ -199,7 +198,7 @@ def _costs(figures: Figures, constraints: Constraints, choice: Candidate) -> Ite
             yield f"{limit.option(bound)} costs nothing: {choice.name} is taken without it too."
             continue
         more = figures.difference(freed, choice)
-        what = f"{_interval(more)} nats a token" if more.real else f"nothing that this text shows, {_interval(more)}"
+        what = f"{more.interval} nats a token" if more.real else f"nothing that this text shows, {more.interval}"
         yield f"{limit.option(bound)} costs {what}: without it {freed.name} is taken."
 
 
@@ -211,7 +210,7 @@ def _relaxed(figures: Figures, constraints: Constraints, choice: Candidate | Non
         for step in sorted(steps):
             other = _taken(figures, limit.put(constraints, step))
             if other is not None and (choice is None or figures.beats(other, choice)):
-                gain = f": {_interval(figures.difference(choice, other))} nats a token" if choice else ""
+                gain = f": {figures.difference(choice, other).interval} nats a token" if choice else ""
                 yield f"At {limit.option(step)}, {other.name} is taken{gain}."
                 break
 
@@ -273,7 +272,3 @@ def _failures(figures: Figures, constraints: Constraints) -> Iterator[str]:
     apart = all(any(limit.met(c, constraints) for c in working) for limit, _ in given)
     start = "Each constraint can be met, but not all together" if apart else "Not all constraints can be met"
     yield f"{start}: {'; '.join(freed) or 'no single one, dropped, lets anybody in'}."
-
-
-def _interval(difference: Difference) -> str:
-    return f"{difference.mean:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"

@@ -51,9 +51,17 @@ class Difference:
         """Whether it is more than chance, at the 5% level."""
         return self.p < LEVEL
 
+    @property
+    def interval(self) -> str:
+        """The mean and its bounds in words."""
+        if np.isinf(self.high - self.low):
+            return f"{self.mean:+.3f} (no interval: the text is one cluster)"
+        return f"{self.mean:+.3f} ({self.low:+.3f} to {self.high:+.3f})"
+
     def __str__(self) -> str:
-        interval = f"{self.mean:+.3f} ({self.low:+.3f} to {self.high:+.3f})"
-        return interval if self.real else f"{interval}: no difference found, of {self.detectable:.3f} or more"
+        if self.real or np.isinf(self.detectable):
+            return self.interval
+        return f"{self.interval}: no difference found, of {self.detectable:.3f} or more"
 
 
 def paired(
