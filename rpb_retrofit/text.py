@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,11 @@ class Text:
 
     name: str
     documents: list[str]
+
+    @property
+    def checksum(self) -> str:
+        """What tells it from another text."""
+        return f"{zlib.crc32(chr(0).join(self.documents).encode()):08x}"
 
 
 def read_text(file: str | None, option: str = "--data") -> Text:

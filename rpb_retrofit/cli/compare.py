@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json as json_format
-import shlex
-import sys
 import time
-import zlib
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rpb_retrofit.cli.compared import print_answer
 from rpb_retrofit.cli.evaluate import parse_kinds, parse_lengths
-from rpb_retrofit.cli.options import Json, check_writable, count
+from rpb_retrofit.cli.options import Json, check_bos, check_writable, command_line, count, say, write_json
 from rpb_retrofit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -114,8 +110,7 @@ def command(
     start = time.perf_counter()
     constraints = Constraints(max_slowdown, count("--train-tokens", train_tokens), must_keep)
     budget = count("--heal", heal)
-    if bos not in ("auto", "always", "never"):
-        raise ConfigError(f"--bos {bos}: choose auto, always or never")
+    check_bos(bos)
     if budget is not None and constraints.train_tokens is not None and budget > constraints.train_tokens:
         raise ConfigError(
             f"--heal {heal} and --train-tokens {train_tokens} contradict each other: no arm that is trained could be "
@@ -168,16 +163,16 @@ def command(
         "source": source,
         "weights": fingerprint(source),
         "plan": asdict(plan),
-        "text": _checksum(scored),
-        "calibration": [_checksum(fitted), calibration_tokens, calibration_length],
+        "text": scored.checksum,
+        "calibration": [fitted.checksum, calibration_tokens, calibration_length],
         "healing": None if healing is None else [healing.recipe.model_dump(mode="json"), list(healing.rates)],
     }
     journal = Journal.open(out.with_name(f"{out.name}.run"), identity)
-    comparison = Compare(model, names, plan, windows, journal, _say).run(
+    comparison = Compare(model, names, plan, windows, journal, say).run(
         documents, bos_policy(tokenizer, bos), tokenizer, healing
     )
     about = {
-        "command": shlex.join(["rpb", *sys.argv[1:]]),
+        "command": command_line(),
         "source": source,
         "mechanism": family_of(model.config).mechanism,
         "text": scored.name,
@@ -185,16 +180,16 @@ def command(
         "seconds": time.perf_counter() - start,
     }
     found = result(comparison, constraints, about)
-    _print(found)
+    print_answer(found)
     with whole_folder(out) as folder:
         write_page(found, folder / "report.html")
-        (folder / "report.json").write_text(json_format.dumps(found, indent=2) + "\n")
+        write_json(folder / "report.json", found)
     journal.remove()
     print(f"\nreport: {out / 'report.html'}")
     if card is not None:
         write_card(found, card, f"Positional mechanisms for {source}, to read {target:,} tokens")
     if json is not None:
-        json.write_text(json_format.dumps(found, indent=2) + "\n")
+        write_json(json, found)
 
 
 def _texts(data: str | None, calibration: str | None, train_data: str | None) -> tuple[Text, Text]:
@@ -259,71 +254,3 @@ def _healing(
     except ValueError as error:
         raise ConfigError(f"--rates {rates}: give numbers, separated by commas") from error
     return Healing(read, tried, seeds, tokenizer, model if read.objective == "distillation" else None)
-
-
-def _checksum(text: Text) -> str:
-    return f"{zlib.crc32(chr(0).join(text.documents).encode()):08x}"
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _print(found: Mapping[str, Any]) -> None:
-    """The answer and the table for the terminal."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console(highlight=False)
-    answer = found["recommendation"]
-    console.print(Text(f"\n{found['headline']}", style="bold"))
-    for title, key in (
-        ("Why", "reasons"),
-        ("What the constraints cost", "costs"),
-        ("What fails", "failures"),
-        ("What would change the answer", "changes"),
-    ):
-        if answer[key]:
-            console.print(Text(f"{title}:"))
-            for sentence in answer[key]:
-                console.print(Text(f"  {sentence}"))
-    inside = next((row["inside"]["length"] for row in found["rows"] if row["inside"]), None)
-    table = Table(caption="loss in nats a token; below it, that above the source (trained as the row is)")
-    for column in (
-        "arm",
-        f"inside, {inside}",
-        f"target, {found['target']}",
-        "prefill",
-        "decoding",
-        "trained on",
-        "took",
-    ):
-        table.add_column(column)
-    for row in found["rows"]:
-        timed = [speed for speed in row["speed"] if "skipped" not in speed]
-        cost = row["cost"]["calibration_s"] + row["cost"]["training_s"]
-        table.add_row(
-            row["id"],
-            _loss(row["inside"]),
-            row["broken"] or _loss(row["beyond"]),
-            *(_times(timed[-1][key] if timed else None) for key in ("prefill_over", "decode_over")),
-            f"{row['tokens']:,}" if row["tokens"] else "",
-            f"{cost:.0f} s",
-        )
-    console.print(table)
-    for what, reason in found["skipped"].items():
-        console.print(Text(f"skipped: {what}: {reason}"))
-
-
-def _loss(found: Mapping[str, Any] | None) -> str:
-    from rpb_retrofit.comparison.figures import as_difference
-
-    if found is None:
-        return "not measured"
-    gap = found["above"]
-    return f"{found['mean']:.3f}" + ("" if gap is None else f"\n{as_difference(gap).interval}")
-
-
-def _times(over: float | None) -> str:
-    return "" if over is None else f"{over:.2f}x"

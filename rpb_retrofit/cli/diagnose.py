@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_format
-import shlex
-import sys
-import zlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rpb_retrofit.cli.evaluate import parse_lengths
-from rpb_retrofit.cli.options import Json, check_writable
+from rpb_retrofit.cli.options import Json, check_bos, check_writable, command_line, say, write_json
 from rpb_retrofit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -65,8 +61,7 @@ def command(
     from rpb_retrofit.text import bos_policy, read_text, tokenise
 
     wanted = parse_lengths(lengths)
-    if bos not in ("auto", "always", "never"):
-        raise ConfigError(f"--bos {bos}: choose auto, always or never")
+    check_bos(bos)
     for option, value, least in (
         ("tokens", tokens, 2),
         ("probed", probed, 2),
@@ -91,11 +86,10 @@ def command(
     arms_by_name = {"retrofit": retrofit, **{role: name for role, name in given.items() if name is not None}}
     arms, tokenizer = open_arms(arms_by_name, text.documents[0])
     plan = Plan(tuple(wanted), tokens, probed, items, rounds, seed)
-    checksum = f"{zlib.crc32(chr(0).join(text.documents).encode()):08x}"
     journal = Journal()
     if only is None:
         journal = Journal.open(
-            out.with_name(f"{out.name}.run"), identity(arms_by_name, checksum, {**asdict(plan), "bos": bos})
+            out.with_name(f"{out.name}.run"), identity(arms_by_name, text.checksum, {**asdict(plan), "bos": bos})
         )
     exam = Exam(
         arms,
@@ -106,23 +100,19 @@ def command(
         trained_pairs(retrofit),
         journal,
     )
-    found = diagnose(exam, text.name, _say, list(chosen.values()), figures=only is None)
+    found = diagnose(exam, text.name, say, list(chosen.values()), figures=only is None)
     _print(found)
-    result = {"command": shlex.join(["rpb", *sys.argv[1:]]), **found.to_dict()}
+    result = {"command": command_line(), **found.to_dict()}
     if only is None:
         with whole_folder(out) as folder:
             write_report(found.to_dict(), result["command"], folder / "report.html")
-            (folder / "report.json").write_text(json_format.dumps(result, indent=2) + "\n")
+            write_json(folder / "report.json", result)
         journal.remove()
         print(f"\nreport: {out / 'report.html'}")
     if json is not None:
-        json.write_text(json_format.dumps(result, indent=2) + "\n")
+        write_json(json, result)
     if fail_on_regression is not None and _regressed(found, fail_on_regression):
         raise typer.Exit(1)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _regressed(found: Diagnosis, tolerance: float) -> bool:

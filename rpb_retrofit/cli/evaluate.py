@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rpb_retrofit.cli.options import Json, check_writable, show, table
+from rpb_retrofit.cli.options import Json, check_bos, check_writable, show, table
 from rpb_retrofit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -47,8 +47,7 @@ def command(
     from rpb_retrofit.text import bos_policy, read_text, tokenise
 
     wanted, kinds, places = parse_lengths(lengths), parse_kinds(retrieval), parse_depths(depths)
-    if bos not in ("auto", "always", "never"):
-        raise ConfigError(f"--bos {bos}: choose auto, always or never")
+    check_bos(bos)
     if stride < 0 or stride > min(wanted):
         raise ConfigError(f"--stride {stride}: it must lie between 1 and the shortest length, {min(wanted)}")
     check_writable("--plot", plot, (".png", ".pdf", ".svg"))

@@ -84,12 +84,32 @@ def check_writable(option: str, file: Path | None, suffixes: tuple[str, ...] = (
         raise ConfigError(f"{option} '{file}' is a folder, or lies in none that exists")
 
 
+def check_bos(bos: str) -> None:
+    """ConfigError for what is no policy of `rpb_retrofit.text.bos_policy`."""
+    if bos not in ("auto", "always", "never"):
+        raise ConfigError(f"--bos {bos}: choose auto, always or never")
+
+
+def say(line: str) -> None:
+    """What is going on, apart from the result."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def show(text: str, result: Any, json_file: Path | None) -> None:
     """Print a result, and write it as JSON where asked, with the command that gave it."""
     print(text)
     if json_file is not None:
-        named = {"command": shlex.join(["rpb", *sys.argv[1:]]), **result}
-        json_file.write_text(json.dumps(named, indent=2) + "\n")
+        write_json(json_file, {"command": command_line(), **result})
+
+
+def command_line() -> str:
+    """The command that was given."""
+    return shlex.join(["rpb", *sys.argv[1:]])
+
+
+def write_json(file: Path, result: Any) -> None:
+    """A result as JSON."""
+    file.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from typing import Any, cast
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -80,4 +80,4 @@ def ntk_base(base: float, factor: float, rotating: int) -> float:
 
 def ntk_factors(factor: float, rotating: int) -> list[float]:
     """By how much each frequency slows down with that base, the highest first."""
-    return [math.pow(factor, 2 * i / cast(int, rotating - 2)) for i in range(rotating // 2)]
+    return [math.pow(factor, 2 * i / (rotating - 2)) for i in range(rotating // 2)]

@@ -14,6 +14,9 @@ from rpb_retrofit.tables import CONTENT
 BUCKETS = 64
 """Scalars a head where the reach goes beyond T5's own."""
 
+SHORT = {"relative_attention_num_buckets": "buckets", "relative_attention_max_distance": "max-distance"}
+"""Options of the command line that are shorter than their fields."""
+
 
 def t5_arm(name: str, about: str, usual: bool = True, number: str = "", **settings: Any) -> Arm:
     """An arm that retrofits: T5's buckets to the longest window that calibration saw, and ``settings``.
@@ -25,14 +28,10 @@ def t5_arm(name: str, about: str, usual: bool = True, number: str = "", **settin
         given = dict(settings)
         if situation.number is not None:
             given["keep_frequencies"] = int(situation.number)
-        plain = RetrofitConfig()
-        reach = max(situation.reach, plain.relative_attention_max_distance)
-        far = reach > plain.relative_attention_max_distance
-        config = RetrofitConfig(
-            relative_attention_num_buckets=BUCKETS if far else plain.relative_attention_num_buckets,
-            relative_attention_max_distance=reach,
-            **given,
-        )
+        usual_reach = RetrofitConfig.relative_attention_max_distance
+        if situation.reach > usual_reach:
+            given["relative_attention_num_buckets"] = BUCKETS
+        config = RetrofitConfig(relative_attention_max_distance=max(situation.reach, usual_reach), **given)
         retrofit(model, config, calibration=situation.windows if config.takes_text else None)
         share(model, situation.source)
         return f"rpb retrofit SOURCE OUT {_options(config)}"
@@ -42,7 +41,5 @@ def t5_arm(name: str, about: str, usual: bool = True, number: str = "", **settin
 
 def _options(config: RetrofitConfig) -> str:
     """The command line of a config."""
-    plain, short = RetrofitConfig(), {"relative_attention_num_buckets": "buckets"}
-    short["relative_attention_max_distance"] = "max-distance"
-    changed = {k: v for k, v in vars(config).items() if v != getattr(plain, k)}
-    return " ".join(f"--{short.get(name, name.replace('_', '-'))} {value}" for name, value in changed.items())
+    changed = {name: value for name, value in vars(config).items() if value != getattr(RetrofitConfig, name)}
+    return " ".join(f"--{SHORT.get(name, name.replace('_', '-'))} {value}" for name, value in changed.items())
