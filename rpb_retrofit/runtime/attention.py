@@ -167,10 +167,6 @@ def attention(
     queries, keys = query.shape[2], key.shape[2]
     if first_offset is None:
         first_offset = keys - queries
-    usual = mask is None and window is None and softcap is None and sinks is None and not dropout and not need_weights
-    if usual and queries == 1 and _decodes(query, first_offset, keys):
-        row = _line(bias, first_offset, keys, query.device)
-        return Attended(_row(query, key, value, row[None, :, None], scale), None, ROW)
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
@@ -212,6 +208,27 @@ def attention(
     return Attended(out, weights, way)
 
 
+def decode(query: Tensor, key: Tensor, value: Tensor, bias: Bias, scale: float) -> Tensor | None:
+    """`attention` of one query behind all its keys, with nothing to hide: (batch, 1, heads, d_v), the short way.
+
+    None where it is not one query, or has a gradient, or is compiled or cast. It leaves out whatever `attention` does
+    for everybody else, since it runs in each layer at every token, where each line of Python shows.
+    """
+    batch, heads, queries, width = query.shape
+    device = query.device
+    if queries != 1 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    if torch.is_autocast_enabled(device.type):
+        return None
+    groups, keys = key.shape[1], key.shape[2]
+    row = _line(bias, keys - 1, keys, device)
+    if device.type != "cpu" or batch * groups < torch.get_num_threads() or query.dtype == torch.float64:
+        return _row(query, key, value, row[None, :, None], scale).transpose(1, 2).contiguous()
+    # The heads of a group stand as its queries, so that their keys are read once.
+    query, row = query.reshape(batch, groups, -1, width), row.view(1, groups, -1, keys)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=row, scale=scale).reshape(batch, 1, heads, -1)
+
+
 def _check(query: Tensor, key: Tensor, line: Tensor, mask: Tensor | None) -> None:
     if line.shape[0] != query.shape[1]:
         raise ConfigError(f"the bias has {line.shape[0]} heads and the query {query.shape[1]}: they must be as many")
@@ -224,16 +241,6 @@ def _check(query: Tensor, key: Tensor, line: Tensor, mask: Tensor | None) -> Non
             f"an attention mask of shape {shape} and {mask.dtype}: it must be boolean (True where allowed) or floating "
             f"point (added), of shape {wanted}, where the first three may be 1"
         )
-
-
-def _decodes(query: Tensor, first_offset: int | Tensor, keys: int) -> bool:
-    """Whether one query comes behind all its keys, with nothing to hide: the short way, as every token takes it."""
-    return (
-        isinstance(first_offset, int)
-        and first_offset == keys - 1
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled(query.device.type)
-    )
 
 
 def _rule(causal: bool, window: int | None) -> tuple[int | None, int | None]:

@@ -23,7 +23,7 @@ from transformers.masking_utils import (
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import _active_collector
 
-from .attention import attention, bias_matrix
+from .attention import ROW, attention, bias_matrix, decode
 from .errors import AttentionImplementationError
 from .families import FACTOR, TABLE
 from .visibility import dense, is_runs, runs_of
@@ -114,10 +114,16 @@ def biased_attention(
 
     Returns (batch, Q, heads, d_v) and the weights (batch, heads, Q, K) if asked for.
     """
-    causal = getattr(module, CAUSAL)
     if (factor := module._modules.get(FACTOR)) is not None:
         query = factor(query)
-    # Not at every token that is decoded, where it would take longer than the bias.
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    weighted = output_attentions or _records_attentions()
+    bare = attention_mask is None and first_offset is None and softcap is None and s_aux is None
+    if bare and not dropout and not weighted:
+        if (decoded := decode(query, key, value, module._modules[TABLE], scale)) is not None:
+            module.__dict__[BACKEND] = ROW
+            return decoded, None
+    causal = getattr(module, CAUSAL)
     if query.shape[2] > 1 and causal != (is_causal_module(module) if is_causal is None else is_causal):
         raise AttentionImplementationError(
             f"is_causal={not causal}: the tables of this retrofit are {'causal' if causal else 'bidirectional'}"
@@ -127,14 +133,14 @@ def biased_attention(
         key,
         value,
         getattr(module, TABLE),
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        scale=scale,
         causal=causal,
         mask=attention_mask,
         first_offset=first_offset,
         softcap=softcap,
         sinks=s_aux,
         dropout=dropout,
-        need_weights=output_attentions or _records_attentions(),
+        need_weights=weighted,
     )
     if not torch.compiler.is_compiling():
         module.__dict__[BACKEND] = attended.backend  # nn.Module's own __setattr__ would cost microseconds
