@@ -26,8 +26,9 @@ class RetrofitConfig:
     ``polish``: so many steps then train the tables alone to predict what the source predicts, on text.
     ``calibrate``: what calibration fits: ``tables`` leaves all weights as they are; ``tables+content`` also multiplies
     the content term by a factor for each query head and rotary frequency, which folds into the query projection.
-    ``tail``: beyond the maximum distance the bias is constant (``flat``, as T5's), or goes on with the logarithm of the
-    distance (``log``), at a slope that each head begins at zero, fits or learns.
+    ``tail``: beyond the maximum distance the bias is constant (``flat``, as T5's), or falls on with the logarithm of
+    the distance (``log``), at a slope that each head begins at zero, fits or learns. To lead beyond the trained context
+    it must begin well inside it: only there is its slope fitted and trained.
     ``keep_frequencies``: how many of RoPE's highest frequencies go on rotating, beside the bias; ``auto``: those whose
     wavelength fits in the trained context.
     ``shared``: one table for all layers (of one direction) instead of one per layer.

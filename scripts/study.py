@@ -232,8 +232,8 @@ def train_scratch(folder: Path, size: Size, seed: int) -> Row:
 
     def train() -> Row:
         model = new_model(size, seed)
-        far = {"relative_attention_max_distance": max(size.context, 128)}
-        rpb.retrofit(model, rpb.RetrofitConfig(init="normal", tail="log", seed=seed, **far))
+        quarter = {"relative_attention_max_distance": size.context // 4}  # as the arms with a tail
+        rpb.retrofit(model, rpb.RetrofitConfig(init="normal", tail="log", seed=seed, **quarter))
         model, seconds = trained(model, folder, size, tokens, seed, f"{SCRATCH} {seed}")
         measured = probes_of(folder, size).measure(model, SCRATCH)
         return Row(SCRATCH, about, Made("train it", 0.0), [measured], tokens, size.base_rate, seconds)

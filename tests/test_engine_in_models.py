@@ -161,9 +161,13 @@ def test_two_processes_make_the_gradients_of_one(way: str, tmp_path: Path) -> No
         )
         for rank in range(2)
     ]  # fmt: skip
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors
+    finally:  # one that waits for another in vain would wait on
+        for process in processes:
+            process.kill()
     got = torch.load(tmp_path / "gradients")
     model = retrofitted(BY_NAME["llama"]).train()
     model(input_ids=tokens(), labels=tokens()).loss.backward()

@@ -12,7 +12,10 @@ from rpb_retrofit.inplace import retrofit
 from rpb_retrofit.tables import CONTENT
 
 BUCKETS = 64
-"""Scalars a head where the reach goes beyond T5's own."""
+"""Scalars a head where the buckets go beyond T5's own reach."""
+
+SHORTEST_TAIL = 32
+"""Where a logarithmic tail begins at the earliest, in tokens: T5's 32 buckets are one offset each up to there."""
 
 SHORT = {"relative_attention_num_buckets": "buckets", "relative_attention_max_distance": "max-distance"}
 """Options of the command line that are shorter than their fields."""
@@ -21,6 +24,7 @@ SHORT = {"relative_attention_num_buckets": "buckets", "relative_attention_max_di
 def t5_arm(name: str, about: str, usual: bool = True, number: str = "", **settings: Any) -> Arm:
     """An arm that retrofits: T5's buckets to the longest window that calibration saw, and ``settings``.
 
+    A logarithmic tail begins at a quarter of that, so that its slope is fitted, and trained, before it leads beyond.
     A ``number`` means the frequencies that are kept.
     """
 
@@ -29,9 +33,13 @@ def t5_arm(name: str, about: str, usual: bool = True, number: str = "", **settin
         if situation.number is not None:
             given["keep_frequencies"] = int(situation.number)
         usual_reach = RetrofitConfig.relative_attention_max_distance
-        if situation.reach > usual_reach:
+        if given.get("tail") == "log":
+            distance = max(situation.reach // 4, SHORTEST_TAIL)
+        else:
+            distance = max(situation.reach, usual_reach)
+        if distance > usual_reach:
             given["relative_attention_num_buckets"] = BUCKETS
-        config = RetrofitConfig(relative_attention_max_distance=max(situation.reach, usual_reach), **given)
+        config = RetrofitConfig(relative_attention_max_distance=distance, **given)
         retrofit(model, config, calibration=situation.windows if config.takes_text else None)
         share(model, situation.source)
         return f"rpb retrofit SOURCE OUT {_options(config)}"

@@ -161,7 +161,7 @@ def _examine(found: Fidelity, name: str, pairs: _Pairs, bias: RelativePositionBi
 
 
 def _numbers(bias: RelativePositionBias) -> Tensor:
-    parts = [bias.weight.detach()] + ([] if bias.tail is None else [bias.tail.detach()])
+    parts = [bias.weight.detach()] + ([] if bias.tail is None else [bias.tail.detach().clamp(max=0)])
     return torch.cat(parts, 1).float()
 
 

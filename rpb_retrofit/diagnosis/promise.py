@@ -44,7 +44,7 @@ def promised(bias: RelativePositionBias, offsets: Tensor) -> Tensor:
     line = weight[:, bucket]
     if bias.tail is not None:
         beyond = (offsets.abs().double() / bucketing.max_distance).clamp(min=1).log()
-        slopes = bias.tail.detach().double().cpu()
+        slopes = bias.tail.detach().double().cpu().clamp(max=0)
         for direction, theirs in enumerate((offsets >= 0, offsets < 0)[: slopes.shape[1]]):
             line = line + slopes[:, direction, None] * torch.where(theirs, beyond, 0)
     return line

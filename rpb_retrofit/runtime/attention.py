@@ -272,7 +272,7 @@ def _blockwise(
         out, _ = attend_in_blocks(*tensors, mask, first_offset, lowest, highest, scale, *constant)
     else:
         seen = plan(mask, len(query), query.shape[2], key.shape[2], first_offset, lowest, highest)
-        out, _ = forward(Call(*tensors, seen, first_offset, scale))
+        out, _ = forward(Call(*tensors, seen, first_offset, scale, constant[1]))
     return out[..., :value_width]
 
 

@@ -91,7 +91,9 @@ class RelativePositionBias(OffsetBias):
     it by calling it: a wrapper (PEFT's, FSDP's) may stand in its place.
 
     With ``tail`` the last bucket is not constant: from the maximum distance on a slope of each head, ``tail`` (heads,
-    directions), times the logarithm of the distance is added. At slope zero that is T5 exactly.
+    directions), times the logarithm of the distance is added. At slope zero that is T5 exactly. A slope above zero
+    counts as zero: what rose with the distance would give all attention to the farthest keys of a text that is longer
+    than any that was trained on.
 
     Source: ``relative_attention_bias`` of ``T5Attention``, which stores the transpose, (buckets, heads); the logarithm
     is KERPLE's, Chi et al. 2022, arXiv:2205.09921.
@@ -114,7 +116,7 @@ class RelativePositionBias(OffsetBias):
             return line
         # Not a matrix product, which autocast would round.
         beyond = log_beyond(as_tensor(offset, device), self.bucketing)
-        return line + (self.tail[:, :, None] * beyond).sum(1)
+        return line + (_AtMostZero.apply(self.tail)[:, :, None] * beyond).sum(1)
 
     def _stamp(self, weight: Tensor) -> tuple[int, ...]:
         stamp = super()._stamp(weight)
@@ -133,6 +135,20 @@ class RelativePositionBias(OffsetBias):
         heads, buckets = self.weight.shape
         tail = "" if self.tail is None else ", logarithmic tail"
         return f"heads={heads}, buckets={buckets}, max_distance={self.bucketing.max_distance}, {kind}{tail}"
+
+
+class _AtMostZero(torch.autograd.Function):
+    """``min(x, 0)``, whose gradient reaches an ``x`` above zero where descent would lower it: none is lost."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clamp(max=0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return torch.where((x <= 0) | (grad > 0), grad, 0)
 
 
 def keep_dtype(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:

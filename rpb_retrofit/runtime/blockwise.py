@@ -88,6 +88,7 @@ class Call:
     """The arguments of one attention.
 
     ``line`` (heads, Q + K - 1) is the bias by descending offset: entry ``t`` is that of ``first_offset + Q - 1 - t``.
+    From the offset ``constant_from`` on, where there is one, it is one constant per head.
     """
 
     query: Tensor
@@ -97,6 +98,7 @@ class Call:
     plan: Plan
     first_offset: int
     scale: float
+    constant_from: int | None = None
 
     @property
     def top(self) -> int:
@@ -146,15 +148,22 @@ class Call:
         """`attend` of a block whose first query sees the keys up to ``corner``, the next one key more, and so on.
 
         The keys before the corner are taken by all queries at once, those after it in steps which leave most of the
-        hidden triangle out; log-sum-exps join the two.
+        hidden triangle out; log-sum-exps join the two. Where the bias is constant for all queries, and that is most of
+        a long text, keys are taken without it: a constant adds to the log-sum-exp, and a mask costs the kernel time.
         """
-        far = self.attend(block._replace(last=corner)) if corner > block.first else None
+        joint = self._constant_up_to(block, corner)
+        if joint > block.first:
+            far = self._attend_flat(block._replace(last=joint))
+        elif (joint := corner) > block.first:
+            far = self.attend(block._replace(last=joint))
+        else:
+            far = None
         outs: list[Tensor] = []
         lses: list[Tensor] = []
         for start in range(block.start, block.end, STEP):
             end = min(start + STEP, block.end)
             last = min(corner + end - block.start, block.last)
-            out, lse = self.attend(block._replace(start=start, end=end, first=corner, last=last))
+            out, lse = self.attend(block._replace(start=start, end=end, first=joint, last=last))
             if far is not None:
                 far_out, far_lse = (x[:, :, block.end - end : block.end - start] for x in far)  # queries are reversed
                 out = far_out.lerp(out, torch.sigmoid(lse - far_lse)[..., None].to(out.dtype))
@@ -162,6 +171,20 @@ class Call:
             outs.insert(0, out)
             lses.insert(0, lse)
         return torch.cat(outs, 2), torch.cat(lses, 2)
+
+    def _constant_up_to(self, block: Block, corner: int) -> int:
+        """The first key, at most ``corner``, for which the bias may differ among a block's queries."""
+        if self.constant_from is None:
+            return block.first
+        return min(block.start + self.first_offset - self.constant_from + 1, corner)
+
+    def _attend_flat(self, block: Block) -> tuple[Tensor, Tensor]:
+        """`attend` where the bias is one constant per head."""
+        assert self.constant_from is not None
+        out, lse = _flash(
+            block.queries(self.query), block.keys(self.key), block.keys(self.value), 0.0, False, scale=self.scale
+        )
+        return out, lse + self.line[:, self.top - self.constant_from, None]
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
@@ -345,7 +368,7 @@ def attend(
     """`forward` with gradients; what is seen is as in `plan`."""
     seen = plan(mask, query.shape[0], query.shape[2], key.shape[2], first_offset, lowest, highest)
     with torch.autocast(query.device.type, enabled=False):
-        return forward(Call(query, key, value, line, seen, first_offset, scale))
+        return forward(Call(query, key, value, line, seen, first_offset, scale, constant_from))
 
 
 @attend.register_fake

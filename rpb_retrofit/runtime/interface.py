@@ -119,8 +119,9 @@ def biased_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     weighted = output_attentions or _records_attentions()
     bare = attention_mask is None and first_offset is None and softcap is None and s_aux is None
-    if bare and not dropout and not weighted:
-        if (decoded := decode(query, key, value, module._modules[TABLE], scale)) is not None:
+    if bare and not dropout and not weighted and query.shape[2] == 1:
+        decoded = decode(query, key, value, module._modules[TABLE], scale)
+        if decoded is not None:
             module.__dict__[BACKEND] = ROW
             return decoded, None
     causal = getattr(module, CAUSAL)

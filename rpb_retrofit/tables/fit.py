@@ -8,7 +8,8 @@ the features under the fit. So each step of Newton's method reads the rows once,
 
 Softmax ignores a constant, so the loss is flat along one direction per head (unless there are sinks): the answer is
 the table of mean zero. A very weak pull of each bucket to its neighbours decides what the data leave open: a bucket
-that no pair of tokens fell into continues the one before it. Factors are pulled to 1, a tail to none.
+that no pair of tokens fell into continues the one before it. Factors are pulled to 1, a tail to none. A tail may fall
+with the distance, not rise: its slopes are kept at or below zero, by projecting Newton's steps.
 """
 
 from __future__ import annotations
@@ -186,35 +187,48 @@ def fit(pairs: Pairs, form: Form, dtype: torch.dtype = torch.float32) -> Fit:
     plain = Form(form.bucketing, form.tail)
     target = target_of(pairs, plain, dtype)
     zeros = target.constant.new_zeros(len(target.constant), plain.num_bias)
-    numbers, before, after, steps = _newton(lambda x, thin: loss(x.to(dtype), target, pairs, plain, thin), zeros, BIAS)
+    falling = slice(form.bucketing.num_buckets, form.num_bias)
+    numbers, before, after, steps = _newton(
+        lambda x, thin: loss(x.to(dtype), target, pairs, plain, thin), zeros, BIAS, falling
+    )
     if form.num_factors:
         whole = target_of(pairs, form, dtype)
         start = torch.nn.functional.pad(numbers, (0, 2 * form.num_factors))
-        numbers, _, after, more = _newton(lambda x, thin: loss(x.to(dtype), whole, pairs, form, thin), start, FACTORS)
+        numbers, _, after, more = _newton(
+            lambda x, thin: loss(x.to(dtype), whole, pairs, form, thin), start, FACTORS, falling
+        )
         steps += more
     return Fit(numbers.float(), before, after, target.visits, steps)
 
 
 def _newton(
-    evaluate: Callable[[Tensor, int | None], Loss], numbers: Tensor, pace: Pace
+    evaluate: Callable[[Tensor, int | None], Loss], numbers: Tensor, pace: Pace, falling: slice
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """The numbers of least loss, the KL (heads,) at the start and there, and the steps taken.
 
-    ``evaluate`` takes numbers, and one row in how many its Hessian is taken from (None: there is none).
+    ``evaluate`` takes numbers, and one row in how many its Hessian is taken from (None: there is none). The numbers
+    ``falling`` stay at or below zero (Bertsekas 1982, "Projected Newton methods": those that are at the bound and would
+    leave it take no part in a step).
     """
+
+    def along(direction: Tensor, length: Tensor | float) -> Tensor:
+        there = numbers + length * direction
+        there[:, falling] = there[:, falling].clamp(max=0)
+        return there
+
     now = evaluate(numbers, pace.thin)
     hessian, before, steps = now.hessian, now.kl, 0
     length = numbers.new_ones(len(numbers), 1)
     while steps < pace.steps:
         assert hessian is not None, "the first evaluation has one"
-        direction = -torch.linalg.solve(hessian, now.gradient)
+        direction = _free_direction(hessian, now.gradient, numbers, falling)
         promised = -(direction * now.gradient).sum(1) / 2
         if not (promised > pace.tolerance).any():
             # What is left is next to nothing in the loss but not in the numbers: the loss is flat here.
-            numbers = torch.where(promised[:, None] >= 0, numbers + direction, numbers)
+            numbers = torch.where(promised[:, None] >= 0, along(direction, 1.0), numbers)
             break
         steps += 1
-        there = numbers + length * direction
+        there = along(direction, length)
         new = evaluate(there, None if pace.stale and steps & (steps - 1) else pace.thin)
         # Sufficient decrease, or a decrease that is lost in rounding; a head that gets worse tries a shorter step.
         better = new.value <= now.value - 1e-4 * length[:, 0] * promised + 1e-6
@@ -229,3 +243,12 @@ def _newton(
         )
         length = torch.where(better[:, None], (length * 4).clamp(max=1), length / 4)
     return numbers, before, now.kl, steps
+
+
+def _free_direction(hessian: Tensor, gradient: Tensor, numbers: Tensor, falling: slice) -> Tensor:
+    """Newton's direction (heads, size) in the numbers that may move."""
+    held = torch.zeros_like(gradient, dtype=torch.bool)
+    held[:, falling] = (numbers[:, falling] >= 0) & (gradient[:, falling] < 0)
+    free = (~held).to(hessian.dtype)
+    among = hessian * free[:, :, None] * free[:, None, :] + torch.diag_embed(held.to(hessian.dtype))
+    return -torch.linalg.solve(among, gradient * free)

@@ -72,4 +72,4 @@ def _bias(table: Tensor, slopes: Tensor | None, offset: Tensor, bucketing: Bucke
 
 
 def _tail(slopes: Tensor, offset: Tensor, bucketing: Bucketing) -> Tensor:
-    return slopes.double() @ log_beyond(offset, bucketing).double()
+    return slopes.double().clamp(max=0) @ log_beyond(offset, bucketing).double()

@@ -176,11 +176,30 @@ def test_a_large_mean_of_the_keys_leaves_the_curvature() -> None:
 def test_planted_factors_are_recovered(form: Form, softcap: float | None, seed: int) -> None:
     """Factors, tail and table together: the attention is the source's again."""
     planted = Planted(form, keys=400, softcap=softcap, seed=seed, dtype=torch.float32)
+    form.slopes(planted.numbers).abs_().neg_()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fit_module, "STIFFNESS", 1e-6)
         found = fit(planted.pairs(3), form)
     assert found.after.max() < 1e-3 < 0.01 < found.before.min()
     torch.testing.assert_close(form.factor(found.numbers), form.factor(planted.numbers), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("bucketing", [Bucketing(8, 20, False), Bucketing(8, 20, True)])
+def test_a_tail_that_would_rise_stays_flat(bucketing: Bucketing) -> None:
+    """The best among the tails that do not rise: no number that may move would lower the loss (KKT)."""
+    form = Form(bucketing, tail=True)
+    planted = Planted(form, keys=200)
+    slopes = form.slopes(planted.numbers)
+    slopes[:] = torch.tensor([0.7, -0.7]).repeat(len(slopes))[: len(slopes), None]
+    pairs = planted.pairs(2)
+    found = fit(pairs, form, torch.float64)
+    got = form.slopes(found.numbers)
+    assert bool((got[slopes > 0] == 0).all() and (got[slopes < 0] < -0.3).all())
+    gradient = loss(found.numbers.double(), target_of(pairs, form, torch.float64), pairs, form).gradient
+    rising = form.slopes(gradient)[slopes > 0]
+    assert bool((rising < -1e-3).all()), "the data ask for a rise"
+    form.slopes(gradient)[slopes > 0] = 0
+    assert gradient.abs().max() < 1e-5
 
 
 @settings(max_examples=15, deadline=None)

@@ -32,6 +32,7 @@ def bias_with_tail(bidirectional: bool, seed: int = 0) -> RelativePositionBias:
     bias = RelativePositionBias(3, Bucketing(8, 20, bidirectional), tail=True)
     for parameter in bias.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator)
+    bias.tail.data = -bias.tail.abs()
     return bias
 
 
@@ -53,8 +54,23 @@ def test_the_formula(bidirectional: bool, offset: int, seed: int) -> None:
 def test_a_row_that_is_kept_notices_a_changed_slope() -> None:
     bias = bias_with_tail(False)
     before = bias(range(60, -1, -1)).clone()
-    bias.tail.add_(1)
-    assert (bias(range(60, -1, -1)) - before)[:, 0].allclose(torch.tensor(math.log(3)))
+    bias.tail.sub_(1)
+    assert (bias(range(60, -1, -1)) - before)[:, 0].allclose(-torch.tensor(math.log(3)))
+
+
+def test_it_never_rises_and_comes_back() -> None:
+    """A slope above zero counts as zero; descent lowers it where that helps, and raises none that is above."""
+    bias = bias_with_tail(False)
+    offsets = torch.arange(100)
+    bias.tail.data[:] = 0.0
+    flat = bias(offsets).detach()
+    bias.tail.data[:] = torch.tensor([[2.0], [0.0], [-1.0]])
+    torch.testing.assert_close(bias(offsets)[:2], flat[:2])
+    assert bias(offsets)[2, 99] < flat[2, 99]
+    for sign, reached in ((1, [True, True, True]), (-1, [False, True, True])):
+        bias.tail.grad = None
+        (sign * bias(offsets).sum()).backward()
+        assert (bias.tail.grad[:, 0] != 0).tolist() == reached
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
@@ -107,7 +123,8 @@ def test_calibration_fits_it() -> None:
         model = build(BY_NAME["llama"])
         after[tail] = rpb.retrofit(model, replace(CONFIG, init="calibrated", tail=tail), text()).calibration.after
     assert after["log"] < after["flat"]
-    assert all(m.tail.abs().max() > 1e-3 for m in model.modules() if isinstance(m, RelativePositionBias))
+    tails = [m.tail for m in model.modules() if isinstance(m, RelativePositionBias)]
+    assert all(tail.min() < -1e-3 and tail.max() <= 0 for tail in tails)
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
