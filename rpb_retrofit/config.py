@@ -10,6 +10,7 @@ from typing import Any, Literal
 from rpb_retrofit.errors import ConfigError
 from rpb_retrofit.tables import CALIBRATED, CONTENT, FROM, INITIALISATIONS
 
+SCALES = ("source", "unscaled")
 _MAY_BE_AUTO = ("relative_attention_num_buckets", "keep_frequencies")
 
 
@@ -29,6 +30,9 @@ class RetrofitConfig:
     ``tail``: beyond the maximum distance the bias is constant (``flat``, as T5's), or falls on with the logarithm of
     the distance (``log``), at a slope that each head begins at zero, fits or learns. To lead beyond the trained context
     it must begin well inside it: only there is its slope fitted and trained.
+    ``scale``: of the products of queries and keys, beside which the bias stands: ``source``, as the model has it, or
+    ``unscaled``, as T5 has none: it is folded into the weights that make the queries, exactly but for rounding. Tables
+    are the same for both, as the bias is added to what the softmax sees.
     ``keep_frequencies``: how many of RoPE's highest frequencies go on rotating, beside the bias; ``auto``: those whose
     wavelength fits in the trained context.
     ``shared``: one table for all layers (of one direction) instead of one per layer.
@@ -42,6 +46,7 @@ class RetrofitConfig:
     keep_frequencies: int | Literal["auto"] = 0
     polish: int = 0
     tail: str = "flat"
+    scale: str = "source"
     shared: bool = False
     seed: int = 0
 
@@ -54,7 +59,7 @@ class RetrofitConfig:
             raise ConfigError(f"keep_frequencies={self.keep_frequencies}: a number from 0 on, or 'auto'")
         if self.polish < 0:
             raise ConfigError(f"polish={self.polish}: a number of steps, 0 for none")
-        for name, either in (("calibrate", ("tables", CONTENT)), ("tail", ("flat", "log"))):
+        for name, either in (("calibrate", ("tables", CONTENT)), ("tail", ("flat", "log")), ("scale", SCALES)):
             if (value := getattr(self, name)) not in either:
                 raise ConfigError(f"{name}='{value}': choose {' or '.join(either)}")
         if self.calibrate == CONTENT and self.init != CALIBRATED:
@@ -67,6 +72,11 @@ class RetrofitConfig:
         if self.init not in (CALIBRATED, *INITIALISATIONS) and not self.init.startswith(FROM):
             choices = ", ".join((CALIBRATED, *INITIALISATIONS, f"{FROM}CHECKPOINT"))
             raise ConfigError(f"init='{self.init}': choose one of {choices}")
+
+    @property
+    def changes_weights(self) -> bool:
+        """Whether weights of the source change: those that make queries."""
+        return self.calibrate == CONTENT or self.scale != SCALES[0]
 
     @property
     def takes_text(self) -> bool:

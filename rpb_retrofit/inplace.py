@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from rpb_retrofit.config import RetrofitConfig
+from rpb_retrofit.config import SCALES, RetrofitConfig
 from rpb_retrofit.eligibility import check_eligible
 from rpb_retrofit.errors import ConfigError, NotRetrofittedError, RevertError, UnsupportedModelError
 from rpb_retrofit.filling import fill
 from rpb_retrofit.report import RetrofitReport, report
 from rpb_retrofit.runtime.families import FACTOR, TABLE, is_own
-from rpb_retrofit.runtime.modeling import attach, attention_modules, detach, own_names, submodels
+from rpb_retrofit.runtime.modeling import UNSCALED, attach, attention_modules, detach, own_names, submodels
 from rpb_retrofit.settings import auto_map, describe
 from rpb_retrofit.tables import CALIBRATED, CONTENT, FROM, INITIALISATIONS
 from rpb_retrofit.tables.calibrate import Calibration, check_windows
@@ -24,6 +24,7 @@ from rpb_retrofit.tables.choose import TRIED_FIRST, Candidate
 from rpb_retrofit.tables.folding import fold
 from rpb_retrofit.tables.polish import Polish
 from rpb_retrofit.tables.spool import temporary_spool
+from rpb_retrofit.tables.unscaling import unscale
 
 _SNAPSHOT = "_rpb_source"
 
@@ -45,7 +46,7 @@ class _Snapshot:
     configs: list[tuple[Any, dict[str, Any]]]  # each config, and its attributes as they were
     own_tables: dict[str, nn.Module]  # T5's
     fingerprints: dict[str, Fingerprint]  # of the source's parameters, T5's tables aside; of folded ones, as folded
-    folded: dict[str, torch.Tensor] = field(default_factory=dict)  # weights as they were before factors were folded in
+    folded: dict[str, torch.Tensor] = field(default_factory=dict)  # weights as they were before something was folded in
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # a copied or pickled model has configs of its own, so it has no snapshot
@@ -59,7 +60,8 @@ def retrofit(
 ) -> RetrofitReport:
     """Swap the positional mechanism of ``model`` for the T5 bucketed bias, in place.
 
-    No weight of the source changes, but for the query projections with ``calibrate="tables+content"``; `revert` gives
+    No weight of the source changes, but for what makes the queries with ``calibrate="tables+content"`` or
+    ``scale="unscaled"``; `revert` gives
     the source back bit for bit. ``save_pretrained`` then writes a checkpoint
     that loads with `rpb_retrofit.load` or, without this package, with ``trust_remote_code=True``.
 
@@ -96,6 +98,7 @@ def retrofit(
         own_tables={name: getattr(module, TABLE) for name, module in attentions.items() if hasattr(module, TABLE)},
         fingerprints=_fingerprints(model),
     )
+    config, unscaled = replace(config, scale=SCALES[0]), config.scale == UNSCALED  # the last thing to be done
     first = _with_buckets(config, TRIED_FIRST) if config.relative_attention_num_buckets == "auto" else config
     windows = check_windows(model, calibration) if calibration is not None else []
     settings = describe(model, first, family, windows)
@@ -128,25 +131,29 @@ def retrofit(
             if config.calibrate == CONTENT:
                 assert fitting is not None, "a config without calibration fits no factors"
                 fold(model, family, attentions, fitting.windows[0], fitting.kept, snapshot.folded)
-                snapshot.fingerprints |= {name: _fingerprint(model.get_parameter(name)) for name in snapshot.folded}
+            factors = len(snapshot.folded)
+            scales = unscale(model, attentions, snapshot.folded) if unscaled else 0
+            snapshot.fingerprints |= {name: _fingerprint(model.get_parameter(name)) for name in snapshot.folded}
         except BaseException:
             _unfold(model, snapshot)
             revert(model)
             raise
     said = [*([str(choice)] if choice else []), *notes]
     if config.calibrate == CONTENT:
-        said.append(_where_factors_are(model, snapshot))
+        said.append(_where_factors_are(model, factors))
+    if unscaled:
+        said.append(f"the scale of the scores folded into {scales} weights that make queries")
     return report(model, said, found, polished)
 
 
-def _where_factors_are(model: PreTrainedModel, snapshot: _Snapshot) -> str:
+def _where_factors_are(model: PreTrainedModel, folded: int) -> str:
     kept = sum(parameter.numel() for name, parameter in model.named_parameters() if FACTOR in name)
     if kept:
         return (
             f"factors on the content term kept as {kept:,} parameters: a norm stands between the query projections and "
             "the scores"
         )
-    return f"factors on the content term folded into {len(snapshot.folded)} weights of the query projections"
+    return f"factors on the content term folded into {folded} weights of the query projections"
 
 
 def _with_buckets(config: RetrofitConfig, chosen: Candidate) -> RetrofitConfig:
@@ -179,7 +186,7 @@ def _check_text(config: RetrofitConfig, calibration: Any | None, polishing: Any 
 
 
 def folded(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Of a model that was retrofitted in this process: the weights that factors were folded into, as they were."""
+    """Of a model that was retrofitted in this process: the weights that something was folded into, as they were."""
     snapshot: _Snapshot = getattr(model, _SNAPSHOT)
     return snapshot.folded
 

@@ -55,10 +55,10 @@ def retrofit_checkpoint(
     """Retrofit ``source`` (a folder, a hub id, or a GGUF file) into a new folder ``out``.
 
     ``out`` appears whole or not at all. With ``link`` the shards are hard links to the source's (instant, no space);
-    else clones where the file system can share blocks, else copies. Factors on the content term are written into those
-    that hold query projections, which are then no links. Saving a model over a link replaces the link,
-    never the source's file. Weights are loaded only where the tables are calibrated, on ``calibration`` or by default
-    on Python's help texts, and from a GGUF file, which is dequantised to float32.
+    else clones where the file system can share blocks, else copies. Factors on the content term, and its scale, are
+    written into those that hold what makes the queries, which are then no links. Saving a model over a link replaces
+    the link, never the source's file. Weights are loaded only where some change or the tables are calibrated, on
+    ``calibration`` or by default on Python's help texts, and from a GGUF file, which is dequantised to float32.
 
     Raises CheckpointError, UnsupportedModelError, AlreadyRetrofittedError, PartialMatchError, ConfigError or DataError.
     """
@@ -144,8 +144,9 @@ def _write_all_but_weights(
     from rpb_retrofit.runtime.modeling import own_names, write_runtime
 
     settings = source.config()
-    if calibration is not None:
-        tokenizer, model = open_tokenizer(source), open_weights(source, model_class(settings).from_pretrained)
+    if calibration is not None or config.changes_weights:
+        model = open_weights(source, model_class(settings).from_pretrained)
+        tokenizer = None if calibration is None else open_tokenizer(source)
         report = retrofit(model, config, *_texts(config, calibration, tokenizer, model))
         tables = {name: model.get_parameter(name).detach() for name in own_names(model)}
         changes = {name: Change(before, model.get_parameter(name)) for name, before in folded(model).items()}

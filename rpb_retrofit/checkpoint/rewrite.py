@@ -35,8 +35,8 @@ def rewrite(folder: Path, weight_map: Mapping[str, str], changes: Mapping[str, C
         stored, dtype = next(((key, dtype) for key, dtype in alike if dtype is not None), (None, None))
         if stored is None:
             raise CheckpointError(
-                f"'{name}' is changed by factors on the content term, but the checkpoint holds no tensor like it: "
-                "retrofit the model in Python and save it, or leave --calibrate tables+content out"
+                f"'{name}' is changed by what is folded into it, but the checkpoint holds no tensor like it: "
+                "retrofit the model in Python and save it, or leave --calibrate tables+content and --scale out"
             )
         content = change.after.detach().cpu().to(dtype).contiguous()
         by_file[weight_map[stored]][stored] = content.view(torch.uint8).numpy().tobytes()

@@ -28,8 +28,12 @@ def command(
         str, typer.Option(help="What calibration fits: tables, or tables+content, which changes the query projections.")
     ] = "tables",
     tail: Annotated[
-        str, typer.Option(help="The bias beyond the maximum distance: flat, or log: on with the distance's logarithm.")
+        str,
+        typer.Option(help="The bias beyond the maximum distance: flat, or log: falling with its logarithm."),
     ] = "flat",
+    scale: Annotated[
+        str, typer.Option(help="Of the scores: source, or unscaled: as in T5, folded into what makes the queries.")
+    ] = "source",
     keep_frequencies: Annotated[
         Any,
         typer.Option(
@@ -71,6 +75,7 @@ def command(
         init=init,
         calibrate=calibrate,
         tail=tail,
+        scale=scale,
         keep_frequencies=keep_frequencies,
         polish=polish,
         shared=shared,

@@ -15,7 +15,7 @@ from statistics import median
 from rpb_retrofit.diagnosis.arms import CONTROL, RETROFIT, SOURCE
 from rpb_retrofit.diagnosis.exam import AS_IT_IS, Exam
 from rpb_retrofit.diagnosis.intervention import Change
-from rpb_retrofit.diagnosis.judge import content_ratios
+from rpb_retrofit.diagnosis.judge import content_ratios, scale_in_weights
 from rpb_retrofit.diagnosis.weights import collinear
 from rpb_retrofit.evaluation.losses import Losses, contrast
 from rpb_retrofit.evaluation.statistics import Difference
@@ -98,7 +98,7 @@ def content_ratio(exam: Exam) -> float | None:
     by_layer = []
     for name in exam.arms.attentions:
         factors = [f for weight, f in stretched.items() if weight.startswith(f"{name}.") and _makes_scores(weight)]
-        by_layer.append(math.prod(factors))
+        by_layer.append(math.prod(factors) / scale_in_weights(exam, name))
     return median(ratios) * median(by_layer)
 
 

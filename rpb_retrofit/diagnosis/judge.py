@@ -11,6 +11,7 @@ from rpb_retrofit.diagnosis.consistency import CLOSE, Way
 from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Finding, confirmed, excluded, unknown
 from rpb_retrofit.diagnosis.words import some
+from rpb_retrofit.runtime.modeling import SCALING
 
 WON_BACK = 0.4
 """Share of the distance from the best tables that undoing a mistake must win back to be its cause."""
@@ -115,17 +116,25 @@ def coarse(exam: Exam, other: str, described: str, remedy: str) -> Finding:
 
 
 def content_ratios(exam: Exam) -> dict[str, float]:
-    """What multiplies query and key, over the same of the source, by attention."""
+    """What multiplies query and key, over the same of the source, by attention.
+
+    Where a retrofit is unscaled on purpose, what its weights hold counts as a part of it.
+    """
     theirs = exam.source_still_life.portraits
     found = {}
     for name, portrait in exam.still_life.portraits.items():
         other = theirs.get(name)
         if portrait.scale is not None and other is not None and other.scale is not None:
-            ratio = portrait.scale / other.scale
+            ratio = portrait.scale / other.scale * scale_in_weights(exam, name)
             worst = float(ratio[(ratio - 1).abs().argmax()])
             if math.isfinite(worst) and worst > 0:
                 found[name] = worst
     return found
+
+
+def scale_in_weights(exam: Exam, attention: str) -> float:
+    """The scale that was folded into what makes an attention's queries; 1 where none was."""
+    return float(getattr(exam.arms.attentions[attention], SCALING, 1.0))
 
 
 def _said(way: Way) -> str:

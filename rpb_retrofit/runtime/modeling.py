@@ -53,6 +53,12 @@ LOCK = (
 is built and refuses unknown ones with an error that prints them, so no plain class loads a retrofit by mistake. (Both
 arguments given by hand override both locks.)"""
 
+UNSCALED = "unscaled"
+"""The setting ``scale`` of a retrofit whose queries come scaled: its attention multiplies by nothing."""
+
+SCALING = "rpb_scaling"
+"""Attribute of an attention module: the scale that it had."""
+
 RUNTIME_FILES = (
     "errors.py",
     "buckets.py",
@@ -107,6 +113,8 @@ def attach(model: PreTrainedModel) -> dict[str, Any]:
             setattr(module, FACTOR, ContentFactor(num_heads(module, model.config), Pairs(**pairs)).to(device))
         setattr(module, RUN, biased_attention)
         setattr(module, CAUSAL, not tables[name].bucketing.bidirectional)
+        if settings.get("scale") == UNSCALED:
+            drop_scale(module)
         if hasattr(module, "has_relative_attention_bias"):  # T5: no table of its own any more
             module.has_relative_attention_bias = False
         if family.silenced:
@@ -130,9 +138,17 @@ def detach(model: PreTrainedModel) -> None:
         remove_hooks(module, *BIAS_HOOKS.values(), *SILENCERS.values())
         delattr(module, TABLE)
         module._modules.pop(FACTOR, None)
+        if SCALING in vars(module):
+            module.scaling = vars(module).pop(SCALING)
     for submodel in submodels(model):
         submodel.__class__ = cast(Any, type(submodel)).source_class
         submodel.all_tied_weights_keys = submodel.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+def drop_scale(attention: Any) -> None:
+    """Let an attention module take its queries as they are: the scale is in the weights that make them."""
+    setattr(attention, SCALING, attention.scaling)
+    attention.scaling = 1.0
 
 
 def detach_factors(model: PreTrainedModel) -> None:

@@ -89,16 +89,17 @@ def _observe(
 def _maker(query: Tensor, outputs: Mapping[str, Tensor], pairs: Pairs, kept: int) -> tuple[str, Tensor] | None:
     """The linear layer whose outputs are the rotary dimensions of the queries, and which of its rows, (2, heads, F)."""
     dimensions = torch.stack([index[kept:] for index in pairs.dimensions()]).to(query.device)
-    wanted = _unit(query[..., dimensions].permute(2, 0, 3, 1))  # (2, heads, F, n)
+    wanted = unit(query[..., dimensions].permute(2, 0, 3, 1))  # (2, heads, F, n)
     for layer, output in outputs.items():
         if output.dim() == 2 and output.shape[0] == wanted.shape[-1]:
-            alike, rows = (wanted.flatten(0, 2) @ _unit(output.T).T).max(1)
+            alike, rows = (wanted.flatten(0, 2) @ unit(output.T).T).max(1)
             if bool((alike > ALIKE).all()) and len(rows.unique()) == len(rows):
                 return layer, rows.view(wanted.shape[:3])
     return None
 
 
-def _unit(x: Tensor) -> Tensor:
+def unit(x: Tensor) -> Tensor:
+    """Rows of length one, float32."""
     return nn.functional.normalize(x.float(), dim=-1)
 
 

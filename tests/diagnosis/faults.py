@@ -18,6 +18,7 @@ import rpb_retrofit as rpb
 from rpb_retrofit.diagnosis.arms import Arms
 from rpb_retrofit.runtime import interface
 from rpb_retrofit.runtime.mechanisms import position_zero, remove_hooks
+from rpb_retrofit.runtime.modeling import UNSCALED, drop_scale, submodels
 from tests.diagnosis.small_model import CONTEXT, language, plain_language, retrofitted, train, trained
 
 
@@ -123,6 +124,14 @@ def content_unscaled(arms: Arms, count: int | None) -> None:
 def query_projection_scaled(arms: Arms, count: int | None) -> None:
     for module in layers(arms, count):
         module.q_proj.weight.data *= 4.0
+
+
+@fault("scale said to be in the weights, where it is not", "wrong_scale")
+def unfolded_scale(arms: Arms) -> None:
+    for attention in arms.attentions.values():
+        drop_scale(attention)
+    for submodel in submodels(arms.retrofit):
+        submodel.config.rpb_retrofit = {**submodel.config.rpb_retrofit, "scale": UNSCALED}
 
 
 @fault("tables times 1/sqrt(d) in the file", "wrong_scale")

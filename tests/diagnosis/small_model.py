@@ -93,7 +93,7 @@ def trained(family: str = "llama", seed: int = 0, first: int = 450, then: int = 
 
 
 def retrofitted(
-    source: Any, buckets: int = 32, max_distance: int = 256, keep: int = 0, seed: int = 777
+    source: Any, buckets: int = 32, max_distance: int = 256, keep: int = 0, seed: int = 777, **settings: Any
 ) -> PreTrainedModel:
     """A calibrated retrofit of a trained model."""
     model = copy.deepcopy(source)
@@ -101,6 +101,7 @@ def retrofitted(
         relative_attention_num_buckets=buckets,
         relative_attention_max_distance=max_distance,
         keep_frequencies=keep,
+        **settings,
     )
     rpb.retrofit(model, config, calibration=[language(CONTEXT, seed + number) for number in range(16)])
     return model.eval()

@@ -59,6 +59,8 @@ HEALTHY: list[tuple[str, int, dict[str, Any]]] = [
     ("llama", 0, {}),
     ("llama", 0, {"seed": 31}),
     ("llama", 0, {"keep": 4}),
+    ("llama", 0, {"scale": "unscaled"}),
+    ("llama", 0, {"tail": "log", "max_distance": 64}),
     ("llama", 1, {}),
     ("qwen2", 0, {}),
     ("qwen2", 1, {"keep": 4}),

@@ -7,6 +7,7 @@ from typing import Any
 from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded
 from rpb_retrofit.diagnosis.settings import other_settings
+from rpb_retrofit.runtime.modeling import UNSCALED
 from rpb_retrofit.settings import kept_frequencies
 
 CAUSE = "settings are not the source's"
@@ -44,11 +45,12 @@ def _odd_modules(exam: Exam) -> dict[str, tuple[Any, Any]]:
     """Plain attributes (numbers, words, truth values) of modules that are otherwise in a model made from the config."""
     fresh = dict(exam.arms.plain.named_modules())
     found = {}
+    states = _STATES | ({"scaling"} if exam.arms.settings.get("scale") == UNSCALED else set())  # wrong_scale's concern
     for name, module in exam.arms.retrofit.named_modules():
         for key, value in vars(module).items():
             other = vars(fresh[name]).get(key) if name in fresh else value
             plain = isinstance(value, int | float | str) and isinstance(other, int | float | str)
-            if plain and key not in _STATES and not key.startswith(("_", "rpb_")) and value != other:
+            if plain and key not in states and not key.startswith(("_", "rpb_")) and value != other:
                 found[f"{name}.{key}"] = (value, other)
     return found
 

@@ -7,6 +7,7 @@ from statistics import median
 from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
 from rpb_retrofit.diagnosis.weights import drift
+from rpb_retrofit.runtime.modeling import UNSCALED
 from rpb_retrofit.tables import CONTENT
 
 CAUSE = "weights differ from the source's beyond what the retrofit changes"
@@ -34,7 +35,8 @@ def examine(exam: Exam) -> Finding:
         )
     sizes = {name: far for name, far in moved.items() if far is not None}
     changed = {name: far for name, far in sizes.items() if far > 0}
-    folded = exam.arms.settings.get("calibrate") == CONTENT
+    settings = exam.arms.settings
+    folded = settings.get("calibrate") == CONTENT or settings.get("scale") == UNSCALED
     attention = {n for n in changed if any(n.startswith(f"{a}.") for a in exam.arms.attentions)}
     typical = median(sizes.values())
     if typical > FOREIGN:
@@ -52,7 +54,7 @@ def examine(exam: Exam) -> Finding:
                 f"(by {odd[worst[0]]:.1%} of its size)",
                 REMEDY,
             )
-        rest = ", but for query projections with factors folded in" if changed else ""
+        rest = ", but for what makes the queries, into which something was folded" if changed else ""
         return excluded(f"all {len(sizes)} weights are the source's{rest}")
     odd = {name: far for name, far in changed.items() if far > max(FAR, OUTLIER * typical)}
     if odd:

@@ -9,8 +9,8 @@ from functools import partial
 from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
 from rpb_retrofit.diagnosis.intervention import Change, changed
-from rpb_retrofit.diagnosis.judge import content_ratios, meant_otherwise
-from rpb_retrofit.diagnosis.weights import collinear
+from rpb_retrofit.diagnosis.judge import content_ratios, meant_otherwise, scale_in_weights
+from rpb_retrofit.diagnosis.weights import collinear, drift
 from rpb_retrofit.diagnosis.words import some
 
 CAUSE = "the bias is scaled, or the content is not"
@@ -49,12 +49,12 @@ def examine(exam: Exam) -> Finding:
             gain=_gain(exam, 1 / ratio),
         )
     if exam.arms.source is not None:
-        stretched = {
-            name: factor
-            for name, factor in collinear(exam.arms.retrofit, exam.arms.source).items()
-            if any(name.startswith(f"{attention}.") for attention in exam.arms.attentions) and abs(factor - 1) > APART
-        }
-        if stretched:
+        if unfolded := _unfolded(exam):
+            return confirmed(
+                f"the config says that the scale is in the weights, but those of {some(unfolded)} are the source's",
+                "retrofit again with --scale, or set scale in the config to 'source'",
+            )
+        if stretched := _stretched(exam):
             factor = next(iter(stretched.values()))
             known = f" ({'sqrt(d)' if factor > 1 else '1/sqrt(d)'})" if _near(factor, root) else ""
             return confirmed(
@@ -88,6 +88,30 @@ def _gain(exam: Exam, factor: float) -> float | None:
     if not exam.causal:
         return None
     return -exam.undone(f"content-{factor:.3f}", partial(_with, exam, factor)).mean
+
+
+def _stretched(exam: Exam) -> dict[str, float]:
+    """The weights of attentions that are the source's times another number than one, or than what was folded in."""
+    assert exam.arms.source is not None
+    factors, found = collinear(exam.arms.retrofit, exam.arms.source), {}
+    for attention in exam.arms.attentions:
+        meant = (1.0, scale_in_weights(exam, attention))
+        for name, factor in factors.items():
+            if name.startswith(f"{attention}.") and all(abs(factor / one - 1) > APART for one in meant):
+                found[name] = factor
+    return found
+
+
+def _unfolded(exam: Exam) -> list[str]:
+    """Attentions of an unscaled retrofit without a weight that differs from the source's."""
+    assert exam.arms.source is not None
+    moved = drift(exam.arms.retrofit, exam.arms.source)
+    return [
+        attention
+        for attention in exam.arms.attentions
+        if scale_in_weights(exam, attention) != 1
+        and not any(far for name, far in moved.items() if name.startswith(f"{attention}."))
+    ]
 
 
 def _near(ratio: float, root: float) -> bool:

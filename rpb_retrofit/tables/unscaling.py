@@ -1,0 +1,151 @@
+"""The scale of the content term, folded into the weights that make the queries: the retrofit then adds its bias to
+undivided products of queries and keys, as T5 does.
+
+Which weights those are is not looked up but seen, as in `folding`: at the first position nothing rotates, so there the
+queries are, up to a constant, outputs of a projection, or of a norm behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from rpb_retrofit.errors import ConfigError
+from rpb_retrofit.runtime.interface import RUN
+from rpb_retrofit.runtime.modeling import UNSCALED, drop_scale, submodels
+from rpb_retrofit.tables.folding import ALIKE, TOKENS, unit
+
+NEAR = 0.01
+"""Relative error of queries up to which a change counts as rounding, in the coarsest dtype."""
+
+LEAVE = "leave scale='source'"
+
+
+class Maker(NamedTuple):
+    """A layer of an attention, called on ``given``: its output ``made`` (tokens, N) has the queries at ``at``."""
+
+    layer: str
+    module: Any
+    given: Tensor
+    made: Tensor
+    at: Tensor
+
+
+@torch.no_grad()
+def unscale(model: PreTrainedModel, attentions: Mapping[str, Any], before: dict[str, Tensor]) -> int:
+    """Fold the scales of all attentions of an attached model, and say so in its configs; how many weights changed.
+
+    ``before`` receives those weights as they were, by name, unless it has them. A scale of one needs nothing. Raises
+    ConfigError, with nothing changed, for a model that does not tell its scale, or whose queries no weights make.
+    """
+    what, kind = f"scale='{UNSCALED}'", type(model).__name__
+    if untold := [name for name, module in attentions.items() if not isinstance(_scale(module), float)]:
+        raise ConfigError(f"{what}: {kind} keeps the scale of its attention to itself ({untold[0]}): {LEAVE}")
+    scaled = {name: module for name, module in attentions.items() if _scale(module) != 1}
+    found = _observe(model, scaled)
+    makers = {name: _maker(query, calls) for name, (query, calls) in found.items()}
+    if without := [name for name in scaled if makers.get(name) is None]:
+        raise ConfigError(
+            f"{what}: no weights alone make the queries of {len(without)} of {len(attentions)} attentions of {kind} "
+            f"({without[0]}): {LEAVE}"
+        )
+    changed = {
+        f"{name}.{maker.layer}.{of}": parameter
+        for name, maker in makers.items()
+        if maker is not None
+        for of, parameter in maker.module.named_parameters(recurse=False)
+    }
+    as_it_was = {name: parameter.detach().clone() for name, parameter in changed.items()}
+    for name, maker in makers.items():
+        if maker is not None and not _fold(maker, _scale(attentions[name])):
+            for other, parameter in changed.items():
+                parameter.copy_(as_it_was[other])
+            raise ConfigError(f"{what}: {name}.{maker.layer} of {kind} cannot hold it in {maker.made.dtype}: {LEAVE}")
+    before.update({name: weight for name, weight in as_it_was.items() if name not in before})
+    for module in attentions.values():
+        drop_scale(module)
+    for submodel in submodels(model):
+        submodel.config.rpb_retrofit = {**submodel.config.rpb_retrofit, "scale": UNSCALED}
+    return len(changed)
+
+
+def _scale(attention: Any) -> Any:
+    return getattr(attention, "scaling", None)
+
+
+def _observe(model: PreTrainedModel, attentions: Mapping[str, Any]) -> dict[str, tuple[Tensor, list[Maker]]]:
+    """By attention: its queries (tokens, heads * d) of texts of one token, and the calls of its layers with weights."""
+    queries: dict[str, Tensor] = {}
+    calls: dict[str, list[Maker]] = {name: [] for name in attentions}
+
+    def hear(name: str, layer: str, module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.shape[0] == TOKENS:
+            calls[name].append(Maker(layer, module, args[0], output.flatten(1), torch.empty(0)))
+
+    def attend(name: str, run: Any, module: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        queries[name] = query.flatten(1)
+        return run(module, query, *args, **kwargs)
+
+    generator, training = torch.Generator().manual_seed(0), model.training
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(vocabulary, (TOKENS, 1), generator=generator).to(model.device)
+    with ExitStack() as undo:
+        undo.callback(model.train, training)
+        model.eval()
+        for name, attention in attentions.items():
+            undo.callback(setattr, attention, RUN, getattr(attention, RUN))
+            setattr(attention, RUN, partial(attend, name, getattr(attention, RUN)))
+            for layer, module in _with_weights(attention):
+                undo.callback(module.register_forward_hook(partial(hear, name, layer)).remove)
+        seq2seq = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+        model.base_model(input_ids=ids, use_cache=False, **seq2seq)
+    return {name: (query, calls[name]) for name, query in queries.items()}
+
+
+def _with_weights(attention: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Projections and norms."""
+    for layer, module in attention.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(module, nn.Linear | Conv1D) or (isinstance(weight, nn.Parameter) and weight.dim() == 1):
+            yield layer, module
+
+
+def _maker(query: Tensor, calls: list[Maker]) -> Maker | None:
+    """The call that made the queries; of a norm, only if it made nothing else."""
+    wanted = unit(query.T)
+    for call in calls:
+        alike, at = (wanted @ unit(call.made.T).T).max(1)
+        alone = call.module.weight.dim() == 2 or len(at) == call.made.shape[1]
+        if bool((alike > ALIKE).all()) and len(at.unique()) == len(at) and alone:
+            return call._replace(at=at)
+    return None
+
+
+def _fold(maker: Maker, scale: float) -> bool:
+    """Change the weights so that the queries come out ``scale`` times as large; whether they do, but for rounding."""
+    module, weight, bias = maker.module, maker.module.weight, getattr(maker.module, "bias", None)
+    old, old_bias = weight.double(), None if bias is None else bias.double()
+    times = torch.ones(weight.shape[-1] if isinstance(module, Conv1D) else weight.shape[0]).to(old)
+    shifts = [0.0]
+    if weight.dim() == 2:
+        times[maker.at] = scale
+    else:
+        times[:] = scale
+        shifts.append(scale - 1)  # some norms multiply by one more than their weight
+    wanted = maker.made[:, maker.at].double() * scale
+    near = min(4 * torch.finfo(maker.made.dtype).eps, NEAR)
+    for shift in shifts:
+        weight.copy_(old * (times[:, None] if isinstance(module, nn.Linear) else times) + shift)
+        if bias is not None and old_bias is not None:
+            bias.copy_(old_bias * times)
+        made = module(maker.given).flatten(1)[:, maker.at].double()
+        if bool((made - wanted).norm() <= near * wanted.norm()):
+            return True
+    return False

@@ -1,0 +1,106 @@
+"""``scale='unscaled'``: the scores are undivided, the model is what it was."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import rpb_retrofit as rpb
+from rpb_retrofit.checkpoint.convert import retrofit_checkpoint
+from rpb_retrofit.runtime.families import family_of, is_own
+from rpb_retrofit.runtime.modeling import attention_modules
+from tests.families.cases import CASES
+from tests.families.test_contract import CONFIG, build, inputs_of, tokens
+from tests.tables.test_calibrate import text
+
+NORMAL = replace(CONFIG, init="normal")
+UNSCALED = replace(NORMAL, scale="unscaled")
+REFUSED = {
+    **dict.fromkeys(
+        ("bloom", "mpt", "falcon", "falcon-rope", "modernbert"), "keeps the scale of its attention to itself"
+    ),
+    "llama4_text": "no weights alone make the queries",  # they are of length one
+}
+BY_NAME = {str(case): case for case in CASES}
+
+
+def logits(model: Any, case: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**inputs_of(case, tokens(2, 40))).logits
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_family(case: Any, tmp_path: Path) -> None:
+    """The same logits from scores without a scale; saved and loaded too; revert is exact. Or one line that says why."""
+    scaled, model, source = build(case), build(case), build(case)
+    rpb.retrofit(scaled, NORMAL)
+    if why := REFUSED.get(str(case)):
+        before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+        with pytest.raises(rpb.errors.ConfigError, match=rf"scale='unscaled': .*{why}.* scale='source'"):
+            rpb.retrofit(model, UNSCALED)
+        assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+        assert torch.equal(logits(model, case), logits(source, case))
+        return
+    report = rpb.retrofit(model, UNSCALED)
+    assert model.config.rpb_retrofit["scale"] == "unscaled"
+    attentions = attention_modules(model, family_of(model.config)).values()
+    assert {attention.scaling for attention in attentions} == {1.0}
+    changed = {n for n, p in source.named_parameters() if not is_own(n)
+               and not torch.equal(p, model.get_parameter(n))}  # fmt: skip
+    assert len(changed) <= 2 * len(attentions) and bool(changed) == (family_of(source.config).mechanism != "t5")
+    assert any("the scale of the scores folded into" in note for note in report.notes)
+    want = logits(scaled, case)
+    torch.testing.assert_close(logits(model, case), want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+    model.save_pretrained(tmp_path)
+    loaded = rpb.load(tmp_path).eval()
+    assert torch.equal(logits(loaded, case), logits(model, case))
+    rpb.revert(model)
+    assert torch.equal(logits(model, case), logits(source, case))
+    assert all(torch.equal(p, source.get_parameter(n)) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_with_factors_and_kept_frequencies(name: str) -> None:
+    """Both are folded, or one stays a parameter; revert is exact all the same."""
+    settings = {"init": "calibrated", "calibrate": "tables+content", "keep_frequencies": 1}
+    case = BY_NAME[name]
+    scaled, model, source = build(case), build(case), build(case)
+    rpb.retrofit(scaled, replace(CONFIG, **settings), text())
+    rpb.retrofit(model, replace(CONFIG, scale="unscaled", **settings), text())
+    torch.testing.assert_close(logits(model, case), logits(scaled, case), rtol=1e-4, atol=1e-4)
+    rpb.revert(model)
+    assert torch.equal(logits(model, case), logits(source, case))
+
+
+@pytest.mark.parametrize("init", ["zeros", "normal"])
+def test_on_disk(init: str, tmp_path: Path) -> None:
+    """Weights that change are written into the shards, others are not touched; what is loaded runs undivided."""
+    case = BY_NAME["llama"]
+    build(case).save_pretrained(tmp_path / "plain")
+    for scale in ("source", "unscaled"):
+        retrofit_checkpoint(str(tmp_path / "plain"), tmp_path / scale, replace(CONFIG, init=init, scale=scale))
+    scaled, model = (rpb.load(tmp_path / scale).eval() for scale in ("source", "unscaled"))
+    torch.testing.assert_close(logits(model, case), logits(scaled, case), rtol=1e-4, atol=1e-4)
+    changed = {n for n, p in scaled.named_parameters() if not torch.equal(p, model.get_parameter(n))}
+    assert changed and all("q_proj" in name for name in changed)
+
+
+def test_half_precision_says_where_it_cannot_hold() -> None:
+    """Gemma 3's norm multiplies by one more than its weight: the scale would drown in bfloat16, and is refused."""
+    for name, held in (("gemma3_text", False), ("qwen3", True)):
+        model = build(BY_NAME[name]).to(torch.bfloat16)
+        for attention in attention_modules(model, family_of(model.config)).values():
+            attention.scaling = 1 / 16
+            attention.q_norm.weight.data.normal_(generator=torch.Generator().manual_seed(0)).mul_(0.3)
+        before = copy.deepcopy(model.state_dict())
+        if held:
+            rpb.retrofit(model, UNSCALED)
+            continue
+        with pytest.raises(rpb.errors.ConfigError, match=r"cannot hold it in torch\.bfloat16: leave scale='source'"):
+            rpb.retrofit(model, UNSCALED)
+        assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
