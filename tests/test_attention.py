@@ -369,6 +369,25 @@ def test_a_range_of_offsets_is_those_offsets(top: int, count: int, bidirectional
         assert torch.equal(bias(range(count - 1, -1, -1)), bias(count - 1 - torch.arange(count)))
 
 
+@given(
+    st.sampled_from(list(TOLERANCE)), st.integers(1, 70), st.sampled_from([1, 2, 4]), st.sampled_from([1, 3]),
+    st.sampled_from([(8, 8), (8, 6)]), st.sampled_from(["normal", "infinite", "huge"]), st.integers(1, 8),
+)  # fmt: skip
+def test_decoding_takes_a_short_way(
+    dtype: torch.dtype, keys: int, groups: int, batch: int, widths: tuple[int, int], values: str, threads: int
+) -> None:
+    """One query behind all keys, whether its heads are taken by group or, where threads are many, one by one."""
+    problem = Problem(1, keys - 1, 0, batch, 4, groups, widths, dtype, values=values)
+    want, _ = problem.reference()
+    arguments = (problem.q, problem.k, problem.v, problem.table, problem.q.shape[-1] ** -0.5)
+    with patch("torch.get_num_threads", return_value=threads), torch.no_grad():
+        decoded = engine.decode(*arguments)
+    assert decoded is not None and decoded.dtype == dtype and decoded.is_contiguous()
+    slack = 1 + problem.table.weight.detach().nan_to_num(neginf=0).abs().max().item() / 10
+    _same(decoded.transpose(1, 2), want, slack * TOLERANCE[dtype], "output")
+    assert engine.decode(*arguments) is None, "it has gradients"
+
+
 @pytest.mark.parametrize("change", ["in place", "through data", "replaced"])
 def test_decoding_never_uses_an_old_table(change: str) -> None:
     """A row is kept from token to token; another table, or the next prompt, makes a new one."""
