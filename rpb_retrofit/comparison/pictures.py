@@ -14,7 +14,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from rpb_retrofit.pages.drawing import SIZE, End, Look, Looks, Row, bands, drawable, listed, mark, points
 from rpb_retrofit.pages.labels import LINE, name_ends, name_points
 
-NEAR = 0.02
+NEAR = 0.1
 """Nats a token from the lowest loss up to which a scale of losses is about even; beyond, it is a logarithm's."""
 
 LIMIT = "#A00000"
@@ -178,19 +178,19 @@ def stretch(axes: Any, which: str, losses: Sequence[float], lowest: float | None
         return np.arcsinh((np.asarray(loss) - zero) / NEAR)
 
     scale("function", functions=(place, lambda at: zero + NEAR * np.sinh(at)))
-    room = (0.1 if which == "x" else 0.055) * max(1.0, place(max(finite)) - place(min(finite)))
+    room = 0.12 * max(1.0, place(max(finite)) - place(min(finite)))
     ticks: list[float] = []
-    for step in sorted((0.0, *_STEPS, *(-step for step in _STEPS)), key=abs):
-        tick = round(zero + step, 2 if abs(step) < 0.1 else 1 if abs(step) < 1 else 0)
-        if all(abs(place(tick) - place(other)) > room for other in ticks):  # so that no number hides another
-            ticks.append(tick)
+    for step in _STEPS:
+        for tick in step * np.arange(math.ceil((min(finite) - 1) / step), math.floor((max(finite) + 1) / step) + 1):
+            if all(abs(place(tick) - place(other)) > room for other in ticks):  # so that no number hides another
+                ticks.append(tick)
     axis.set_major_locator(FixedLocator(sorted(ticks)))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda loss, _: f"{drawable(loss):g}"))
 
 
-_STEPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20)
-"""Nats a token from the lowest loss at which its scale may have a number."""
+_STEPS = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
+"""Nats a token between the numbers of a scale: the round ones first, the others where there is room."""
 
 
 def _stacked(panels: Mapping[str, Series], draw: Callable[[Any, Series], None], label: str) -> Any:
