@@ -299,6 +299,11 @@ def tables_shared(arms: Arms) -> None:
         table.data.copy_(first.data)
 
 
+@fault("one head's row upside down", "foreign_tables", **{"head 0": 0, "head 1": 1, "head 2": 2, "head 3": 3})
+def row_flipped(arms: Arms, head: int) -> None:
+    tables(arms)[1].data[head] *= -1
+
+
 @fault("heads in another order", "wrong_order", **{"rolled in all layers": None, "rolled in one layer": 1})
 def heads_rolled(arms: Arms, count: int | None) -> None:
     for table in tables(arms)[:count]:

@@ -1,14 +1,19 @@
-"""The tables are not this source's: another model's, a random start, or numbers that something spoiled."""
+"""The tables are not this source's: another model's, a random start, or numbers that something spoiled, be it in the
+row of one head."""
 
 from __future__ import annotations
 
 from functools import partial
+from statistics import median
 
 from rpb_retrofit.diagnosis.exam import Exam
+from rpb_retrofit.diagnosis.fidelity import Fidelity
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
 from rpb_retrofit.diagnosis.intervention import with_tables
 from rpb_retrofit.diagnosis.judge import NOTABLE
+from rpb_retrofit.diagnosis.weights import drift
 from rpb_retrofit.diagnosis.words import some
+from rpb_retrofit.tables import CALIBRATED
 
 CAUSE = "the tables do not suit this source"
 PREDICTS = "the source's attention is nearer without any table than with these"
@@ -17,6 +22,9 @@ REMEDY = "fit them to this source: rpb retrofit --init calibrated, with text lik
 
 LOST = 0.5
 """Share of what fitted tables bring that these must miss to be called unsuitable."""
+
+WORSE = 0.1
+"""Nats of KL by which a head's row must be worse than none: fitted rows are better, on any text but by a little."""
 
 
 def examine(exam: Exam) -> Finding:
@@ -35,6 +43,9 @@ def examine(exam: Exam) -> Finding:
         f"buckets {refit:.3f}"
     )
     if not poor:
+        spoiled = _spoiled_rows(exam, fidelity)
+        if spoiled:
+            return confirmed(f"{said}; far worse than none are the rows of {spoiled}", REMEDY)
         return excluded(said)
     gain = None
     if exam.causal:
@@ -44,3 +55,16 @@ def examine(exam: Exam) -> Finding:
         if not (undone.real and undone.mean < 0):
             return excluded(f"{said}: they are other ones, and no worse", gain=gain)
     return confirmed(f"{said}; they miss most of what tables can bring in {some(poor)}", REMEDY, gain=gain)
+
+
+def _spoiled_rows(exam: Exam, fidelity: Fidelity) -> str:
+    """Heads whose rows are far worse than none, where they were fitted and nothing was trained since; else nothing."""
+    source, settings = exam.arms.source, exam.arms.settings
+    if source is None or settings.get("init") != CALIBRATED or settings.get("shared") or settings.get("polish"):
+        return ""
+    if median(far or 0.0 for far in drift(exam.arms.retrofit, source).values()) > 0:
+        return ""
+    worse = {name: own - fidelity.zeros[name] for name, own in fidelity.own.items()}
+    heads = {name: (by > WORSE).nonzero().flatten().tolist() for name, by in worse.items()}
+    named = [f"{some([name])}: {', '.join(map(str, which))}" for name, which in heads.items() if which]
+    return "heads " + "; ".join(named) if named else ""
