@@ -93,6 +93,10 @@ def retrofit(
     meta = [name for name, parameter in parameters.items() if parameter.is_meta]
     if 0 < len(meta) < len(parameters):
         raise UnsupportedModelError(f"{len(meta)} parameters are offloaded ({meta[0]}, ...): retrofit, then dispatch")
+    if meta and config.changes_weights:
+        raise UnsupportedModelError(
+            f"{meta[0]} is on the meta device, without a value that could change: load the weights"
+        )
     snapshot = _Snapshot(
         configs=[(config, dict(vars(config))) for config in _distinct(m.config for m in submodels(model))],
         own_tables={name: getattr(module, TABLE) for name, module in attentions.items() if hasattr(module, TABLE)},
@@ -142,7 +146,8 @@ def retrofit(
     if config.calibrate == CONTENT:
         said.append(_where_factors_are(model, factors))
     if unscaled:
-        said.append(f"the scale of the scores folded into {scales} weights that make queries")
+        folded_in = f"scale of the scores folded into {scales} weights that make queries"
+        said.append(folded_in if scales else "scores had no scale")
     return report(model, said, found, polished)
 
 

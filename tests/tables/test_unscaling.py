@@ -53,7 +53,8 @@ def test_every_family(case: Any, tmp_path: Path) -> None:
     changed = {n for n, p in source.named_parameters() if not is_own(n)
                and not torch.equal(p, model.get_parameter(n))}  # fmt: skip
     assert len(changed) <= 2 * len(attentions) and bool(changed) == (family_of(source.config).mechanism != "t5")
-    assert any("the scale of the scores folded into" in note for note in report.notes)
+    folded = f"scale of the scores folded into {len(changed)} weights that make queries"
+    assert report.notes == [folded if changed else "scores had no scale"]
     want = logits(scaled, case)
     torch.testing.assert_close(logits(model, case), want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
     model.save_pretrained(tmp_path)
@@ -88,6 +89,13 @@ def test_on_disk(init: str, tmp_path: Path) -> None:
     torch.testing.assert_close(logits(model, case), logits(scaled, case), rtol=1e-4, atol=1e-4)
     changed = {n for n, p in scaled.named_parameters() if not torch.equal(p, model.get_parameter(n))}
     assert changed and all("q_proj" in name for name in changed)
+
+
+def test_weights_without_values() -> None:
+    with torch.device("meta"):
+        model = build(BY_NAME["llama"])
+    with pytest.raises(rpb.errors.UnsupportedModelError, match="is on the meta device, without a value"):
+        rpb.retrofit(model, UNSCALED)
 
 
 def test_half_precision_says_where_it_cannot_hold() -> None:

@@ -52,7 +52,7 @@ def examine(exam: Exam) -> Finding:
         if unfolded := _unfolded(exam):
             return confirmed(
                 f"the config says that the scale is in the weights, but those of {some(unfolded)} are the source's",
-                "retrofit again with --scale, or set scale in the config to 'source'",
+                "retrofit again with --scale unscaled, or set scale in the config to 'source'",
             )
         if stretched := _stretched(exam):
             factor = next(iter(stretched.values()))
