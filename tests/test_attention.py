@@ -386,6 +386,10 @@ def test_decoding_takes_a_short_way(
     slack = 1 + problem.table.weight.detach().nan_to_num(neginf=0).abs().max().item() / 10
     _same(decoded.transpose(1, 2), want, slack * TOLERANCE[dtype], "output")
     assert engine.decode(*arguments) is None, "it has gradients"
+    with torch.no_grad():
+        assert engine.decode(*arguments[:3], RelativePositionBias(2, Bucketing(8, 16, False)), 1.0) is None, (
+            "other heads"
+        )
 
 
 @pytest.mark.parametrize("change", ["in place", "through data", "replaced"])

@@ -211,8 +211,8 @@ def attention(
 def decode(query: Tensor, key: Tensor, value: Tensor, bias: Bias, scale: float) -> Tensor | None:
     """`attention` of one query behind all its keys, with nothing to hide: (batch, 1, heads, d_v), the short way.
 
-    None where it is not one query, or has a gradient, or is compiled or cast. It leaves out whatever `attention` does
-    for everybody else, since it runs in each layer at every token, where each line of Python shows.
+    None where it is not one query, or has a gradient, or is compiled or cast, or does not fit. It leaves out whatever
+    `attention` does for everybody else, since it runs in each layer at every token, where each line of Python shows.
     """
     batch, heads, queries, width = query.shape
     device = query.device
@@ -222,6 +222,8 @@ def decode(query: Tensor, key: Tensor, value: Tensor, bias: Bias, scale: float) 
         return None
     groups, keys = key.shape[1], key.shape[2]
     row = _line(bias, keys - 1, keys, device)
+    if row.shape[0] != heads:
+        return None
     if device.type != "cpu" or batch * groups < torch.get_num_threads() or query.dtype == torch.float64:
         return _row(query, key, value, row[None, :, None], scale).transpose(1, 2).contiguous()
     # The heads of a group stand as its queries, so that their keys are read once.

@@ -140,10 +140,15 @@ class RelativePositionBias(OffsetBias):
 class _AtMostZero(torch.autograd.Function):
     """``min(x, 0)``, whose gradient reaches an ``x`` above zero where descent would lower it: none is lost."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
+    def forward(x: Tensor) -> Tensor:
         return x.clamp(max=0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:

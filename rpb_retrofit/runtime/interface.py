@@ -166,7 +166,9 @@ def is_causal_module(module: Any) -> bool:
 def _records_attentions() -> bool:
     """Whether the model's caller asked for the weights, which some families (GPT-2, OPT) do not pass on."""
     if torch.compiler.is_compiling() and not _active_collector.compiling:
-        return False  # a layer compiled by itself, where a context variable cannot be read
+        # A layer compiled by itself, where a context variable cannot be read: families that do not pass the wish on
+        # give no weights there.
+        return False
     return any(name.endswith("attentions") for name in _active_collector.get() or ())
 
 

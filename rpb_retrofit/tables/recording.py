@@ -93,10 +93,8 @@ def watch(
     def listen(take: Take, positions: range) -> None:
         listener[:] = [(take, positions)]
 
-    training = model.training
-    model.eval()
     with ExitStack() as undo:
-        undo.callback(model.train, training)
+        undo.enter_context(evaluating(model))
         if family.uses_interface:
             _watch_interface(model, attentions, listener, undo)
         else:
@@ -104,6 +102,18 @@ def watch(
             for name, module in attentions.items():
                 undo.callback(module.register_forward_hook(partial(_take_weights, name, listener)).remove)
         yield listen
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, no module of the model trains; then each does what it did before."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextmanager

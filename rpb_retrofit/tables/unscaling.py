@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,10 @@ from rpb_retrofit.errors import ConfigError
 from rpb_retrofit.runtime.interface import RUN
 from rpb_retrofit.runtime.modeling import UNSCALED, drop_scale, submodels
 from rpb_retrofit.tables.folding import ALIKE, TOKENS, unit
+from rpb_retrofit.tables.recording import evaluating
 
-NEAR = 0.01
-"""Relative error of queries up to which a change counts as rounding, in the coarsest dtype."""
+SUMMED, NEAR = 1e-4, 0.01
+"""Relative error of queries up to which it counts as rounding: of long sums in float32, and in the coarsest dtype."""
 
 LEAVE = "leave scale='source'"
 
@@ -63,12 +64,15 @@ def unscale(model: PreTrainedModel, attentions: Mapping[str, Any], before: dict[
         for of, parameter in maker.module.named_parameters(recurse=False)
     }
     as_it_was = {name: parameter.detach().clone() for name, parameter in changed.items()}
-    for name, maker in makers.items():
-        if maker is not None and not _fold(maker, _scale(attentions[name])):
-            for other, parameter in changed.items():
-                parameter.copy_(as_it_was[other])
-            raise ConfigError(f"{what}: {name}.{maker.layer} of {kind} cannot hold it in {maker.made.dtype}: {LEAVE}")
     before.update({name: weight for name, weight in as_it_was.items() if name not in before})
+    for name, maker in makers.items():
+        if maker is not None:
+            _fold(maker, _scale(scaled[name]))
+    after = _observe(model, scaled)
+    if wrong := [name for name, (query, _) in found.items() if not _near(after[name][0], query, _scale(scaled[name]))]:
+        for other, parameter in changed.items():
+            parameter.copy_(as_it_was[other])
+        raise ConfigError(f"{what}: {wrong[0]} of {kind} cannot hold it in {found[wrong[0]][0].dtype}: {LEAVE}")
     for module in attentions.values():
         drop_scale(module)
     for submodel in submodels(model):
@@ -81,7 +85,10 @@ def _scale(attention: Any) -> Any:
 
 
 def _observe(model: PreTrainedModel, attentions: Mapping[str, Any]) -> dict[str, tuple[Tensor, list[Maker]]]:
-    """By attention: its queries (tokens, heads * d) of texts of one token, and the calls of its layers with weights."""
+    """By attention: its queries (tokens, heads * d) of texts of one token, and the calls of its layers with weights.
+
+    Projections are given random vectors, the same ones each time.
+    """
     queries: dict[str, Tensor] = {}
     calls: dict[str, list[Maker]] = {name: [] for name in attentions}
 
@@ -93,16 +100,21 @@ def _observe(model: PreTrainedModel, attentions: Mapping[str, Any]) -> dict[str,
         queries[name] = query.flatten(1)
         return run(module, query, *args, **kwargs)
 
-    generator, training = torch.Generator().manual_seed(0), model.training
+    generator = torch.Generator().manual_seed(0)
+
+    def vary(module: nn.Module, args: Any) -> Any:
+        given = torch.randn(args[0].shape, generator=generator, dtype=torch.float32)
+        return given.to(args[0].device, args[0].dtype), *args[1:]
+
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (TOKENS, 1), generator=generator).to(model.device)
-    with ExitStack() as undo:
-        undo.callback(model.train, training)
-        model.eval()
+    with evaluating(model), ExitStack() as undo:
         for name, attention in attentions.items():
             undo.callback(setattr, attention, RUN, getattr(attention, RUN))
             setattr(attention, RUN, partial(attend, name, getattr(attention, RUN)))
             for layer, module in _with_weights(attention):
+                if cast(Any, module).weight.dim() == 2:  # what first tokens bring is nearly the same for all of them
+                    undo.callback(module.register_forward_pre_hook(vary).remove)
                 undo.callback(module.register_forward_hook(partial(hear, name, layer)).remove)
         seq2seq = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
         model.base_model(input_ids=ids, use_cache=False, **seq2seq)
@@ -120,7 +132,7 @@ def _with_weights(attention: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _maker(query: Tensor, calls: list[Maker]) -> Maker | None:
     """The call that made the queries; of a norm, only if it made nothing else."""
     wanted = unit(query.T)
-    for call in calls:
+    for call in reversed(calls):  # a norm comes after its projection
         alike, at = (wanted @ unit(call.made.T).T).max(1)
         alone = call.module.weight.dim() == 2 or len(at) == call.made.shape[1]
         if bool((alike > ALIKE).all()) and len(at.unique()) == len(at) and alone:
@@ -128,24 +140,21 @@ def _maker(query: Tensor, calls: list[Maker]) -> Maker | None:
     return None
 
 
-def _fold(maker: Maker, scale: float) -> bool:
-    """Change the weights so that the queries come out ``scale`` times as large; whether they do, but for rounding."""
+def _fold(maker: Maker, scale: float) -> None:
+    """Change the weights so that the queries come out ``scale`` times as large."""
     module, weight, bias = maker.module, maker.module.weight, getattr(maker.module, "bias", None)
     old, old_bias = weight.double(), None if bias is None else bias.double()
     times = torch.ones(weight.shape[-1] if isinstance(module, Conv1D) else weight.shape[0]).to(old)
-    shifts = [0.0]
-    if weight.dim() == 2:
-        times[maker.at] = scale
-    else:
-        times[:] = scale
-        shifts.append(scale - 1)  # some norms multiply by one more than their weight
-    wanted = maker.made[:, maker.at].double() * scale
-    near = min(4 * torch.finfo(maker.made.dtype).eps, NEAR)
-    for shift in shifts:
-        weight.copy_(old * (times[:, None] if isinstance(module, nn.Linear) else times) + shift)
-        if bias is not None and old_bias is not None:
-            bias.copy_(old_bias * times)
-        made = module(maker.given).flatten(1)[:, maker.at].double()
-        if bool((made - wanted).norm() <= near * wanted.norm()):
-            return True
-    return False
+    times[maker.at if weight.dim() == 2 else slice(None)] = scale
+    weight.copy_(old * (times[:, None] if isinstance(module, nn.Linear) else times))
+    if bias is not None and old_bias is not None:
+        bias.copy_(old_bias * times)
+    if weight.dim() == 1 and not _near(module(maker.given).flatten(1), maker.made, scale):
+        weight.copy_((old + 1) * scale - 1)  # some norms multiply by one more than their weight
+
+
+def _near(after: Tensor, before: Tensor, scale: float) -> bool:
+    """Whether the one is ``scale`` times the other, but for rounding."""
+    allowed = min(max(SUMMED, 4 * torch.finfo(before.dtype).eps), NEAR)
+    wanted = before.double() * scale
+    return bool((after.double() - wanted).norm() <= allowed * wanted.norm())

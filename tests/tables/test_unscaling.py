@@ -14,6 +14,7 @@ import rpb_retrofit as rpb
 from rpb_retrofit.checkpoint.convert import retrofit_checkpoint
 from rpb_retrofit.runtime.families import family_of, is_own
 from rpb_retrofit.runtime.modeling import attention_modules
+from rpb_retrofit.tables import unscaling
 from tests.families.cases import CASES
 from tests.families.test_contract import CONFIG, build, inputs_of, tokens
 from tests.tables.test_calibrate import text
@@ -89,6 +90,41 @@ def test_on_disk(init: str, tmp_path: Path) -> None:
     torch.testing.assert_close(logits(model, case), logits(scaled, case), rtol=1e-4, atol=1e-4)
     changed = {n for n, p in scaled.named_parameters() if not torch.equal(p, model.get_parameter(n))}
     assert changed and all("q_proj" in name for name in changed)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("noise", [1.0, 0.03, 1e-4])
+def test_first_tokens_that_are_alike(name: str, noise: float) -> None:
+    """In real models what stands first is nearly the same whatever it is; widths whose scale is no power of two."""
+    case = replace(BY_NAME[name], settings={**BY_NAME[name].settings, "hidden_size": 1024, "head_dim": 24})
+    scaled, model = build(case), build(case)
+    for one in (scaled, model):
+        table = one.get_input_embeddings().weight.data
+        table.copy_(table[:1] + noise * table)
+    rpb.retrofit(scaled, NORMAL)
+    rpb.retrofit(model, UNSCALED)
+    want = logits(scaled, case)
+    assert (logits(model, case) - want).norm() < 1e-4 * want.norm()
+    changed = {n for n, p in scaled.named_parameters() if not torch.equal(p, model.get_parameter(n))}
+    assert all(("q_norm" if name == "qwen3" else "q_proj") in each for each in changed)
+
+
+def test_an_error_in_the_middle_leaves_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, fold, done = BY_NAME["llama"], unscaling._fold, []
+    model, source = build(case), build(case)
+
+    def fail(*arguments: Any) -> None:
+        if done:
+            raise torch.OutOfMemoryError("no more")
+        done.append(fold(*arguments))
+
+    monkeypatch.setattr(unscaling, "_fold", fail)
+    model.train()
+    model.model.layers[0].mlp.eval()
+    with pytest.raises(torch.OutOfMemoryError):
+        rpb.retrofit(model, UNSCALED)
+    assert model.training and not model.model.layers[0].mlp.training
+    assert torch.equal(logits(model.eval(), case), logits(source, case))
 
 
 def test_weights_without_values() -> None:

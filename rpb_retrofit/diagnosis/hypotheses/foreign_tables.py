@@ -4,7 +4,8 @@ row of one head."""
 from __future__ import annotations
 
 from functools import partial
-from statistics import median
+
+import torch
 
 from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.fidelity import Fidelity
@@ -13,7 +14,8 @@ from rpb_retrofit.diagnosis.intervention import with_tables
 from rpb_retrofit.diagnosis.judge import NOTABLE
 from rpb_retrofit.diagnosis.weights import drift
 from rpb_retrofit.diagnosis.words import some
-from rpb_retrofit.tables import CALIBRATED
+from rpb_retrofit.runtime.modeling import UNSCALED
+from rpb_retrofit.tables import CALIBRATED, CONTENT
 
 CAUSE = "the tables do not suit this source"
 PREDICTS = "the source's attention is nearer without any table than with these"
@@ -23,8 +25,9 @@ REMEDY = "fit them to this source: rpb retrofit --init calibrated, with text lik
 LOST = 0.5
 """Share of what fitted tables bring that these must miss to be called unsuitable."""
 
-WORSE = 0.1
-"""Nats of KL by which a head's row must be worse than none: fitted rows are better, on any text but by a little."""
+WORSE, FEW = 0.1, 0.25
+"""Nats of KL by which a head's row must be worse than none (fitted rows are better, on any text but by a little), and
+the share of all heads that may be: more is what training the tables alone can bring."""
 
 
 def examine(exam: Exam) -> Finding:
@@ -58,13 +61,18 @@ def examine(exam: Exam) -> Finding:
 
 
 def _spoiled_rows(exam: Exam, fidelity: Fidelity) -> str:
-    """Heads whose rows are far worse than none, where they were fitted and nothing was trained since; else nothing."""
+    """The few heads whose rows are far worse than none, where rows were fitted and no weight was trained since."""
     source, settings = exam.arms.source, exam.arms.settings
     if source is None or settings.get("init") != CALIBRATED or settings.get("shared") or settings.get("polish"):
         return ""
-    if median(far or 0.0 for far in drift(exam.arms.retrofit, source).values()) > 0:
+    folded = settings.get("calibrate") == CONTENT or settings.get("scale") == UNSCALED
+    within = tuple(f"{attention}." for attention in exam.arms.attentions)
+    moved = [name for name, far in drift(exam.arms.retrofit, source).items() if far]
+    if any(not (folded and name.startswith(within)) for name in moved):
         return ""
-    worse = {name: own - fidelity.zeros[name] for name, own in fidelity.own.items()}
-    heads = {name: (by > WORSE).nonzero().flatten().tolist() for name, by in worse.items()}
-    named = [f"{some([name])}: {', '.join(map(str, which))}" for name, which in heads.items() if which]
+    worse = {name: own - fidelity.zeros[name] > WORSE for name, own in fidelity.own.items()}
+    if torch.cat(list(worse.values())).float().mean() > FEW:
+        return ""
+    heads = {some([name]): by.nonzero().flatten().tolist() for name, by in worse.items()}
+    named = [f"{layer}: {', '.join(map(str, which))}" for layer, which in heads.items() if which]
     return "heads " + "; ".join(named) if named else ""
