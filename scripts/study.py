@@ -226,14 +226,15 @@ def train_scratch(folder: Path, size: Size, seed: int) -> Row:
     """The ceiling: T5's bias from the beginning, on as many tokens as a base and its healing together."""
     import rpb_retrofit as rpb
     from rpb_retrofit.comparison.run import Made, Row
+    from rpb_retrofit.comparison.t5 import tail_begins
     from rpb_retrofit.evaluation.journal import Journal
 
     tokens, about = size.text_tokens + size.heal_tokens, "T5 bias from the beginning of training: the ceiling"
 
     def train() -> Row:
         model = new_model(size, seed)
-        quarter = {"relative_attention_max_distance": size.context // 4}  # as the arms with a tail
-        rpb.retrofit(model, rpb.RetrofitConfig(init="normal", tail="log", seed=seed, **quarter))
+        start = {"relative_attention_max_distance": tail_begins(size.context)}  # as the arms with a tail
+        rpb.retrofit(model, rpb.RetrofitConfig(init="normal", tail="log", seed=seed, **start))
         model, seconds = trained(model, folder, size, tokens, seed, f"{SCRATCH} {seed}")
         measured = probes_of(folder, size).measure(model, SCRATCH)
         return Row(SCRATCH, about, Made("train it", 0.0), [measured], tokens, size.base_rate, seconds)

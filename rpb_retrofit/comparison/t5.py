@@ -21,6 +21,11 @@ SHORT = {"relative_attention_num_buckets": "buckets", "relative_attention_max_di
 """Options of the command line that are shorter than their fields."""
 
 
+def tail_begins(reach: int) -> int:
+    """Where a logarithmic tail begins, in tokens, so that a slope is fitted and trained on texts of ``reach`` tokens."""
+    return max(reach // 4, SHORTEST_TAIL)
+
+
 def t5_arm(name: str, about: str, usual: bool = True, number: str = "", **settings: Any) -> Arm:
     """An arm that retrofits: T5's buckets to the longest window that calibration saw, and ``settings``.
 
@@ -34,7 +39,7 @@ def t5_arm(name: str, about: str, usual: bool = True, number: str = "", **settin
             given["keep_frequencies"] = int(situation.number)
         usual_reach = RetrofitConfig.relative_attention_max_distance
         if given.get("tail") == "log":
-            distance = max(situation.reach // 4, SHORTEST_TAIL)
+            distance = tail_begins(situation.reach)
         else:
             distance = max(situation.reach, usual_reach)
         if distance > usual_reach:
