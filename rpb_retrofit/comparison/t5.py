@@ -22,7 +22,7 @@ SHORT = {"relative_attention_num_buckets": "buckets", "relative_attention_max_di
 
 
 def tail_begins(reach: int) -> int:
-    """Where a logarithmic tail begins, in tokens, so that a slope is fitted and trained on texts of ``reach`` tokens."""
+    """Where a logarithmic tail begins, in tokens, so that texts of ``reach`` tokens fit and train its slope."""
     return max(reach // 4, SHORTEST_TAIL)
 
 
@@ -38,10 +38,8 @@ def t5_arm(name: str, about: str, usual: bool = True, number: str = "", **settin
         if situation.number is not None:
             given["keep_frequencies"] = int(situation.number)
         usual_reach = RetrofitConfig.relative_attention_max_distance
-        if given.get("tail") == "log":
-            distance = tail_begins(situation.reach)
-        else:
-            distance = max(situation.reach, usual_reach)
+        log = given.get("tail") == "log"
+        distance = tail_begins(situation.reach) if log else max(situation.reach, usual_reach)
         if distance > usual_reach:
             given["relative_attention_num_buckets"] = BUCKETS
         config = RetrofitConfig(relative_attention_max_distance=distance, **given)

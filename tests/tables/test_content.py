@@ -221,7 +221,7 @@ def test_a_checkpoint_that_keeps_its_weights_otherwise(tmp_path: Path) -> None:
     from rpb_retrofit.checkpoint.rewrite import Change, rewrite
 
     save_file({"layer.weight": torch.ones(2, 2)}, tmp_path / "a.safetensors")
-    with pytest.raises(CheckpointError, match=r"'model.layer.weight' is changed by what is folded into it, .* no tensor like it"):
+    with pytest.raises(CheckpointError, match=r"'model.layer.weight' is changed .* no tensor like it"):
         rewrite(
             tmp_path,
             {"layer.weight": "a.safetensors"},
