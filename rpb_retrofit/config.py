@@ -8,9 +8,9 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from rpb_retrofit.errors import ConfigError
+from rpb_retrofit.runtime.families import UNSCALED
 from rpb_retrofit.tables import CALIBRATED, CONTENT, FROM, INITIALISATIONS
 
-SCALES = ("source", "unscaled")
 _MAY_BE_AUTO = ("relative_attention_num_buckets", "keep_frequencies")
 
 
@@ -59,7 +59,11 @@ class RetrofitConfig:
             raise ConfigError(f"keep_frequencies={self.keep_frequencies}: a number from 0 on, or 'auto'")
         if self.polish < 0:
             raise ConfigError(f"polish={self.polish}: a number of steps, 0 for none")
-        for name, either in (("calibrate", ("tables", CONTENT)), ("tail", ("flat", "log")), ("scale", SCALES)):
+        for name, either in (
+            ("calibrate", ("tables", CONTENT)),
+            ("tail", ("flat", "log")),
+            ("scale", ("source", UNSCALED)),
+        ):
             if (value := getattr(self, name)) not in either:
                 raise ConfigError(f"{name}='{value}': choose {' or '.join(either)}")
         if self.calibrate == CONTENT and self.init != CALIBRATED:
@@ -76,7 +80,7 @@ class RetrofitConfig:
     @property
     def changes_weights(self) -> bool:
         """Whether weights of the source change: those that make queries."""
-        return self.calibrate == CONTENT or self.scale != SCALES[0]
+        return self.calibrate == CONTENT or self.scale == UNSCALED
 
     @property
     def takes_text(self) -> bool:

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from rpb_retrofit.config import SCALES, RetrofitConfig
+from rpb_retrofit.config import RetrofitConfig
 from rpb_retrofit.eligibility import check_eligible
 from rpb_retrofit.errors import ConfigError, NotRetrofittedError, RevertError, UnsupportedModelError
 from rpb_retrofit.filling import fill
 from rpb_retrofit.report import RetrofitReport, report
-from rpb_retrofit.runtime.families import FACTOR, TABLE, is_own
-from rpb_retrofit.runtime.modeling import UNSCALED, attach, attention_modules, detach, own_names, submodels
+from rpb_retrofit.runtime.families import FACTOR, TABLE, UNSCALED, is_own
+from rpb_retrofit.runtime.modeling import attach, attention_modules, detach, own_names, submodels
 from rpb_retrofit.settings import auto_map, describe
 from rpb_retrofit.tables import CALIBRATED, CONTENT, FROM, INITIALISATIONS
 from rpb_retrofit.tables.calibrate import Calibration, check_windows
@@ -102,7 +102,7 @@ def retrofit(
         own_tables={name: getattr(module, TABLE) for name, module in attentions.items() if hasattr(module, TABLE)},
         fingerprints=_fingerprints(model),
     )
-    config, unscaled = replace(config, scale=SCALES[0]), config.scale == UNSCALED  # the last thing to be done
+    config, unscaled = replace(config, scale="source"), config.scale == UNSCALED  # the last thing to be done
     first = _with_buckets(config, TRIED_FIRST) if config.relative_attention_num_buckets == "auto" else config
     windows = check_windows(model, calibration) if calibration is not None else []
     settings = describe(model, first, family, windows)

@@ -13,8 +13,9 @@ from transformers.initialization import no_init_weights
 
 from rpb_retrofit.errors import DataError, NotRetrofittedError
 from rpb_retrofit.runtime.bias import RelativePositionBias
-from rpb_retrofit.runtime.families import TABLE, Family, family_of, is_own
+from rpb_retrofit.runtime.families import TABLE, UNSCALED, Family, family_of, is_own
 from rpb_retrofit.runtime.modeling import RetrofitModel, attention_modules
+from rpb_retrofit.tables import CONTENT
 
 SOURCE, UNTRAINED, RETROFIT, CONTROL = "source", "untrained", "retrofit", "control"
 
@@ -66,6 +67,11 @@ class Arms:
     def settings(self) -> Mapping[str, Any]:
         """What the retrofit's config says about it."""
         return self.retrofit.config.rpb_retrofit
+
+    @property
+    def folded(self) -> bool:
+        """Whether the retrofit changed the weights that make queries, by folding factors or the scale into them."""
+        return self.settings.get("calibrate") == CONTENT or self.settings.get("scale") == UNSCALED
 
     @cached_property
     def family(self) -> Family:

@@ -18,6 +18,10 @@ FACTOR = "relative_content_factor"
 """Name of the module with the factors on the content term, beside the bias module, where there is one."""
 
 
+UNSCALED = "unscaled"
+"""The setting ``scale`` of a retrofit whose queries come scaled: its attention multiplies by nothing."""
+
+
 def is_table(key: str) -> bool:
     """Whether a state dict key names a table."""
     return key.endswith(f"{TABLE}.weight")

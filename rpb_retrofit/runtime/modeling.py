@@ -31,7 +31,7 @@ from .errors import (
     PartialMatchError,
 )
 from .factor import ContentFactor, Pairs
-from .families import FACTOR, TABLE, Family, family_of, is_own, is_table
+from .families import FACTOR, TABLE, UNSCALED, Family, family_of, is_own, is_table
 from .interface import (
     ATTENTION,
     BIAS_HOOKS,
@@ -52,9 +52,6 @@ LOCK = (
 """Stands in config.json as the attention and the experts implementation. Every Transformers model checks both when it
 is built and refuses unknown ones with an error that prints them, so no plain class loads a retrofit by mistake. (Both
 arguments given by hand override both locks.)"""
-
-UNSCALED = "unscaled"
-"""The setting ``scale`` of a retrofit whose queries come scaled: its attention multiplies by nothing."""
 
 SCALING = "rpb_scaling"
 """Attribute of an attention module: the scale that it had."""

@@ -16,7 +16,7 @@ def match(pairs: Pairs, form: Form, start: Start, dtype: torch.dtype = torch.flo
     A head may serve several. One step is one candidate that was tried.
     """
     slopes = torch.zeros(len(start.table), form.bucketing.directions) if start.slopes is None else start.slopes
-    candidates = torch.cat([start.table, slopes.clamp(max=0)], 1) if form.tail else start.table
+    candidates = torch.cat([start.table, slopes], 1) if form.tail else start.table
     target = target_of(pairs, form, dtype)
     heads = len(target.constant)
 

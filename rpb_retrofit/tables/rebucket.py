@@ -42,6 +42,7 @@ def rebucket(
     """
     if new.bidirectional and not old.bidirectional:
         raise ConfigError("a causal table says nothing of the keys after the query: it cannot become bidirectional")
+    slopes = None if slopes is None else slopes.clamp(max=0)  # as they act: see `RelativePositionBias`
     kept = None
     if tail:
         kept = table.new_zeros(len(table), new.directions) if slopes is None else slopes[:, : new.directions]
@@ -72,4 +73,4 @@ def _bias(table: Tensor, slopes: Tensor | None, offset: Tensor, bucketing: Bucke
 
 
 def _tail(slopes: Tensor, offset: Tensor, bucketing: Bucketing) -> Tensor:
-    return slopes.double().clamp(max=0) @ log_beyond(offset, bucketing).double()
+    return slopes.double() @ log_beyond(offset, bucketing).double()

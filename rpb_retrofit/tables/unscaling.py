@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rpb_retrofit.errors import ConfigError
+from rpb_retrofit.runtime.families import UNSCALED
 from rpb_retrofit.runtime.interface import RUN
-from rpb_retrofit.runtime.modeling import UNSCALED, drop_scale, submodels
+from rpb_retrofit.runtime.modeling import drop_scale, submodels
 from rpb_retrofit.tables.folding import ALIKE, TOKENS, unit
 from rpb_retrofit.tables.recording import evaluating
 
@@ -44,7 +45,8 @@ def unscale(model: PreTrainedModel, attentions: Mapping[str, Any], before: dict[
     """Fold the scales of all attentions of an attached model, and say so in its configs; how many weights changed.
 
     ``before`` receives those weights as they were, by name, unless it has them. A scale of one needs nothing. Raises
-    ConfigError, with nothing changed, for a model that does not tell its scale, or whose queries no weights make.
+    ConfigError for a model that does not tell its scale, or whose queries no weights make; what was changed by then
+    is the caller's to put back.
     """
     what, kind = f"scale='{UNSCALED}'", type(model).__name__
     if untold := [name for name, module in attentions.items() if not isinstance(_scale(module), float)]:
@@ -63,15 +65,12 @@ def unscale(model: PreTrainedModel, attentions: Mapping[str, Any], before: dict[
         if maker is not None
         for of, parameter in maker.module.named_parameters(recurse=False)
     }
-    as_it_was = {name: parameter.detach().clone() for name, parameter in changed.items()}
-    before.update({name: weight for name, weight in as_it_was.items() if name not in before})
+    before.update({name: parameter.detach().clone() for name, parameter in changed.items() if name not in before})
     for name, maker in makers.items():
         if maker is not None:
             _fold(maker, _scale(scaled[name]))
     after = _observe(model, scaled)
     if wrong := [name for name, (query, _) in found.items() if not _near(after[name][0], query, _scale(scaled[name]))]:
-        for other, parameter in changed.items():
-            parameter.copy_(as_it_was[other])
         raise ConfigError(f"{what}: {wrong[0]} of {kind} cannot hold it in {found[wrong[0]][0].dtype}: {LEAVE}")
     for module in attentions.values():
         drop_scale(module)

@@ -14,8 +14,7 @@ from rpb_retrofit.diagnosis.intervention import with_tables
 from rpb_retrofit.diagnosis.judge import NOTABLE
 from rpb_retrofit.diagnosis.weights import drift
 from rpb_retrofit.diagnosis.words import some
-from rpb_retrofit.runtime.modeling import UNSCALED
-from rpb_retrofit.tables import CALIBRATED, CONTENT
+from rpb_retrofit.tables import CALIBRATED
 
 CAUSE = "the tables do not suit this source"
 PREDICTS = "the source's attention is nearer without any table than with these"
@@ -65,10 +64,9 @@ def _spoiled_rows(exam: Exam, fidelity: Fidelity) -> str:
     source, settings = exam.arms.source, exam.arms.settings
     if source is None or settings.get("init") != CALIBRATED or settings.get("shared") or settings.get("polish"):
         return ""
-    folded = settings.get("calibrate") == CONTENT or settings.get("scale") == UNSCALED
     within = tuple(f"{attention}." for attention in exam.arms.attentions)
     moved = [name for name, far in drift(exam.arms.retrofit, source).items() if far]
-    if any(not (folded and name.startswith(within)) for name in moved):
+    if any(not (exam.arms.folded and name.startswith(within)) for name in moved):
         return ""
     worse = {name: own - fidelity.zeros[name] > WORSE for name, own in fidelity.own.items()}
     if torch.cat(list(worse.values())).float().mean() > FEW:

@@ -7,7 +7,7 @@ from typing import Any
 from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded
 from rpb_retrofit.diagnosis.settings import other_settings
-from rpb_retrofit.runtime.modeling import UNSCALED
+from rpb_retrofit.runtime.families import UNSCALED
 from rpb_retrofit.settings import kept_frequencies
 
 CAUSE = "settings are not the source's"

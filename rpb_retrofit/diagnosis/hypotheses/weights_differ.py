@@ -7,8 +7,6 @@ from statistics import median
 from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
 from rpb_retrofit.diagnosis.weights import drift
-from rpb_retrofit.runtime.modeling import UNSCALED
-from rpb_retrofit.tables import CONTENT
 
 CAUSE = "weights differ from the source's beyond what the retrofit changes"
 PREDICTS = "before training, a weight differs at all; after it, some moved very much farther than the others"
@@ -35,8 +33,7 @@ def examine(exam: Exam) -> Finding:
         )
     sizes = {name: far for name, far in moved.items() if far is not None}
     changed = {name: far for name, far in sizes.items() if far > 0}
-    settings = exam.arms.settings
-    folded = settings.get("calibrate") == CONTENT or settings.get("scale") == UNSCALED
+    folded = exam.arms.folded
     attention = {n for n in changed if any(n.startswith(f"{a}.") for a in exam.arms.attentions)}
     typical = median(sizes.values())
     if typical > FOREIGN:
