@@ -1,10 +1,12 @@
 """Attention with the relative position bias beside attention without a bias: time and peak memory against length.
 
-Arms, in one run and in random turns: no bias (PyTorch's causal attention), ours with T5's table and with a logarithmic
-tail behind it (which has no constant end), Transformers' ``position_bias`` through its sdpa and its flex_attention.
-Each forward makes its bias from the parameters; each backward reaches query, key, value and those parameters.
+Arms, in one run and in random turns: no bias (PyTorch's causal attention; on a GPU also that of cuDNN), ours with T5's
+table and with a logarithmic tail behind it (which has no constant end), Transformers' ``position_bias`` through its
+sdpa and its flex_attention. Each forward makes its bias from the parameters; each backward reaches query, key, value
+and those parameters.
 
-Prints a table (median, quartiles, ratio to no bias) and, with --plot, draws time and memory by length with slopes.
+Prints a table (median, quartiles, ratio to no bias; on a GPU TFLOP/s) and, with --plot, draws time and memory by
+length with slopes.
 Peak memory is that of a fresh process on a CPU, PyTorch's own count on a GPU, above what the inputs take.
 
     python scripts/bench_attention.py
@@ -26,6 +28,7 @@ from typing import Any
 import torch
 from timing import forget_peak, in_turns, kilobytes
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 PASSES = {"forward": False, "forward+backward": True}
 
@@ -44,6 +47,10 @@ class Case:
     width: int
     buckets: int
     max_distance: int
+
+    def operations(self) -> float:
+        """Floating-point operations of the pairs that are seen: two products forward, five backward."""
+        return 4 * self.heads * self.length**2 / 2 * self.width * (3.5 if self.backward else 1)
 
     def bytes_of_a_bias(self) -> int:
         """Of one tensor (heads, N, N) in the dtype."""
@@ -74,6 +81,17 @@ def no_bias(case: Case) -> tuple[Arm, list[Tensor]]:
         return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
 
     return run, []
+
+
+def no_bias_by_cudnn(case: Case) -> tuple[Arm, list[Tensor]]:
+    """The same by cuDNN: on Hopper the fastest that PyTorch offers, and not what it chooses."""
+    run, parameters = no_bias(case)
+
+    def run_by_cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return run(q, k, v)
+
+    return run_by_cudnn, parameters
 
 
 def ours(case: Case, log_tail: bool = False) -> tuple[Arm, list[Tensor]]:
@@ -121,8 +139,11 @@ def position_bias(case: Case, flex: bool = False) -> tuple[Arm, list[Tensor]]:
     return run, [t5.relative_attention_bias.weight]
 
 
+CUDNN = "no bias, cuDNN"
+
 ARMS: dict[str, Callable[[Case], tuple[Arm, list[Tensor]]]] = {
     "no bias": no_bias,
+    CUDNN: no_bias_by_cudnn,
     "ours": ours,
     "ours, log tail": lambda case: ours(case, log_tail=True),
     "position_bias, sdpa": position_bias,
@@ -231,7 +252,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64, help="of a head")
     parser.add_argument("--buckets", type=int, default=32)
     parser.add_argument("--max-distance", type=int, default=128)
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), help="by default all that the device has")
     parser.add_argument("--passes", nargs="+", choices=list(PASSES), default=list(PASSES))
     parser.add_argument("--seconds", type=float, default=20, help="per length and pass; at least three rounds run")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -240,6 +261,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="a file for the figures")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    arms = options.arms or [arm for arm in ARMS if arm != CUDNN or options.device == "cuda"]
     settings = {
         "device": options.device,
         "dtype": options.dtype,
@@ -262,19 +284,22 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for length in options.lengths:
         for way in options.passes:
-            cases = [Case(arm, length, PASSES[way], **settings) for arm in options.arms]
+            cases = [Case(arm, length, PASSES[way], **settings) for arm in arms]
             for case in [case for case in cases if not fits(case, free)]:
                 print(f"  {case.arm}: one bias at {length} takes {case.bytes_of_a_bias() / 1e9:.1f} GB: left out")
                 cases.remove(case)
             timings, ratios = in_turns(prepared(cases), options.seconds)
-            print(f"{length:6} {way:18}{'ms':>10}{'quartiles':>20}{'/ ' + cases[0].arm:>11}{'peak MB':>10}  rounds")
+            rate = f"{'TFLOP/s':>10}" if options.device == "cuda" else ""
+            first = "/ " + cases[0].arm
+            print(f"{length:6} {way:18}{'ms':>10}{'quartiles':>20}{first:>11}{'peak MB':>10}{rate}  rounds")
             for case in [case for case in cases if case.arm in timings]:
                 peak, timing, ratio = None, timings[case.arm], ratios[case.arm]
                 if not options.no_memory:
                     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
                         peak = pool.submit(peak_megabytes, case, options.threads).result()
                 shown = "" if peak is None else f"{peak:.0f}"
-                print(f"       {case.arm:18}{timing}{ratio:11.2f}{shown:>10}  {timing.rounds}", flush=True)
+                rate = f"{case.operations() / timing.median / 1e12:10.0f}" if options.device == "cuda" else ""
+                print(f"       {case.arm:18}{timing}{ratio:11.2f}{shown:>10}{rate}  {timing.rounds}", flush=True)
                 rows.append(
                     {"length": length, "pass": way, "arm": case.arm, **timing._asdict(), "ratio": ratio, "peak": peak}
                 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -34,14 +35,27 @@ NOTHING = torch.empty(0, dtype=torch.long)
 PACKED, PADDED = (Layout(packed, True, NOTHING, NOTHING, 0) for packed in (True, False))
 
 
-def numbers(document: str) -> Tensor:
-    return torch.tensor([int(n) for n in document.split()], dtype=torch.long)
+def numbers(documents: Sequence[str]) -> list[Tensor]:
+    return [torch.tensor([int(n) for n in document.split()], dtype=torch.long) for document in documents]
 
 
 def stream(sizes: list[int], layout: Layout = PACKED, seed: int = 0) -> Rows:
     """Documents whose tokens are all different: token 1000 d + i is the i-th of document d."""
     documents = [" ".join(str(1000 * (d + 1) + i) for i in range(size)) for d, size in enumerate(sizes)]
     return Rows(Mixture([Finite("numbers", documents, seed)], [1.0], numbers), layout)
+
+
+def test_documents_are_tokenised_many_at_a_time() -> None:
+    documents, calls = [f"{n} {n}" for n in range(50)], list[int]()
+
+    def encode(texts: Sequence[str]) -> list[Tensor]:
+        calls.append(len(texts))
+        return numbers(texts)
+
+    mixture = Mixture([Finite("numbers", documents, 0)], [1.0], encode)
+    found = [int(mixture.next()[0]) for _ in range(100)]
+    assert sorted(found[:50]) == sorted(found[50:]) == list(range(50)) and found[:50] != found[50:]
+    assert calls == [50], "all that is left of an epoch, and nothing twice"
 
 
 # --- recipes -------------------------------------------------------------------------------------------------------

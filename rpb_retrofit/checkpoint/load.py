@@ -68,9 +68,13 @@ def open_causal_lm(name: str) -> tuple[Any, Any]:
         if not architecture.endswith(("ForCausalLM", "LMHeadModel")):
             raise DataError(f"'{name}' is a {architecture}: only models that predict the next token can be scored")
     model, tokenizer = open_model(name)
-    if torch.accelerator.is_available():
-        model = model.to(torch.accelerator.current_accelerator())
-    return model, tokenizer
+    return on_accelerator(model), tokenizer
+
+
+def on_accelerator(model: Any) -> Any:
+    """The model on the accelerator where there is one."""
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return model if device is None else model.to(device)
 
 
 def open_model(name: str) -> tuple[Any, Any]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from rpb_retrofit.errors import ConfigError, DataError
 from rpb_retrofit.evaluation.filler import pieces
-from rpb_retrofit.evaluation.nll import token_losses
+from rpb_retrofit.evaluation.nll import logits_at, token_losses
 
 SPAN = 32
 """Tokens that are repeated."""
@@ -114,9 +114,12 @@ def make_local_orders(
 @torch.no_grad()
 def induction_gain(model: PreTrainedModel, item: Induction) -> Gain:
     """How much better a span is predicted the second time, its first token, which nothing announces, left out."""
-    losses = token_losses(model, item.ids.to(next(model.parameters()).device))
-    start = len(item.ids) - item.distance - item.span  # a BOS, or nothing; losses begin with those of token 1
-    return _gain(losses[start : start + item.span - 1], losses[1 - item.span :])
+    ids = item.ids.to(next(model.parameters()).device)
+    start, scored = len(ids) - item.distance - item.span, item.span - 1  # it starts after a BOS, or at once
+    first = torch.arange(start, start + scored, device=ids.device)  # where its second token and the next are predicted
+    at = torch.cat([first, first + item.distance])
+    losses = torch.nn.functional.cross_entropy(logits_at(model, ids, at), ids[at + 1], reduction="none")
+    return _gain(losses[:scored], losses[scored:])
 
 
 @torch.no_grad()

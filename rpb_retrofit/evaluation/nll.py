@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rpb_retrofit.errors import DataError
+
+AT_ONCE = 4096
+"""Tokens whose losses are computed at a time."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +112,17 @@ def nll_at_length(
 
 def token_losses(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Losses (n - 1,) of the tokens 1 .. n-1 of ``ids`` (n,), float32, in nats."""
-    logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
-    return torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
+    logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+    parts = zip(logits.split(AT_ONCE), ids[1:].split(AT_ONCE), strict=True)  # float32 copies of all would not fit
+    return torch.cat([torch.nn.functional.cross_entropy(x.float(), target, reduction="none") for x, target in parts])
+
+
+def logits_at(model: PreTrainedModel, ids: Tensor, at: Tensor) -> Tensor:
+    """Logits (k, vocabulary), float32, at the positions ``at`` (k,) of ``ids`` (n,): where the model's head can be told
+    so, no others are computed."""
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        return model(input_ids=ids[None], use_cache=False, logits_to_keep=at).logits[0].float()
+    return model(input_ids=ids[None], use_cache=False).logits[0, at].float()
 
 
 def check_length(model: PreTrainedModel, length: int) -> None:

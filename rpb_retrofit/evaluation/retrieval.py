@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from rpb_retrofit.errors import ConfigError, DataError
 from rpb_retrofit.evaluation.context_use import Induction, LocalOrder, induction_gain, local_order_gain
 from rpb_retrofit.evaluation.filler import pieces
-from rpb_retrofit.evaluation.nll import check_length
+from rpb_retrofit.evaluation.nll import check_length, logits_at
 from rpb_retrofit.evaluation.prompt import fill, write
 from rpb_retrofit.evaluation.tasks import KINDS, PLACED, SPREAD
 
@@ -130,7 +130,7 @@ def score(model: PreTrainedModel, item: Item) -> Score:
     Where every token of it is the most likely one after those before it, greedy decoding would have written it.
     """
     ids = item.ids.to(next(model.parameters()).device)
-    logits = model(input_ids=ids[None], use_cache=False).logits[0, item.answer - 1 : -1].float()
+    logits = logits_at(model, ids, torch.arange(item.answer - 1, len(ids) - 1, device=ids.device))
     target = ids[item.answer :]
     correct = bool((logits.argmax(-1) == target).all())
     return Score(correct, torch.nn.functional.cross_entropy(logits, target).item())

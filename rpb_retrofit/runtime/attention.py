@@ -1,7 +1,8 @@
 """Attention with a bias of the offset. Nothing here knows where the bias comes from: it is any function of ``i - j``.
 
-A bias of the offset is a vector, never an N x N tensor; `blockwise` is how a CPU runs it, with gradients. This file
-says what attention with a bias is, and chooses how it runs; what no fused kernel offers runs in plain operations.
+A bias of the offset is a vector, never an N x N tensor; `blockwise` is how a CPU runs it, and `fused` how a GPU does,
+with gradients. This file says what attention with a bias is, and chooses how it runs; what they do not offer runs in
+plain operations.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from .blockwise import Call, forward, plan
 from .blockwise import attend as attend_in_blocks
 from .errors import ConfigError
-from .flex import attend as attend_by_flex
-from .split import attend as attend_split
+from .fused import attend as attend_fused
+from .fused import obstacle
 from .visibility import dense, is_runs
 
 Bias = Callable[[Any], Tensor]
@@ -29,8 +30,8 @@ Bias = Callable[[Any], Tensor]
 come as a range, so nothing needs to be computed for each of them."""
 
 
-BLOCKWISE, SPLIT, FLEX, ROW, DENSE = "blockwise", "split", "flex", "row", "dense"
-"""How an attention runs: see the files of the first three; ``row``: one query by one call of PyTorch's attention, as in
+BLOCKWISE, FUSED, ROW, DENSE = "blockwise", "fused", "row", "dense"
+"""How an attention runs: see the files of the first two; ``row``: one query by one call of PyTorch's attention, as in
 decoding; ``dense``: with a bias for every pair of a block of queries, in plain operations, which is slow."""
 
 DENSE_BLOCK = 256
@@ -89,11 +90,10 @@ def backend(
     dropout: float = 0.0,
     need_weights: bool = False,
     bias_gradient: bool = True,
-    constant_beyond: tuple[int | None, int | None] = (None, None),
 ) -> tuple[str, str]:
     """Which way `attention` takes for such arguments, and where it is the slow one, why.
 
-    ``bias_gradient`` is whether the bias has a gradient to be computed, ``constant_beyond`` as of `Bias`.
+    ``bias_gradient`` is whether the bias has a gradient to be computed.
     """
     if need_weights:
         return DENSE, "the attention weights were asked for"
@@ -112,15 +112,9 @@ def backend(
         return DENSE, "several queries on a static cache are compiled"
     if query.device.type == "cpu":
         return BLOCKWISE, ""
-    if query.device.type != "cuda":
-        return DENSE, f"there is no faster way on {query.device.type}"
-    square = mask is None and window is None and causal and query.shape[2] == key.shape[2] and not first_offset
-    half = query.dtype in (torch.float16, torch.bfloat16) and query.shape[3] == value.shape[3] <= 256
-    if square and half and constant_beyond[1] is not None:
-        return SPLIT, ""
-    if bias_gradient and torch.are_deterministic_algorithms_enabled():
-        return DENSE, "FlexAttention's gradient of the bias is not deterministic"
-    return FLEX, ""
+    if reason := obstacle(query, value):
+        return DENSE, reason
+    return FUSED, ""
 
 
 def attention(
@@ -182,15 +176,9 @@ def attention(
     way, reason = backend(
         query, key, value, causal=causal, mask=mask, first_offset=first_offset, window=window, softcap=softcap,
         sinks=sinks, dropout=dropout, need_weights=need_weights, bias_gradient=line.requires_grad,
-        constant_beyond=constant,
     )  # fmt: skip
-    if way == SPLIT:
-        reach = min(constant[1] or 0, keys)
-        near = line[:, queries - reach : queries].flip(1)  # offsets 0 .. reach - 1; the next one's bias is the constant
-        far = line[:, queries - reach - 1] if keys > reach else near[:, -1]
-        return Attended(attend_split(query, key, value, near, far, scale)[0], None, way)
-    if way == FLEX:
-        out = attend_by_flex(query, key, value, line, mask, int(first_offset), lowest, highest, scale)
+    if way == FUSED:
+        out, _ = attend_fused(query, key, value, line, mask, int(first_offset), lowest, highest, scale, constant[1])
         return Attended(out, None, way)
     if way == BLOCKWISE:
         out = _blockwise(query, key, value, line, mask, int(first_offset), lowest, highest, scale, constant)

@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 
 BLOCK = 2**20
-"""Entries of a mask that are evaluated at a time."""
+"""Entries of a mask that are evaluated at a time: what a CPU's cache holds."""
+
+DEVICE_BLOCK = 2**25
+"""The same on a GPU, where every launch takes its time."""
 
 
 class Piece(NamedTuple):
@@ -106,9 +109,9 @@ def runs_of(visible: Callable[[int, int], Tensor], queries: int, keys: int) -> T
     ``visible`` maps a half-open range of queries to a boolean (batch, 1, end - start, K). It takes the time of the
     whole mask, once, and the memory of one block.
     """
-    found = []
-    size = max(1, BLOCK // max(keys, 1))
-    for start in range(0, queries, size):
+    found: list[Tensor] = []
+    start, size = 0, max(1, BLOCK // max(keys, 1))
+    while start < queries:
         seen = visible(start, min(start + size, queries))
         count = seen.sum(-1)
         bits = seen.to(torch.uint8)
@@ -118,6 +121,8 @@ def runs_of(visible: Callable[[int, int], Tensor], queries: int, keys: int) -> T
         if not torch.equal(last - first, count):
             return None
         found.append(torch.stack([first, last], -1))
+        start += seen.shape[2]
+        size = size if seen.device.type == "cpu" else max(1, DEVICE_BLOCK // max(keys, 1))
     return torch.cat(found, 2).to(torch.int32)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -32,6 +32,9 @@ from rpb_retrofit.tables.spool import Spool
 QUERIES = 128
 """Queries of the longest window that are compared, evenly spaced: neighbours say much the same. Shorter windows have
 the same spacing."""
+
+HELD = 2**26
+"""Bytes of a layer's rows that are held in memory while it is fitted."""
 
 SHORTEST = 32
 """Tokens of the shortest window that says anything."""
@@ -201,13 +204,21 @@ def _fill(attention: Any, form: Form, numbers: Tensor) -> None:
 
 @dataclass(frozen=True)
 class _Pairs:
-    """The rows of the source and of the student, window by window, from disk."""
+    """The rows of the source and of the student, window by window, from disk; once, where they are few."""
 
     spool: Spool
     name: str
     windows: Sequence[int]
 
     def __iter__(self) -> Any:
+        yield from self._read() if self._held is None else self._held
+
+    @cached_property
+    def _held(self) -> list[tuple[Rows, Rows]] | None:
+        keys = [(whose, self.name, number) for whose in ("source", "student") for number in self.windows]
+        return list(self._read()) if sum(map(self.spool.bytes, keys)) <= HELD else None
+
+    def _read(self) -> Iterator[tuple[Rows, Rows]]:
         for number in self.windows:
             yield self.spool["source", self.name, number], self.spool["student", self.name, number]
 

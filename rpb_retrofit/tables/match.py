@@ -16,14 +16,15 @@ def match(pairs: Pairs, form: Form, start: Start, dtype: torch.dtype = torch.flo
     A head may serve several. One step is one candidate that was tried.
     """
     slopes = torch.zeros(len(start.table), form.bucketing.directions) if start.slopes is None else start.slopes
-    candidates = torch.cat([start.table, slopes], 1) if form.tail else start.table
     target = target_of(pairs, form, dtype)
     heads = len(target.constant)
+    candidates = torch.cat([start.table, slopes], 1) if form.tail else start.table
+    candidates = candidates.to(target.constant.device)  # where the model is
 
     def divergence(numbers: Tensor) -> Tensor:
         return loss(numbers.to(dtype).expand(heads, -1), target, pairs, form).kl
 
     after = torch.stack([divergence(candidate) for candidate in candidates])
     best, chosen = after.min(0)
-    before = divergence(torch.zeros(form.size))
+    before = divergence(candidates.new_zeros(form.size))
     return Fit(candidates[chosen].float(), before, best, target.visits, len(candidates)), chosen.tolist()

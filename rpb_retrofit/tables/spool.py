@@ -26,6 +26,10 @@ class Spool:
     def __delitem__(self, key: tuple[Any, ...]) -> None:
         self._file(key).unlink()
 
+    def bytes(self, key: tuple[Any, ...]) -> int:
+        """What an object takes on disk."""
+        return self._file(key).stat().st_size
+
     def _file(self, key: tuple[Any, ...]) -> Path:
         return self.folder / "-".join(map(str, key))
 

@@ -7,9 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+AT_ONCE = 2**26
+"""Numbers that are computed at a time."""
+
 
 def divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """The sum over rows of ``KL(softmax(teacher) || softmax(student))``, a scalar; both (..., n), float32.
+    """The sum over rows of ``KL(softmax(teacher) || softmax(student))``, a scalar; both (..., n), computed in float32.
 
     Where both are minus infinity nothing counts. Only the student gets a gradient: the plain difference of the two
     distributions, so exactly zero where a student equals its teacher. Adam would blow any rounding up to steps of its
@@ -21,10 +24,16 @@ def divergence(student: Tensor, teacher: Tensor) -> Tensor:
 class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
-        log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
-        p = log_p.exp()
-        ctx.save_for_backward(log_q.exp().sub_(p))
-        return torch.where(p > 0, p * (log_p - log_q), 0).sum()
+        total, change = student.new_zeros(()), torch.empty_like(student, memory_format=torch.contiguous_format)
+        rows = max(1, AT_ONCE // student.shape[-1])
+        parts = (x.reshape(-1, x.shape[-1]).split(rows) for x in (student, teacher, change))
+        for ours, theirs, out in zip(*parts, strict=True):
+            log_p, log_q = theirs.float().log_softmax(-1), ours.log_softmax(-1)
+            p = log_p.exp()
+            torch.sub(log_q.exp(), p, out=out)
+            total += torch.where(p > 0, p * (log_p - log_q), 0).sum()
+        ctx.save_for_backward(change)
+        return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -19,6 +19,9 @@ from rpb_retrofit.training.recipe import Data, Recipe
 State = dict[str, Any]
 """What JSON can hold."""
 
+AHEAD = 2**20
+"""Characters of documents that are tokenised at a time: tokenizers take many at once in parallel."""
+
 FEW = 20
 """Fewer documents than that are cut to keep text apart; of more, whole ones are."""
 
@@ -71,6 +74,10 @@ class Finite:
             self._order = self._shuffled(self.epoch)
         self.index += 1
         return self.documents[int(self._order[self.index - 1])]
+
+    def ahead(self) -> Iterator[str]:
+        """The documents after that, of this time."""
+        return (self.documents[int(number)] for number in self._order[self.index :])
 
     def state(self) -> State:
         """Where it stands."""
@@ -128,20 +135,36 @@ class Mixture:
     """Documents as tokens from several sources, whose tokens keep to the weights as closely as documents allow.
 
     The next document comes from the source that is furthest behind, so nothing is drawn and nothing needs a seed.
+    ``encode`` makes token ids (n,) of each of some documents.
     """
 
     def __init__(
-        self, sources: Sequence[Finite | Streaming], weights: Sequence[float], encode: Callable[[str], Tensor]
+        self,
+        sources: Sequence[Finite | Streaming],
+        weights: Sequence[float],
+        encode: Callable[[Sequence[str]], Sequence[Tensor]],
     ) -> None:
         self.sources, self.weights, self.encode = sources, weights, encode
         self.tokens = [0] * len(sources)
+        self._known: list[dict[str, Tensor]] = [{} for _ in sources]
 
     def next(self) -> Tensor:
         """Token ids (n,) of the next document."""
         behind = min(range(len(self.sources)), key=lambda i: self.tokens[i] / self.weights[i])
-        ids = self.encode(self.sources[behind].next())
+        ids = self._ids_of(self.sources[behind].next(), behind)
         self.tokens[behind] += max(len(ids), 1)
         return ids
+
+    def _ids_of(self, document: str, source: int) -> Tensor:
+        """Its tokens; where it was not tokenised before, those that come after it are tokenised with it."""
+        if document not in self._known[source]:
+            documents, room, behind = [document], AHEAD - len(document), self.sources[source]
+            for following in behind.ahead() if isinstance(behind, Finite) and room > 0 else ():
+                if (room := room - len(following)) < 0:
+                    break
+                documents.append(following)
+            self._known[source] = dict(zip(documents, self.encode(documents), strict=True))
+        return self._known[source][document]
 
     def count_up_to(self, enough: int) -> int:
         """Tokens of the first documents until there are ``enough``, or of all; the stream stays where it is."""

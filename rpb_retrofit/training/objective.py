@@ -48,7 +48,7 @@ class Objective:
         logits = output.logits[scored].float()
         if self.teacher is None:
             return F.cross_entropy(logits, batch.target[scored], reduction="sum")
-        loss = self.share * divergence(logits, self._taught(batch).logits[scored].float())
+        loss = self.share * divergence(logits, self._taught(batch).logits[scored])
         if self.share < 1:
             loss = loss + (1 - self.share) * F.cross_entropy(logits, batch.target[scored], reduction="sum")
         return loss

@@ -48,9 +48,9 @@ def open_setting(
     layout = layout_of(model, tokenizer, before, after)
     sources, weights, apart = open_sources(recipe)
 
-    def encode(document: str) -> torch.Tensor:
-        (ids,) = tokenise(tokenizer, [document])
-        return torch.cat([before, ids, after]) if layout.packed and len(ids) else ids
+    def encode(documents: Sequence[str]) -> list[torch.Tensor]:
+        found = tokenise(tokenizer, documents)
+        return [torch.cat([before, ids, after]) if layout.packed and len(ids) else ids for ids in found]
 
     objective = objective_for(recipe, model, layout.causal, teacher)
     held = held_out_for(recipe, tokenise(tokenizer, apart), objective, layout, bos_policy(tokenizer, "auto"))

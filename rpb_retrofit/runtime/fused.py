@@ -1,0 +1,387 @@
+"""Attention with any bias of the offset on a GPU, forward and backward, in linear memory: one fused kernel a pass.
+
+What makes it as fast as attention without a bias: where the bias is one constant (T5's last bucket), tiles add a
+number and look nothing up; elsewhere they read it from a vector, which stays in the cache. What causality and windows
+hide is minus infinity in that vector, and tiles that nobody sees are not visited. Heads that share keys need no copies.
+
+The bias' gradient is the sum of ``dS = P * (dP - delta)`` along each diagonal. Tiles on one diagonal of tiles have one
+bias, so a program adds such tiles up and the diagonals are summed once, at the end: no atomics, equal bits every time.
+Each row of ``dS`` sums to zero, so where the bias is constant from some offset on only the band before it is computed.
+
+`kernels` holds the kernels; it is imported by the first call, since a machine without a GPU has no Triton.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .visibility import is_runs
+
+LOG2_E = 1.4426950408889634
+
+MARGIN = 128
+"""Entries of minus infinity behind a line: a kernel's last tile may look past its end. At least the largest block."""
+
+BAND_TILE, WIDE_BAND_TILE, WIDE_BAND = 64, 128, 1024
+"""Height and width of the tiles in which the bias' gradient is summed: the larger reads less, and computes more than it
+needs where the band has less than ``WIDE_BAND`` offsets."""
+
+BAND_BYTES = 2**26
+"""Memory for those sums at a time."""
+
+LARGE = 160 * 2**10
+"""Bytes of shared memory from which the large tiles are taken (A100, H100, B200)."""
+
+PROGRAMS = 1024
+"""Programs that keep a GPU busy: a narrow band is split into about so many."""
+
+
+class Tiling(NamedTuple):
+    """How a kernel cuts its work: rows (or keys) of a program, how many of the others at a time; how it is run."""
+
+    block: int
+    step: int
+    warps: int
+    stages: int
+
+
+class Tilings(NamedTuple):
+    """One for each kernel."""
+
+    forward: Tiling
+    query_gradient: Tiling
+    key_gradient: Tiling
+    line_gradient: Tiling
+    wide_line_gradient: Tiling
+
+
+def tilings(row_bytes: int, shared_memory: int) -> Tilings:
+    """By the bytes of a row of keys and those of a multiprocessor's shared memory: what fits, and spills few registers.
+
+    Measured on an H100; elsewhere the small ones.
+    """
+    size, wide = BAND_TILE, WIDE_BAND_TILE
+    if shared_memory >= LARGE and row_bytes <= 128:
+        return Tilings(
+            Tiling(64, 64, 4, 3), Tiling(64, 64, 4, 3), Tiling(64, 64, 4, 3), Tiling(size, size, 4, 3),
+            Tiling(wide, wide, 8, 2),
+        )  # fmt: skip
+    if shared_memory >= LARGE and row_bytes <= 256:
+        return Tilings(
+            Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 3), Tiling(64, 64, 4, 2), Tiling(size, size, 8, 2),
+            Tiling(wide, wide, 8, 1),
+        )  # fmt: skip
+    stages = 2 if shared_memory >= LARGE or row_bytes <= 256 else 1
+    small, narrow = Tiling(64, 32, 4, stages), Tiling(size, size, 4 if row_bytes <= 256 else 8, 1)
+    return Tilings(small, small, small, narrow, narrow)
+
+
+class Call:
+    """The arguments of one attention, as the kernels take them.
+
+    ``line`` (heads, Q + K - 1) is the bias by descending offset, as in `blockwise`; with a ``mask``, of runs (batch or
+    1, 1, Q, 2) or booleans (batch or 1, heads or 1, Q, K), the rule ``lowest .. highest`` of visible offsets is not
+    used. From the offset ``constant_from`` on, where there is one, the bias is one constant per head.
+    """
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        line: Tensor,
+        mask: Tensor | None,
+        first_offset: int,
+        lowest: int | None,
+        highest: int | None,
+        scale: float,
+        constant_from: int | None,
+    ) -> None:
+        self.query, self.key, self.value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+        self.batch, self.heads, self.queries, self.width = query.shape
+        self.kv_heads, self.keys, self.value_width = key.shape[1], key.shape[2], value.shape[3]
+        self.content_scale = scale
+        self.length = line.shape[1]
+        top = first_offset + self.queries - 1  # the offset of the line's first entry
+        self.lowest_t, self.end_t = 0, self.length
+        if mask is None:
+            self.lowest_t = 0 if highest is None else min(max(top - highest, 0), self.length)
+            self.end_t = self.length if lowest is None else min(max(top - lowest + 1, 0), self.length)
+        self.far_t = -1  # the last entry of the constant part
+        if constant_from is not None and self.lowest_t == 0:
+            self.far_t = min(top - constant_from, self.end_t - 1)
+        self.line = F.pad(line.float() * LOG2_E, (0, MARGIN), value=-torch.inf)
+        self.line[:, : self.lowest_t] = -torch.inf
+        self.line[:, self.end_t :] = -torch.inf
+        self.masked = 0 if mask is None else 1 if is_runs(mask) else 2
+        if mask is not None:
+            mask = mask.contiguous() if self.masked == 1 or mask.stride(-1) != 1 else mask
+            mask = mask if self.masked == 1 else mask.view(torch.uint8)
+        self.mask = mask
+        row_bytes = max(self.width, self.value_width) * query.dtype.itemsize
+        self.tilings = tilings(row_bytes, _shared_memory(query.device))
+
+    def mask_strides(self) -> tuple[int, int, int]:
+        """Entries of the mask from one batch row, head and query to the next."""
+        if self.mask is None:
+            return 0, 0, 0
+        batch, heads, row = (
+            0 if size == 1 else by for size, by in zip(self.mask.shape, self.mask.stride()[:3], strict=False)
+        )
+        return batch, heads, row
+
+    def sizes(self) -> tuple[int | float, ...]:
+        """What all kernels of attention take alike."""
+        group = self.heads // self.kv_heads
+        scale = self.content_scale * LOG2_E
+        return self.heads, group, self.queries, self.keys, self.lowest_t, self.end_t, self.far_t, scale
+
+    def options(self) -> dict[str, Any]:
+        """The compile-time constants that all kernels take alike."""
+        return {
+            "width": self.width,
+            "padded": _padded(self.width),
+            "value_width": self.value_width,
+            "value_padded": _padded(self.value_width),
+            "masked": self.masked,
+            "precision": _precision(),
+        }
+
+    def spans(self, block: int) -> Tensor | None:
+        """Of a mask of runs, the queries that see some key of each block: (batch or 1, blocks, 2), int32."""
+        if self.mask is None or self.masked != 1:
+            return None
+        first = torch.arange(0, self.keys, block, device=self.mask.device)
+        begin, end = self.mask[:, 0, :, None].unbind(-1)
+        sees = (begin < first + block) & (end > first) & (end > begin)
+        any_sees, begin = sees.max(1)
+        end = self.queries - sees.flip(1).max(1).indices
+        return torch.stack([begin * any_sees, end * any_sees], -1).to(torch.int32)
+
+
+WIDEST = 256
+"""Of a head: what fits into registers and shared memory."""
+
+
+def obstacle(query: Tensor, value: Tensor) -> str:
+    """Why these kernels cannot run such tensors; empty where they can."""
+    if query.device.type != "cuda":
+        return f"there is no faster way on {query.device.type}"
+    if query.dtype == torch.float64:
+        return "there is no faster way for float64 on a GPU"
+    if (width := max(query.shape[3], value.shape[3])) > WIDEST:
+        return f"heads are {width} wide, the fused kernels take {WIDEST}"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if torch.version.cuda and torch.cuda.get_device_capability(query.device) < (8, 0):
+        return "this GPU is older than Ampere, for which Triton makes no such kernels"
+    return ""
+
+
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have."""
+    if device.type != "cuda":
+        return 0
+    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0))
+
+
+def _precision() -> str:
+    """Of float32 products on tensor cores: three make up for a short mantissa, unless PyTorch is told not to mind."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+
+
+def _padded(width: int) -> int:
+    """The power of two that a kernel's tiles have for a width."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def _direct(call: Call) -> bool:
+    """Whether NVIDIA's own load instruction can be used."""
+    return call.query.is_cuda and torch.version.cuda is not None
+
+
+def _strides(x: Tensor) -> tuple[int, int, int]:
+    return x.stride(0), x.stride(1), x.stride(2)
+
+
+def _run(kernel: Any, grid: tuple[int, ...], *arguments: Any, tiling: Tiling, **options: Any) -> None:
+    kernel[grid](*arguments, **options, num_warps=tiling.warps, num_stages=tiling.stages)
+
+
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """Output (batch, heads, Q, d_v), laid out as (batch, Q, heads, d_v), and log-sum-exp in units of log 2."""
+    from .kernels import forward_kernel, triton
+
+    out = call.query.new_empty(call.batch, call.queries, call.heads, call.value_width).transpose(1, 2)
+    lse = call.query.new_empty(call.batch, call.heads, call.queries, dtype=torch.float32)
+    tiling = call.tilings.forward
+    _run(
+        forward_kernel, (triton.cdiv(call.queries, tiling.block), call.batch * call.heads),
+        call.query, call.key, call.value, call.line, call.mask, out, lse,
+        *_strides(call.query), *_strides(call.key), *_strides(call.value), *_strides(out),
+        *call.mask_strides(), call.line.stride(0), *call.sizes(),
+        tiling=tiling, block_rows=tiling.block, step=tiling.step, has_far=call.far_t >= 0,
+        even=call.keys % tiling.step == 0, direct=_direct(call), **call.options(),
+    )  # fmt: skip
+    return out, lse
+
+
+def backward(call: Call, grad: Tensor, out: Tensor, lse: Tensor, need_line: bool) -> tuple[Tensor, ...]:
+    """Gradients of query, key, value, and of the line (zeros if not needed)."""
+    from .kernels import key_gradient_kernel, query_gradient_kernel, triton
+
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    delta = (grad.float() * out.float()).sum(-1)
+    dquery = torch.empty_like(call.query)
+    tiling = call.tilings.query_gradient
+    _run(
+        query_gradient_kernel, (triton.cdiv(call.queries, tiling.block), call.batch * call.heads),
+        call.query, call.key, call.value, call.line, call.mask, grad, lse, delta, dquery,
+        *_strides(call.query), *_strides(call.key), *_strides(call.value), *_strides(grad), *_strides(dquery),
+        *call.mask_strides(), call.line.stride(0), *call.sizes(), call.content_scale,
+        tiling=tiling, block_rows=tiling.block, step=tiling.step, has_far=call.far_t >= 0,
+        even=call.keys % tiling.step == 0, direct=_direct(call), **call.options(),
+    )  # fmt: skip
+    dkey, dvalue = (x.new_empty(x.shape) for x in (call.key, call.value))
+    tiling = call.tilings.key_gradient
+    _run(
+        key_gradient_kernel, (triton.cdiv(call.keys, tiling.block), call.batch * call.kv_heads),
+        call.query, call.key, call.value, call.line, call.mask, call.spans(tiling.block), grad, lse, delta, dkey,
+        dvalue, *_strides(call.query), *_strides(call.key), *_strides(call.value), *_strides(grad),
+        *call.mask_strides(), call.line.stride(0), *call.sizes(), call.content_scale,
+        tiling=tiling, block_keys=tiling.block, step=tiling.step, has_far=call.far_t >= 0,
+        even=call.queries % tiling.step == 0, direct=_direct(call), **call.options(),
+    )  # fmt: skip
+    dline = _line_gradient(call, grad, lse, delta) if need_line else call.line.new_zeros(call.heads, call.length)
+    return dquery, dkey, dvalue, dline
+
+
+def _line_gradient(call: Call, grad: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """Gradient of the line, (heads, Q + K - 1); that of the constant part comes in one entry."""
+    band = (max(call.far_t + 1, call.lowest_t), call.end_t)  # entries that are computed
+    wide_band = band[1] - band[0] >= WIDE_BAND
+    tiling = call.tilings.wide_line_gradient if wide_band else call.tilings.line_gradient
+    size = tiling.block
+    dline = call.line.new_zeros(call.heads, call.length)
+    if band[0] < band[1]:
+        # The tile diagonal u holds the entries from Q - 1 + u * size - (size - 1) to size - 1 behind its middle.
+        first = (band[0] - (call.queries - 1)) // size
+        last = -(-(band[1] - 1 - (call.queries - 1)) // size)
+        at_once = max(1, BAND_BYTES // (call.heads * 2 * size * size * 4))
+        shift = call.queries - 1 + first * size - (size - 1)  # where the first diagonal's first entry goes
+        wide = dline.new_zeros(call.heads, (last - first + 2) * size)
+        for begin in range(first, last + 1, at_once):
+            end = min(begin + at_once, last + 1)
+            sums = _diagonal_sums(call, grad, lse, delta, begin, end, tiling)  # (heads, diagonals, 2 * size)
+            place = wide[:, (begin - first) * size : (end - first + 1) * size]
+            place[:, : -size or None] += sums[..., :size].flatten(1)
+            place[:, size:] += sums[..., size:].flatten(1)
+        source = wide[:, max(band[0] - shift, 0) : band[1] - shift]
+        dline[:, band[1] - source.shape[1] : band[1]] = source
+    if call.far_t >= 0:  # the rows of dS sum to zero, so what the band has too much is what the constant lacks
+        dline[:, call.far_t] = -dline.sum(1)
+    return dline
+
+
+def _diagonal_sums(
+    call: Call, grad: Tensor, lse: Tensor, delta: Tensor, first: int, end: int, tiling: Tiling
+) -> Tensor:
+    """Sums of ``dS`` along the diagonals of the tile diagonals ``first .. end - 1``: (heads, end - first, 2 * size)."""
+    from .kernels import line_gradient_kernel
+
+    size = tiling.block
+    splits = max(1, min(PROGRAMS // ((end - first) * call.heads), -(-call.batch * call.queries // size)))
+    sums = call.line.new_empty(splits, call.heads, end - first, 2 * size * size)
+    _run(
+        line_gradient_kernel, (end - first, call.heads, splits),
+        call.query, call.key, call.value, call.line, call.mask, grad, lse, delta, sums,
+        *_strides(call.query), *_strides(call.key), *_strides(call.value), *_strides(grad),
+        *call.mask_strides(), call.line.stride(0), call.length, call.batch, *call.sizes()[:4], first, call.sizes()[-1],
+        tiling=tiling, size=size, **call.options(),
+    )  # fmt: skip
+    whole = sums.sum(0)[..., : size * (2 * size - 1)]
+    return F.pad(whole.unflatten(-1, (size, 2 * size - 1)).sum(-2), (0, 1))
+
+
+# One opaque operator for torch.compile, in a namespace of this copy of the file.
+NAMESPACE = re.sub(r"\W", "_", __name__)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::attend", mutates_args=())
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    line: Tensor,
+    mask: Tensor | None,
+    first_offset: int,
+    lowest: int | None,
+    highest: int | None,
+    scale: float,
+    constant_from: int | None,
+) -> tuple[Tensor, Tensor]:
+    """`forward` with gradients; the arguments are those of `Call`."""
+    return forward(Call(query, key, value, line, mask, first_offset, lowest, highest, scale, constant_from))
+
+
+@attend.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, line: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    batch, heads, queries, _ = query.shape
+    out = query.new_empty(batch, queries, heads, value.shape[3]).transpose(1, 2)
+    return out, query.new_empty(batch, heads, queries, dtype=torch.float32)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::attend_backward", mutates_args=())
+def attend_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    line: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    first_offset: int,
+    lowest: int | None,
+    highest: int | None,
+    scale: float,
+    constant_from: int | None,
+    need_line: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`backward` as an operator."""
+    call = Call(query, key, value, line, mask, first_offset, lowest, highest, scale, constant_from)
+    dquery, dkey, dvalue, dline = backward(call, grad, out, lse, need_line)
+    return dquery, dkey, dvalue, dline
+
+
+@attend_backward.register_fake
+def _(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, line: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dkey, dvalue = (x.new_empty(x.shape) for x in (key, value))
+    return torch.empty_like(query), dkey, dvalue, torch.empty_like(line)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, line, mask, *ctx.rest = inputs
+    out, lse = output
+    ctx.save_for_backward(query, key, value, line, out, lse, mask)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(lse)
+
+
+def _differentiate(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    query, key, value, line, out, lse, mask = ctx.saved_tensors
+    if grad is None:
+        return (None,) * (5 + len(ctx.rest))
+    found = attend_backward(grad, query, key, value, line, out, lse, mask, *ctx.rest, ctx.needs_input_grad[3])
+    return (*found, None, *(None for _ in ctx.rest))
+
+
+attend.register_autograd(_differentiate, setup_context=_save)
