@@ -7,6 +7,8 @@ import shutil
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+if "PYTEST_XDIST_WORKER" in os.environ:  # processes share the cores; too many threads wait for one another
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 if shutil.which("nvidia-smi") is None:  # the GPU's kernels run on the CPU; Triton asks when torch imports it
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
