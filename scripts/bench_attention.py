@@ -84,7 +84,7 @@ def no_bias(case: Case) -> tuple[Arm, list[Tensor]]:
 
 
 def no_bias_by_cudnn(case: Case) -> tuple[Arm, list[Tensor]]:
-    """The same by cuDNN: on Hopper the fastest that PyTorch offers, and not what it chooses."""
+    """The same by cuDNN: on Hopper the fastest that PyTorch offers."""
     run, parameters = no_bias(case)
 
     def run_by_cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -28,15 +28,14 @@ LOG2_E = 1.4426950408889634
 MARGIN = 128
 """Entries of minus infinity behind a line: a kernel's last tile may look past its end. At least the largest block."""
 
-BAND_TILE, WIDE_BAND_TILE, WIDE_BAND = 64, 128, 1024
-"""Height and width of the tiles in which the bias' gradient is summed: the larger reads less, and computes more than it
-needs where the band has less than ``WIDE_BAND`` offsets."""
+WIDE_BAND = 1024
+"""Offsets from which the bias' gradient is summed in larger tiles: they read less, and compute more than is needed."""
 
 BAND_BYTES = 2**26
 """Memory for those sums at a time."""
 
-LARGE = 160 * 2**10
-"""Bytes of shared memory from which the large tiles are taken (A100, H100, B200)."""
+LARGE = 200 * 2**10
+"""Bytes of shared memory from which the large tiles are taken (H100, H200, B200)."""
 
 PROGRAMS = 1024
 """Programs that keep a GPU busy: a narrow band is split into about so many."""
@@ -62,24 +61,25 @@ class Tilings(NamedTuple):
 
 
 def tilings(row_bytes: int, shared_memory: int) -> Tilings:
-    """By the bytes of a row of keys and those of a multiprocessor's shared memory: what fits, and spills few registers.
+    """By the bytes of a row of keys and those of shared memory that a program may have.
 
-    Measured on an H100; elsewhere the small ones.
+    The large ones were measured on an H200. The small ones fit into 99 KiB, as compiled for compute capability 8.6.
     """
-    size, wide = BAND_TILE, WIDE_BAND_TILE
-    if shared_memory >= LARGE and row_bytes <= 128:
-        return Tilings(
-            Tiling(64, 64, 4, 3), Tiling(64, 64, 4, 3), Tiling(64, 64, 4, 3), Tiling(size, size, 4, 3),
-            Tiling(wide, wide, 8, 2),
-        )  # fmt: skip
-    if shared_memory >= LARGE and row_bytes <= 256:
-        return Tilings(
-            Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 3), Tiling(64, 64, 4, 2), Tiling(size, size, 8, 2),
-            Tiling(wide, wide, 8, 1),
-        )  # fmt: skip
-    stages = 2 if shared_memory >= LARGE or row_bytes <= 256 else 1
-    small, narrow = Tiling(64, 32, 4, stages), Tiling(size, size, 4 if row_bytes <= 256 else 8, 1)
-    return Tilings(small, small, small, narrow, narrow)
+    if shared_memory < LARGE:
+        if row_bytes <= 256:
+            return _alike(Tiling(64, 32, 4, 2), Tiling(64, 64, 4, 1))
+        return _alike(Tiling(32, 32, 4, 1), Tiling(32, 32, 4, 1))
+    if row_bytes <= 128:
+        tile = Tiling(64, 64, 4, 3)
+        return Tilings(tile, tile, tile, tile, Tiling(128, 128, 8, 2))
+    if row_bytes <= 256:
+        wide, narrow = Tiling(128, 64, 8, 3), Tiling(64, 64, 4, 2)
+        return Tilings(wide, wide, narrow, Tiling(64, 64, 8, 2), Tiling(128, 128, 8, 1))
+    return _alike(Tiling(64, 32, 4, 2), Tiling(64, 64, 8, 1))
+
+
+def _alike(tile: Tiling, band: Tiling) -> Tilings:
+    return Tilings(tile, tile, tile, band, band)
 
 
 class Call:
@@ -165,8 +165,8 @@ class Call:
         return torch.stack([begin * any_sees, end * any_sees], -1).to(torch.int32)
 
 
-WIDEST = 256
-"""Of a head: what fits into registers and shared memory."""
+WIDEST = 512
+"""Bytes of a head's row: what fits into registers and shared memory."""
 
 
 def obstacle(query: Tensor, value: Tensor) -> str:
@@ -175,8 +175,8 @@ def obstacle(query: Tensor, value: Tensor) -> str:
         return f"there is no faster way on {query.device.type}"
     if query.dtype == torch.float64:
         return "there is no faster way for float64 on a GPU"
-    if (width := max(query.shape[3], value.shape[3])) > WIDEST:
-        return f"heads are {width} wide, the fused kernels take {WIDEST}"
+    if (width := max(query.shape[3], value.shape[3])) * query.dtype.itemsize > WIDEST:
+        return f"heads are {width} wide in {query.dtype}, and the fused kernels take {WIDEST} bytes"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if torch.version.cuda and torch.cuda.get_device_capability(query.device) < (8, 0):
