@@ -177,9 +177,15 @@ def obstacle(query: Tensor, value: Tensor) -> str:
         return "there is no faster way for float64 on a GPU"
     if (width := max(query.shape[3], value.shape[3])) * query.dtype.itemsize > WIDEST:
         return f"heads are {width} wide in {query.dtype}, and the fused kernels take {WIDEST} bytes"
+    return _lacking(query.device)
+
+
+@torch.compiler.assume_constant_result  # torch.compile runs it instead of tracing it
+def _lacking(device: torch.device) -> str:
+    """What a GPU, or its software, lacks."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    if torch.version.cuda and torch.cuda.get_device_capability(query.device) < (8, 0):
+    if torch.version.cuda and torch.cuda.get_device_capability(device) < (8, 0):
         return "this GPU is older than Ampere, for which Triton makes no such kernels"
     return ""
 
