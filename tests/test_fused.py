@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -85,6 +88,47 @@ def test_the_tiles_of_large_gpus(width: int, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(fused, "_shared_memory", lambda device: fused.LARGE)
     monkeypatch.setattr(fused, "WIDE_BAND", 64)
     check(Problem(300, heads=1, batch=1, widths=(width, width), dtype=torch.float16, knows_its_constant=False))
+
+
+@pytest.mark.parametrize("layout", ["as a model's", "columns apart"])
+def test_the_operators_keep_their_promises_to_a_compiler(layout: str) -> None:
+    problem = Problem(40, heads=2, batch=1)
+    q, k, v = (x.detach() for x in (problem.q, problem.k, problem.v))
+    if layout == "columns apart":
+        q, k, v = (x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k, v))
+    else:
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    line = problem.table(39 - torch.arange(79)).detach().T.contiguous().T
+    arguments: Any = [x.to(DEVICE) for x in (q, k, v, line)]
+    rest = (0, 0, None, 0.25, None)
+    out, lse = fused.attend(*arguments, None, *rest)
+    promises = ("test_schema", "test_faketensor")
+    torch.library.opcheck(fused.attend, (*arguments, None, *rest), test_utils=promises)
+    gradients = (torch.ones_like(out), *arguments, out, lse, None, *rest, True)
+    torch.library.opcheck(fused.attend_backward, gradients, test_utils=promises)
+
+
+@pytest.mark.parametrize("capability", [86, 90])
+def test_the_kernels_compile_and_fit_into_a_gpu(capability: int) -> None:
+    """Compiled for an RTX 30 and a Hopper GPU, neither of which need be there."""
+    command = [sys.executable, "-m", "tests.kernel_fit", str(capability)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 0, done.stderr
+    taken = [line for line in done.stdout.splitlines() if " bytes: " in line]
+    assert len(taken) >= 12
+    for line in taken:
+        used, available = (int(word) for word in line.split(" bytes")[0].split(" of "))
+        assert used <= available, line
+
+
+def test_an_old_precision_switch_and_the_new_one() -> None:
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert fused._precision() == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert fused._precision() == "tf32x3"
 
 
 def test_what_the_kernels_cannot_run_is_named() -> None:

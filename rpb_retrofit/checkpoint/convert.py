@@ -137,7 +137,7 @@ def _write_all_but_weights(
     from safetensors.torch import save_file
     from transformers.initialization import no_init_weights
 
-    from rpb_retrofit.checkpoint.load import on_accelerator, open_tokenizer, open_weights
+    from rpb_retrofit.checkpoint.load import on_gpu, open_tokenizer, open_weights
     from rpb_retrofit.checkpoint.rewrite import Change
     from rpb_retrofit.filling import first_tables, parameters_of, places
     from rpb_retrofit.inplace import folded, retrofit
@@ -145,7 +145,7 @@ def _write_all_but_weights(
 
     settings = source.config()
     if calibration is not None or config.changes_weights:
-        model = on_accelerator(open_weights(source, model_class(settings).from_pretrained))
+        model = on_gpu(open_weights(source, model_class(settings).from_pretrained))
         tokenizer = None if calibration is None else open_tokenizer(source)
         report = retrofit(model, config, *_texts(config, calibration, tokenizer, model))
         tables = {name: model.get_parameter(name).detach().cpu() for name in own_names(model)}
@@ -181,11 +181,11 @@ def _of(number: int, shards: list[Path]) -> str:
 
 def _convert_gguf(file: Path, out: Path, config: RetrofitConfig, calibration: CalibrationText | None) -> Conversion:
     from rpb_retrofit.checkpoint.gguf import load_gguf
-    from rpb_retrofit.checkpoint.load import on_accelerator
+    from rpb_retrofit.checkpoint.load import on_gpu
     from rpb_retrofit.inplace import retrofit
 
     model, tokenizer = load_gguf(file)
-    model = on_accelerator(model)
+    model = on_gpu(model)
     report = retrofit(model, config, *_texts(config, calibration, tokenizer, model))
     with whole_folder(out) as folder:
         model.save_pretrained(folder)

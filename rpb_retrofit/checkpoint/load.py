@@ -71,6 +71,14 @@ def open_causal_lm(name: str) -> tuple[Any, Any]:
     return on_accelerator(model), tokenizer
 
 
+def on_gpu(model: Any) -> Any:
+    """The model on the GPU where there is one with room for its weights and as much again."""
+    if not torch.cuda.is_available():
+        return model
+    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    return model.cuda() if 2 * weights < torch.cuda.mem_get_info()[0] else model
+
+
 def on_accelerator(model: Any) -> Any:
     """The model on the accelerator where there is one."""
     device = torch.accelerator.current_accelerator(check_available=True)

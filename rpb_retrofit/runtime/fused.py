@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +37,15 @@ BAND_BYTES = 2**26
 
 LARGE = 200 * 2**10
 """Bytes of shared memory from which the large tiles are taken (H100, H200, B200)."""
+
+SPAN_PAIRS = 2**25
+"""Pairs of a query and a block of keys that are looked at together."""
+
+DELTA_NUMBERS = 2**25
+"""Numbers of the output that are multiplied with its gradient's together."""
+
+GRID = 2**16 - 1
+"""Programs in the second dimension of a grid, at most."""
 
 PROGRAMS = 1024
 """Programs that keep a GPU busy: a narrow band is split into about so many."""
@@ -60,15 +70,18 @@ class Tilings(NamedTuple):
     wide_line_gradient: Tiling
 
 
-def tilings(row_bytes: int, shared_memory: int) -> Tilings:
-    """By the bytes of a row of keys and those of shared memory that a program may have.
+def tilings(width: int, itemsize: int, shared_memory: int) -> Tilings:
+    """By the width of a head, the bytes of a number and those of shared memory that a program may have.
 
     The large ones were measured on an H200. The small ones fit into 99 KiB, as compiled for compute capability 8.6.
     """
+    row_bytes = width * itemsize
     if shared_memory < LARGE:
         if row_bytes <= 256:
             return _alike(Tiling(64, 32, 4, 2), Tiling(64, 64, 4, 1))
         return _alike(Tiling(32, 32, 4, 1), Tiling(32, 32, 4, 1))
+    if itemsize == 4:  # three products in the place of one take room
+        return _alike(Tiling(64, 32, 4, 2), Tiling(64, 64, 8, 1))
     if row_bytes <= 128:
         tile = Tiling(64, 64, 4, 3)
         return Tilings(tile, tile, tile, tile, Tiling(128, 128, 8, 2))
@@ -124,8 +137,8 @@ class Call:
             mask = mask.contiguous() if self.masked == 1 or mask.stride(-1) != 1 else mask
             mask = mask if self.masked == 1 else mask.view(torch.uint8)
         self.mask = mask
-        row_bytes = max(self.width, self.value_width) * query.dtype.itemsize
-        self.tilings = tilings(row_bytes, _shared_memory(query.device))
+        width = max(self.width, self.value_width)
+        self.tilings = tilings(width, query.dtype.itemsize, _shared_memory(query.device))
 
     def mask_strides(self) -> tuple[int, int, int]:
         """Entries of the mask from one batch row, head and query to the next."""
@@ -150,19 +163,21 @@ class Call:
             "value_width": self.value_width,
             "value_padded": _padded(self.value_width),
             "masked": self.masked,
-            "precision": _precision(),
+            "precision": _precision() if self.query.dtype == torch.float32 else "ieee",
         }
 
     def spans(self, block: int) -> Tensor | None:
         """Of a mask of runs, the queries that see some key of each block: (batch or 1, blocks, 2), int32."""
         if self.mask is None or self.masked != 1:
             return None
-        first = torch.arange(0, self.keys, block, device=self.mask.device)
         begin, end = self.mask[:, 0, :, None].unbind(-1)
-        sees = (begin < first + block) & (end > first) & (end > begin)
-        any_sees, begin = sees.max(1)
-        end = self.queries - sees.flip(1).max(1).indices
-        return torch.stack([begin * any_sees, end * any_sees], -1).to(torch.int32)
+        found = []
+        at_once = max(1, SPAN_PAIRS // max(begin.numel(), 1))
+        for first in torch.arange(0, self.keys, block, device=self.mask.device).split(at_once):
+            sees = (begin < first + block) & (end > first) & (end > begin)  # (batch or 1, Q, blocks)
+            any_sees, row = sees.max(1)
+            found.append(torch.stack([row, self.queries - sees.flip(1).max(1).indices], -1) * any_sees[..., None])
+        return torch.cat(found, 1).to(torch.int32)
 
 
 WIDEST = 512
@@ -171,12 +186,14 @@ WIDEST = 512
 
 def obstacle(query: Tensor, value: Tensor) -> str:
     """Why these kernels cannot run such tensors; empty where they can."""
-    if query.device.type != "cuda":
-        return f"there is no faster way on {query.device.type}"
+    if query.device.type != "cuda" or torch.version.hip:
+        return f"there is no faster way on {'ROCm' if torch.version.hip else query.device.type}"
     if query.dtype == torch.float64:
         return "there is no faster way for float64 on a GPU"
     if (width := max(query.shape[3], value.shape[3])) * query.dtype.itemsize > WIDEST:
         return f"heads are {width} wide in {query.dtype}, and the fused kernels take {WIDEST} bytes"
+    if query.shape[0] * query.shape[1] > GRID or not query.shape[2]:
+        return f"{query.shape[0]} sequences of {query.shape[1]} heads and {query.shape[2]} queries are no grid of a GPU"
     return _lacking(query.device)
 
 
@@ -185,7 +202,7 @@ def _lacking(device: torch.device) -> str:
     """What a GPU, or its software, lacks."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    if torch.version.cuda and torch.cuda.get_device_capability(device) < (8, 0):
+    if torch.cuda.get_device_capability(device) < (8, 0):
         return "this GPU is older than Ampere, for which Triton makes no such kernels"
     return ""
 
@@ -199,7 +216,7 @@ def _shared_memory(device: torch.device) -> int:
 
 def _precision() -> str:
     """Of float32 products on tensor cores: three make up for a short mantissa, unless PyTorch is told not to mind."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 def _padded(width: int) -> int:
@@ -207,9 +224,10 @@ def _padded(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-def _direct(call: Call) -> bool:
-    """Whether NVIDIA's own load instruction can be used."""
-    return call.query.is_cuda and torch.version.cuda is not None
+def _rows_apart(x: Tensor, width: int | None = None) -> Tensor:
+    """An empty (batch, heads, N, width or x's), laid out as models do: (batch, N, heads, width)."""
+    batch, heads, length, own = x.shape
+    return x.new_empty(batch, length, heads, own if width is None else width).transpose(1, 2)
 
 
 def _strides(x: Tensor) -> tuple[int, int, int]:
@@ -217,14 +235,16 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
 
 
 def _run(kernel: Any, grid: tuple[int, ...], *arguments: Any, tiling: Tiling, **options: Any) -> None:
-    kernel[grid](*arguments, **options, num_warps=tiling.warps, num_stages=tiling.stages)
+    device = arguments[0].device  # Triton launches on the current one, whatever the tensors are on
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*arguments, **options, num_warps=tiling.warps, num_stages=tiling.stages)
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """Output (batch, heads, Q, d_v), laid out as (batch, Q, heads, d_v), and log-sum-exp in units of log 2."""
     from .kernels import forward_kernel, triton
 
-    out = call.query.new_empty(call.batch, call.queries, call.heads, call.value_width).transpose(1, 2)
+    out = _rows_apart(call.query, call.value_width)
     lse = call.query.new_empty(call.batch, call.heads, call.queries, dtype=torch.float32)
     tiling = call.tilings.forward
     _run(
@@ -233,7 +253,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         *_strides(call.query), *_strides(call.key), *_strides(call.value), *_strides(out),
         *call.mask_strides(), call.line.stride(0), *call.sizes(),
         tiling=tiling, block_rows=tiling.block, step=tiling.step, has_far=call.far_t >= 0,
-        even=call.keys % tiling.step == 0, direct=_direct(call), **call.options(),
+        even=call.keys % tiling.step == 0, direct=call.query.is_cuda, **call.options(),
     )  # fmt: skip
     return out, lse
 
@@ -243,8 +263,10 @@ def backward(call: Call, grad: Tensor, out: Tensor, lse: Tensor, need_line: bool
     from .kernels import key_gradient_kernel, query_gradient_kernel, triton
 
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-    delta = (grad.float() * out.float()).sum(-1)
-    dquery = torch.empty_like(call.query)
+    rows = max(1, DELTA_NUMBERS // (call.batch * call.heads * call.value_width))
+    parts = zip(grad.split(rows, 2), out.split(rows, 2), strict=True)
+    delta = torch.cat([(g.float() * o.float()).sum(-1) for g, o in parts], 2)
+    dquery = _rows_apart(call.query)
     tiling = call.tilings.query_gradient
     _run(
         query_gradient_kernel, (triton.cdiv(call.queries, tiling.block), call.batch * call.heads),
@@ -252,7 +274,7 @@ def backward(call: Call, grad: Tensor, out: Tensor, lse: Tensor, need_line: bool
         *_strides(call.query), *_strides(call.key), *_strides(call.value), *_strides(grad), *_strides(dquery),
         *call.mask_strides(), call.line.stride(0), *call.sizes(), call.content_scale,
         tiling=tiling, block_rows=tiling.block, step=tiling.step, has_far=call.far_t >= 0,
-        even=call.keys % tiling.step == 0, direct=_direct(call), **call.options(),
+        even=call.keys % tiling.step == 0, direct=call.query.is_cuda, **call.options(),
     )  # fmt: skip
     dkey, dvalue = (x.new_empty(x.shape) for x in (call.key, call.value))
     tiling = call.tilings.key_gradient
@@ -262,7 +284,7 @@ def backward(call: Call, grad: Tensor, out: Tensor, lse: Tensor, need_line: bool
         dvalue, *_strides(call.query), *_strides(call.key), *_strides(call.value), *_strides(grad),
         *call.mask_strides(), call.line.stride(0), *call.sizes(), call.content_scale,
         tiling=tiling, block_keys=tiling.block, step=tiling.step, has_far=call.far_t >= 0,
-        even=call.queries % tiling.step == 0, direct=_direct(call), **call.options(),
+        even=call.queries % tiling.step == 0, direct=call.query.is_cuda, **call.options(),
     )  # fmt: skip
     dline = _line_gradient(call, grad, lse, delta) if need_line else call.line.new_zeros(call.heads, call.length)
     return dquery, dkey, dvalue, dline
@@ -302,7 +324,9 @@ def _diagonal_sums(
     from .kernels import line_gradient_kernel
 
     size = tiling.block
-    splits = max(1, min(PROGRAMS // ((end - first) * call.heads), -(-call.batch * call.queries // size)))
+    pairs = (end - first) * call.heads
+    most = min(PROGRAMS // pairs, BAND_BYTES // (pairs * 2 * size * size * 4), -(-call.batch * call.queries // size))
+    splits = max(1, most)
     sums = call.line.new_empty(splits, call.heads, end - first, 2 * size * size)
     _run(
         line_gradient_kernel, (end - first, call.heads, splits),
@@ -339,7 +363,7 @@ def attend(
 @attend.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, line: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     batch, heads, queries, _ = query.shape
-    out = query.new_empty(batch, queries, heads, value.shape[3]).transpose(1, 2)
+    out = _rows_apart(query, value.shape[3])
     return out, query.new_empty(batch, heads, queries, dtype=torch.float32)
 
 
@@ -363,15 +387,15 @@ def attend_backward(
     """`backward` as an operator."""
     call = Call(query, key, value, line, mask, first_offset, lowest, highest, scale, constant_from)
     dquery, dkey, dvalue, dline = backward(call, grad, out, lse, need_line)
-    return dquery, dkey, dvalue, dline
+    return dquery, dkey, dvalue, dline.to(line.dtype)
 
 
 @attend_backward.register_fake
 def _(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, line: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dkey, dvalue = (x.new_empty(x.shape) for x in (key, value))
-    return torch.empty_like(query), dkey, dvalue, torch.empty_like(line)
+    dkey, dvalue, dline = (x.new_empty(x.shape) for x in (key, value, line))
+    return _rows_apart(query), dkey, dvalue, dline
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -122,7 +122,7 @@ def runs_of(visible: Callable[[int, int], Tensor], queries: int, keys: int) -> T
             return None
         found.append(torch.stack([first, last], -1))
         start += seen.shape[2]
-        size = size if seen.device.type == "cpu" else max(1, DEVICE_BLOCK // max(keys, 1))
+        size = size if seen.device.type == "cpu" else max(1, DEVICE_BLOCK // max(keys * len(seen), 1))
     return torch.cat(found, 2).to(torch.int32)
 
 

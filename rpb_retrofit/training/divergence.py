@@ -12,7 +12,7 @@ AT_ONCE = 2**26
 
 
 def divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """The sum over rows of ``KL(softmax(teacher) || softmax(student))``, a scalar; both (..., n), computed in float32.
+    """The sum over rows of ``KL(softmax(teacher) || softmax(student))``, a scalar in its dtype; both (..., n).
 
     Where both are minus infinity nothing counts. Only the student gets a gradient: the plain difference of the two
     distributions, so exactly zero where a student equals its teacher. Adam would blow any rounding up to steps of its
@@ -28,7 +28,7 @@ class _Divergence(torch.autograd.Function):
         rows = max(1, AT_ONCE // student.shape[-1])
         parts = (x.reshape(-1, x.shape[-1]).split(rows) for x in (student, teacher, change))
         for ours, theirs, out in zip(*parts, strict=True):
-            log_p, log_q = theirs.float().log_softmax(-1), ours.log_softmax(-1)
+            log_p, log_q = theirs.to(ours.dtype).log_softmax(-1), ours.log_softmax(-1)
             p = log_p.exp()
             torch.sub(log_q.exp(), p, out=out)
             total += torch.where(p > 0, p * (log_p - log_q), 0).sum()
