@@ -25,6 +25,7 @@ CONTEXT = 64
 def heal(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """scripts/heal.py."""
     file = Path(__file__).parents[1] / "scripts" / "heal.py"
+    monkeypatch.syspath_prepend(file.parent)
     specification = importlib.util.spec_from_file_location("heal", file)
     assert specification is not None and specification.loader is not None
     module: Any = importlib.util.module_from_spec(specification)
