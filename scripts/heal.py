@@ -33,7 +33,7 @@ import rpb_retrofit as rpb
 from rpb_retrofit.checkpoint.load import open_causal_lm
 from rpb_retrofit.errors import ConfigError, DataError
 from rpb_retrofit.evaluation.context_use import make_inductions
-from rpb_retrofit.evaluation.nll import logits_at, token_losses
+from rpb_retrofit.evaluation.nll import losses_at, token_losses
 from rpb_retrofit.evaluation.retrieval import cells, make_items, measure
 from rpb_retrofit.evaluation.speed import is_out_of_memory
 from rpb_retrofit.files.folder import whole_folder
@@ -388,7 +388,7 @@ def halve(model: Any) -> None:
 def last_losses(model: Any, ids: Tensor, count: int) -> Tensor:
     """Losses (count,) of the last tokens of ``ids`` (n,), in nats."""
     at = torch.arange(len(ids) - count - 1, len(ids) - 1, device=ids.device)
-    return torch.nn.functional.cross_entropy(logits_at(model, ids, at), ids[-count:], reduction="none")
+    return losses_at(model, ids, at)
 
 
 def _by_document(places: Sequence[tuple[int, int]], losses: Tensor) -> list[dict[str, Any]]:

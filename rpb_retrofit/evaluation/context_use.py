@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from rpb_retrofit.errors import ConfigError, DataError
 from rpb_retrofit.evaluation.filler import pieces
-from rpb_retrofit.evaluation.nll import logits_at, token_losses
+from rpb_retrofit.evaluation.nll import losses_at, token_losses
 
 SPAN = 32
 """Tokens that are repeated."""
@@ -118,7 +118,7 @@ def induction_gain(model: PreTrainedModel, item: Induction) -> Gain:
     start, scored = len(ids) - item.distance - item.span, item.span - 1  # it starts after a BOS, or at once
     first = torch.arange(start, start + scored, device=ids.device)  # where its second token and the next are predicted
     at = torch.cat([first, first + item.distance])
-    losses = torch.nn.functional.cross_entropy(logits_at(model, ids, at), ids[at + 1], reduction="none")
+    losses = losses_at(model, ids, at)
     return _gain(losses[:scored], losses[scored:])
 
 

@@ -125,6 +125,11 @@ def logits_at(model: PreTrainedModel, ids: Tensor, at: Tensor) -> Tensor:
     return model(input_ids=ids[None], use_cache=False).logits[0, at].float()
 
 
+def losses_at(model: PreTrainedModel, ids: Tensor, at: Tensor) -> Tensor:
+    """Losses (k,) of the tokens that follow the positions ``at`` (k,) of ``ids`` (n,), float32, in nats."""
+    return torch.nn.functional.cross_entropy(logits_at(model, ids, at), ids[at + 1], reduction="none")
+
+
 def check_length(model: PreTrainedModel, length: int) -> None:
     """DataError where a source's position table ends before ``length``."""
     config = model.config

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .gradients import differentiate, inner_products
 from .visibility import Piece, is_runs, pieces_of, runs_of
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -244,13 +245,7 @@ def backward(
             del dq, dk, dv  # before the next ones are made
     dline = torch.zeros_like(call.line)
     if need_line:
-        delta = torch.cat(  # in parts: the whole product would be one more tensor as large as the output
-            [
-                (g.to(lse.dtype) * o.to(lse.dtype)).sum(-1)
-                for g, o in zip(grad.split(1024, 2), out.split(1024, 2), strict=True)
-            ],
-            2,
-        )
+        delta = inner_products(grad, out, lse.dtype, 1024)
         for piece in call.plan.pieces:
             _line_gradient(dline, call, Upstream(grad, out, lse, delta), piece, constant_before, constant_from)
     return dquery, dkey, dvalue, dline
@@ -412,20 +407,4 @@ def _(
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), torch.empty_like(line)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, line, mask, *ctx.rest = inputs
-    out, lse = output
-    ctx.save_for_backward(query, key, value, line, out, lse, mask)
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(lse)
-
-
-def _differentiate(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-    query, key, value, line, out, lse, mask = ctx.saved_tensors
-    if grad is None:
-        return (None,) * (5 + len(ctx.rest))
-    found = attend_backward(grad, query, key, value, line, out, lse, mask, *ctx.rest, ctx.needs_input_grad[3])
-    return (*found, None, *(None for _ in ctx.rest))
-
-
-attend.register_autograd(_differentiate, setup_context=_save)
+differentiate(attend, attend_backward)

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .gradients import differentiate, inner_products
 from .visibility import is_runs
 
 LOG2_E = 1.4426950408889634
@@ -264,8 +265,7 @@ def backward(call: Call, grad: Tensor, out: Tensor, lse: Tensor, need_line: bool
 
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     rows = max(1, DELTA_NUMBERS // (call.batch * call.heads * call.value_width))
-    parts = zip(grad.split(rows, 2), out.split(rows, 2), strict=True)
-    delta = torch.cat([(g.float() * o.float()).sum(-1) for g, o in parts], 2)
+    delta = inner_products(grad, out, torch.float32, rows)
     dquery = _rows_apart(call.query)
     tiling = call.tilings.query_gradient
     _run(
@@ -308,10 +308,9 @@ def _line_gradient(call: Call, grad: Tensor, lse: Tensor, delta: Tensor) -> Tens
             end = min(begin + at_once, last + 1)
             sums = _diagonal_sums(call, grad, lse, delta, begin, end, tiling)  # (heads, diagonals, 2 * size)
             place = wide[:, (begin - first) * size : (end - first + 1) * size]
-            place[:, : -size or None] += sums[..., :size].flatten(1)
+            place[:, :-size] += sums[..., :size].flatten(1)
             place[:, size:] += sums[..., size:].flatten(1)
-        source = wide[:, max(band[0] - shift, 0) : band[1] - shift]
-        dline[:, band[1] - source.shape[1] : band[1]] = source
+        dline[:, band[0] : band[1]] = wide[:, band[0] - shift : band[1] - shift]
     if call.far_t >= 0:  # the rows of dS sum to zero, so what the band has too much is what the constant lacks
         dline[:, call.far_t] = -dline.sum(1)
     return dline
@@ -398,20 +397,4 @@ def _(
     return _rows_apart(query), dkey, dvalue, dline
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, line, mask, *ctx.rest = inputs
-    out, lse = output
-    ctx.save_for_backward(query, key, value, line, out, lse, mask)
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(lse)
-
-
-def _differentiate(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-    query, key, value, line, out, lse, mask = ctx.saved_tensors
-    if grad is None:
-        return (None,) * (5 + len(ctx.rest))
-    found = attend_backward(grad, query, key, value, line, out, lse, mask, *ctx.rest, ctx.needs_input_grad[3])
-    return (*found, None, *(None for _ in ctx.rest))
-
-
-attend.register_autograd(_differentiate, setup_context=_save)
+differentiate(attend, attend_backward)

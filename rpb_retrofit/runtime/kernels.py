@@ -72,17 +72,27 @@ def _run_of(runs, rows, queries):
 
 
 @triton.jit
-def _keys_of(block, rows_per_block: tl.constexpr, queries, keys, lowest_t, end_t, far_t, step: tl.constexpr):
-    """What the queries of a block see by the rule: first key, end of the keys of the constant bias, end of the keys.
+def _keys_of(
+    block, rows, block_rows: tl.constexpr, mask, queries, keys, lowest_t, end_t, far_t, step: tl.constexpr,
+    masked: tl.constexpr,
+):  # fmt: skip
+    """What a block's queries see: first key, end of the keys of the constant bias, end of the keys, and their runs.
 
     The first key and the end of the far ones are ``step`` times a number apart.
     """
-    first_row = block * rows_per_block
-    last_row = tl.minimum(first_row + rows_per_block, queries) - 1
+    first_row = block * block_rows
+    last_row = tl.minimum(first_row + block_rows, queries) - 1
     first = tl.maximum(lowest_t - queries + 1 + first_row, 0) // step * step
     end = tl.minimum(end_t - queries + 1 + last_row, keys)
     far = tl.maximum(tl.minimum(far_t - queries + 2 + first_row, end) - first, 0)
-    return first, first + far // step * step, end
+    far = first + far // step * step
+    run_first, run_end = rows, rows
+    if masked == 1:
+        run_first, run_end = _run_of(mask, rows, queries)
+        first = tl.maximum(first, tl.min(run_first) // step * step)
+        end = tl.minimum(end, tl.max(run_end))
+        far = tl.maximum(tl.minimum(far, end // step * step), first)
+    return first, far, end, run_first, run_end
 
 
 @triton.jit
@@ -93,6 +103,28 @@ def _rows_of(first_key, last_key, queries, lowest_t, end_t, far_t, step: tl.cons
     far = tl.maximum(queries - 1 + last_key - far_t, first)
     far = first + (far - first + step - 1) // step * step
     return first, tl.minimum(far, tl.maximum(end, first)), end
+
+
+@triton.jit
+def _scores(
+    query, k, line, at, constant, mask, mask_row, run_first, run_end, rows, columns, queries, keys, scale,
+    flat: tl.constexpr, masked: tl.constexpr, even: tl.constexpr, precision: tl.constexpr, direct: tl.constexpr,
+):  # fmt: skip
+    """Scores of a block of queries and a tile of keys with their bias, minus infinity where nothing is seen."""
+    score = tl.dot(query, tl.trans(k), input_precision=precision) * scale
+    if flat:
+        score += constant
+    else:
+        score += _look_up(line, at[:, None] + columns[None, :], direct)
+        if not even:
+            score = tl.where((columns < keys)[None, :], score, float("-inf"))
+    if masked:
+        seen = _visible(
+            mask, mask_row, run_first[:, None], run_end[:, None], rows[:, None], columns[None, :], queries, keys,
+            masked,
+        )  # fmt: skip
+        score = tl.where(seen, score, float("-inf"))
+    return score
 
 
 @triton.jit
@@ -107,19 +139,10 @@ def _forward_tiles(
     for start in range(begin, end, step):
         columns = start + tl.arange(0, step)
         k = _load(key, columns, key_stride, keys, width, padded, even)
-        score = tl.dot(query, tl.trans(k), input_precision=precision) * scale
-        if flat:
-            score += constant
-        else:
-            score += _look_up(line, at[:, None] + columns[None, :], direct)
-            if not even:
-                score = tl.where((columns < keys)[None, :], score, float("-inf"))
-        if masked:
-            seen = _visible(
-                mask, mask_row, run_first[:, None], run_end[:, None], rows[:, None], columns[None, :], queries, keys,
-                masked,
-            )  # fmt: skip
-            score = tl.where(seen, score, float("-inf"))
+        score = _scores(
+            query, k, line, at, constant, mask, mask_row, run_first, run_end, rows, columns, queries, keys, scale,
+            flat, masked, even, precision, direct,
+        )  # fmt: skip
         new = tl.maximum(highest, tl.max(score, 1))
         base = tl.where(new == float("-inf"), 0.0, new)
         weight = tl.exp2(score - base[:, None])
@@ -149,15 +172,11 @@ def forward_kernel(
     value += batch.to(tl.int64) * value_batch + (head // group).to(tl.int64) * value_head
     line += head * line_head
     rows = block * block_rows + tl.arange(0, block_rows)
-    first, far, end = _keys_of(block, block_rows, queries, keys, lowest_t, end_t, far_t, step)
-    run_first, run_end = rows, rows
     if masked:
         mask += batch.to(tl.int64) * mask_batch + head.to(tl.int64) * mask_head
-    if masked == 1:
-        run_first, run_end = _run_of(mask, rows, queries)
-        first = tl.maximum(first, tl.min(run_first) // step * step)
-        end = tl.minimum(end, tl.max(run_end))
-        far = tl.maximum(tl.minimum(far, end // step * step), first)
+    first, far, end, run_first, run_end = _keys_of(
+        block, rows, block_rows, mask, queries, keys, lowest_t, end_t, far_t, step, masked
+    )
     q = _load(query, rows, query_row, queries, width, padded, False)
     at = queries - 1 - tl.minimum(rows, queries - 1)
     total = tl.zeros([block_rows, value_padded], tl.float32)
@@ -197,19 +216,10 @@ def _query_tiles(
         columns = start + tl.arange(0, step)
         k = _load(key, columns, key_stride, keys, width, padded, even)
         v = _load(value, columns, value_stride, keys, value_width, value_padded, even)
-        score = tl.dot(query, tl.trans(k), input_precision=precision) * scale
-        if flat:
-            score += constant
-        else:
-            score += _look_up(line, at[:, None] + columns[None, :], direct)
-            if not even:
-                score = tl.where((columns < keys)[None, :], score, float("-inf"))
-        if masked:
-            seen = _visible(
-                mask, mask_row, run_first[:, None], run_end[:, None], rows[:, None], columns[None, :], queries, keys,
-                masked,
-            )  # fmt: skip
-            score = tl.where(seen, score, float("-inf"))
+        score = _scores(
+            query, k, line, at, constant, mask, mask_row, run_first, run_end, rows, columns, queries, keys, scale,
+            flat, masked, even, precision, direct,
+        )  # fmt: skip
         weight = tl.exp2(score - lse[:, None])
         ds = weight * (tl.dot(grad, tl.trans(v), input_precision=precision) - delta[:, None])
         gradient = tl.dot(ds.to(k.dtype), k, gradient, input_precision=precision)
@@ -235,15 +245,11 @@ def query_gradient_kernel(
     grad += batch.to(tl.int64) * grad_batch + head.to(tl.int64) * grad_head
     line += head * line_head
     rows = block * block_rows + tl.arange(0, block_rows)
-    first, far, end = _keys_of(block, block_rows, queries, keys, lowest_t, end_t, far_t, step)
-    run_first, run_end = rows, rows
     if masked:
         mask += batch.to(tl.int64) * mask_batch + head.to(tl.int64) * mask_head
-    if masked == 1:
-        run_first, run_end = _run_of(mask, rows, queries)
-        first = tl.maximum(first, tl.min(run_first) // step * step)
-        end = tl.minimum(end, tl.max(run_end))
-        far = tl.maximum(tl.minimum(far, end // step * step), first)
+    first, far, end, run_first, run_end = _keys_of(
+        block, rows, block_rows, mask, queries, keys, lowest_t, end_t, far_t, step, masked
+    )
     q = _load(query, rows, query_row, queries, width, padded, False)
     do = _load(grad, rows, grad_row, queries, value_width, value_padded, False)
     inside = rows < queries

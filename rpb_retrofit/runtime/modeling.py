@@ -62,6 +62,7 @@ RUNTIME_FILES = (
     "bias.py",
     "factor.py",
     "visibility.py",
+    "gradients.py",
     "blockwise.py",
     "fused.py",
     "kernels.py",
