@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from operator import attrgetter
 from typing import Any, cast
 
 import torch
@@ -24,7 +25,9 @@ from rpb_retrofit.tables.choose import Choice, Trial
 from rpb_retrofit.tables.fit import Fit, fit
 from rpb_retrofit.tables.form import Form
 from rpb_retrofit.tables.match import match
+from rpb_retrofit.tables.outputs import fit_outputs
 from rpb_retrofit.tables.place import Start
+from rpb_retrofit.tables.reader import metrics
 from rpb_retrofit.tables.recording import StopForward, blocks_of, record_source, resumed, run, watch
 from rpb_retrofit.tables.rows import Rows
 from rpb_retrofit.tables.spool import Spool
@@ -33,7 +36,7 @@ QUERIES = 128
 """Queries of the longest window that are compared, evenly spaced: neighbours say much the same. Shorter windows have
 the same spacing."""
 
-HELD = 2**26
+HELD = 2**27
 """Bytes of a layer's rows that are held in memory while it is fitted."""
 
 SHORTEST = 32
@@ -47,7 +50,9 @@ POOR = 1.0
 class LayerFit:
     """How one attention was fitted. Per head: the mean KL from the source's attention in nats, of zero tables and of
     the fitted ones. Per bucket: the pairs of tokens that fell into it. ``heads``: where nothing was fitted, the head of
-    the other checkpoint whose table each head took."""
+    the other checkpoint whose table each head took. ``missed``: per head, the share of the variance of the source's
+    outputs that the fitted tables miss, and ``missed_by_attention`` what they missed when only the attention was
+    fitted; None where the model hands out no values."""
 
     name: str
     before: list[float]
@@ -55,6 +60,8 @@ class LayerFit:
     visits: list[int]
     steps: int
     heads: list[int] | None = None
+    missed: list[float] | None = None
+    missed_by_attention: list[float] | None = None
 
     @property
     def unvisited(self) -> list[int]:
@@ -94,6 +101,12 @@ class CalibrationReport:
             f"{done} on {self.windows} windows of up to {self.length} tokens, {self.queries} queries a head: attention "
             f"KL from the source {self.before:.3f} -> {self.after:.3f} nats, mean of {heads} heads"
         ]
+        if missed := [layer for layer in self.layers if layer.missed]:
+            first, last = (
+                _mean([share for layer in missed for share in shares(layer) or []])
+                for shares in (attrgetter("missed_by_attention"), attrgetter("missed"))
+            )
+            lines.append(f"of the variance of the heads' outputs {first:.1%} was missed then, {last:.1%} at the end")
         if unvisited := sorted({bucket for layer in self.layers for bucket in layer.unvisited}):
             lines.append(
                 f"buckets that no pair of tokens fell into (they continue their neighbours): "
@@ -117,6 +130,7 @@ class Calibration:
         every = max(1, max(map(len, windows)) // QUERIES)
         self.positions = [_positions(len(window), every, generator) for window in self.windows]
         self.order: list[str] = []
+        self.metrics: dict[str, Tensor] = {}
 
     def record(self, model: PreTrainedModel, attentions: Mapping[str, Any]) -> None:
         """Run the source on all windows, once."""
@@ -124,6 +138,7 @@ class Calibration:
             self.order = record_source(
                 model, self.family, attentions, self.windows, self.positions, self.spool, bar.update
             )
+        self.metrics = metrics(model, self.family, attentions, self.windows[0])
 
     def choose(self, model: PreTrainedModel, attentions: Mapping[str, Any]) -> Choice:
         """How many buckets, and how far they reach, by a first calibration of an attached model's tables alone.
@@ -152,7 +167,7 @@ class Calibration:
         for name, pairs in self._layers(model, attentions, "calibrating"):
             form, bias, heads = self._form(attentions[name]), getattr(attentions[name], TABLE), None
             if candidates is None:
-                found = fit(pairs, form)
+                found = fit_outputs(pairs, form, self.metrics.get(name))
             else:
                 found, heads = match(pairs, form, starts[id(bias)])
             layers.append(_describe(name, found, form, heads))
@@ -259,7 +274,9 @@ def _positions(length: int, every: int, generator: torch.Generator) -> range:
 def _describe(name: str, found: Fit, form: Form, heads: list[int] | None) -> LayerFit:
     if not found.numbers.isfinite().all():
         raise ConfigError(f"{name}: its attention could not be fitted, the scores are not finite; take init='zeros'")
-    return LayerFit(name, found.before.tolist(), found.after.tolist(), found.visits.tolist(), found.steps, heads)
+    before, after, visits = (x.tolist() for x in (found.before, found.after, found.visits))
+    by_attention, missed = (None, None) if found.missed is None else (x.tolist() for x in found.missed)
+    return LayerFit(name, before, after, visits, found.steps, heads, missed, by_attention)
 
 
 def _mean(values: Sequence[float]) -> float:

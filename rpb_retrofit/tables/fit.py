@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -40,14 +40,18 @@ GAUGE = 1.0
 
 
 class Pace(NamedTuple):
-    """How far Newton's steps go: at most ``steps``, until each promises less than ``tolerance`` nats to every head. The
-    Hessian is taken from one row in ``thin``, and anew in each step or, with ``stale``, in steps 1, 2, 4, 8, ...: both
-    make the steps a little worse, and neither moves what they lead to."""
+    """How far Newton's steps go: at most ``steps``, until each promises less than ``tolerance`` nats to every head, or
+    less than the share ``rough`` of the loss that it has.
+
+    The Hessian is taken from one row in ``thin``, and anew in each step or, with ``stale``, in steps 1, 2, 4, 8, ...:
+    both make the steps a little worse, and neither moves what they lead to.
+    """
 
     steps: int
     tolerance: float
     thin: int = 1
     stale: bool = False
+    rough: float = 0.0
 
 
 BIAS, FACTORS = Pace(20, 1e-7), Pace(16, 1e-4, thin=4, stale=True)
@@ -69,23 +73,38 @@ class Target(NamedTuple):
 
 class Loss(NamedTuple):
     """The mean KL (heads,) and, with the pull, the loss; its gradient (heads, size) and Hessian (heads, size, size), if
-    it was asked for."""
+    it was asked for. With another `Term` beside the KL, both together, and what it measures by itself (heads,)."""
 
     kl: Tensor
     value: Tensor
     gradient: Tensor
     hessian: Tensor | None
+    beside: Tensor | None = None
+
+
+class Term(Protocol):
+    """What may be minimised beside the KL: a mean over rows, too."""
+
+    @property
+    def share(self) -> float:
+        """How much the KL counts."""
+
+    def __call__(self, theirs: Rows, ours: Rows, weights: Tensor, content: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Its value (heads,), gradient (heads, size) and Hessian (heads, size, size), float64, summed over the rows of
+        a block; ``ours`` have the weights and the content scores (heads, R, K)."""
 
 
 class Fit(NamedTuple):
     """A layer's numbers (heads, size), float32; per head the mean KL of a zero table and of the fit, in nats; pairs of
-    tokens by bucket; and the steps that it took."""
+    tokens by bucket; the steps that it took; and, per head, the share of the variance of the source's outputs that the
+    fit misses, before they were fitted and after, where they were."""
 
     numbers: Tensor
     before: Tensor
     after: Tensor
     visits: Tensor
     steps: int
+    missed: tuple[Tensor, Tensor] | None = None
 
 
 def target_of(pairs: Pairs, form: Form, dtype: torch.dtype = torch.float32) -> Target:
@@ -123,14 +142,17 @@ def _against(theirs: Rows, scores: Tensor) -> tuple[Tensor, Tensor]:
     return weights, relative
 
 
-def loss(numbers: Tensor, target: Target, pairs: Pairs, form: Form, thin: int | None = 1) -> Loss:
+def loss(
+    numbers: Tensor, target: Target, pairs: Pairs, form: Form, thin: int | None = 1, term: Term | None = None
+) -> Loss:
     """The loss of numbers (heads, size) with its derivatives, float64; rows are computed in the dtype of the numbers.
 
-    The Hessian is taken from one row in ``thin``, or left out.
+    The Hessian is taken from one row in ``thin``, or left out. A ``term`` stands beside the KL.
     """
     heads, size = numbers.shape
     value, mean = target.constant.new_zeros(heads), target.constant.new_zeros(heads, size)
     hessian, count = target.constant.new_zeros(heads, size, size), 0
+    beside = [torch.zeros_like(x) for x in (value, mean, hessian)]
     for source, student in pairs:
         for theirs, block in zip(source.blocks(), student.blocks(), strict=True):
             scores, content = form.scores(block, numbers)
@@ -139,6 +161,8 @@ def loss(numbers: Tensor, target: Target, pairs: Pairs, form: Form, thin: int | 
             moments = form.moments(block, weights, content)
             value += normaliser.sum(1, dtype=torch.double)
             mean += moments.sum(1, dtype=torch.double)
+            if term is not None:
+                beside = [a + b for a, b in zip(beside, term(theirs, block, weights, content), strict=True)]
             if thin is not None:
                 some = slice(None, None, thin)
                 part, moments = block.part(some), moments[:, some]
@@ -156,7 +180,17 @@ def loss(numbers: Tensor, target: Target, pairs: Pairs, form: Form, thin: int | 
             masses /= masses.sum(1, keepdim=True)
         value += target.constant - (target.moments * x).sum(1)
         mean -= target.moments
-    return Loss(value, value + ((x @ pull) * x).sum(1) / 2, mean + x @ pull, hessian / count + pull if count else None)
+    own = Loss(value, value + ((x @ pull) * x).sum(1) / 2, mean + x @ pull, hessian / count + pull if count else None)
+    if term is None:
+        return own
+    other, gradient, curvature = (x / target.rows for x in beside)
+    return Loss(
+        value,
+        term.share * own.value + other,
+        term.share * own.gradient + gradient,
+        None if own.hessian is None else term.share * own.hessian + curvature,
+        other,
+    )
 
 
 def _pull(form: Form, target: Target) -> Tensor:
@@ -182,29 +216,32 @@ def neighbours(bucketing: Bucketing) -> Tensor:
     return difference.T @ difference
 
 
-def fit(pairs: Pairs, form: Form, dtype: torch.dtype = torch.float32) -> Fit:
-    """The numbers of a layer, by Newton's method with a step length per head; the bias goes first, alone."""
+def fit(pairs: Pairs, form: Form, dtype: torch.dtype = torch.float32, rough: float = 0.0) -> Fit:
+    """The numbers of a layer, by Newton's method with a step length per head; the bias goes first, alone.
+
+    It may end as soon as a step promises each head less than the share ``rough`` of its loss.
+    """
+    bias, factors = BIAS._replace(rough=rough), FACTORS._replace(rough=rough)
     plain = Form(form.bucketing, form.tail)
     target = target_of(pairs, plain, dtype)
     zeros = target.constant.new_zeros(len(target.constant), plain.num_bias)
-    falling = slice(form.bucketing.num_buckets, form.num_bias)
-    numbers, before, after, steps = _newton(
-        lambda x, thin: loss(x.to(dtype), target, pairs, plain, thin), zeros, BIAS, falling
+    numbers, first, last, steps = newton(
+        lambda x, thin: loss(x.to(dtype), target, pairs, plain, thin), zeros, bias, form.falling
     )
     if form.num_factors:
         whole = target_of(pairs, form, dtype)
         start = torch.nn.functional.pad(numbers, (0, 2 * form.num_factors))
-        numbers, _, after, more = _newton(
-            lambda x, thin: loss(x.to(dtype), whole, pairs, form, thin), start, FACTORS, falling
+        numbers, _, last, more = newton(
+            lambda x, thin: loss(x.to(dtype), whole, pairs, form, thin), start, factors, form.falling
         )
         steps += more
-    return Fit(numbers.float(), before, after, target.visits, steps)
+    return Fit(numbers.float(), first.kl, last.kl, target.visits, steps)
 
 
-def _newton(
+def newton(
     evaluate: Callable[[Tensor, int | None], Loss], numbers: Tensor, pace: Pace, falling: slice
-) -> tuple[Tensor, Tensor, Tensor, int]:
-    """The numbers of least loss, the KL (heads,) at the start and there, and the steps taken.
+) -> tuple[Tensor, Loss, Loss, int]:
+    """The numbers of least loss, the loss at the start and there (without its Hessian), and the steps taken.
 
     ``evaluate`` takes numbers, and one row in how many its Hessian is taken from (None: there is none). The numbers
     ``falling`` stay at or below zero (Bertsekas 1982, "Projected Newton methods": those that are at the bound and would
@@ -216,14 +253,14 @@ def _newton(
         there[:, falling] = there[:, falling].clamp(max=0)
         return there
 
-    now = evaluate(numbers, pace.thin)
-    hessian, before, steps = now.hessian, now.kl, 0
+    first = now = evaluate(numbers, pace.thin)
+    hessian, steps = now.hessian, 0
     length = numbers.new_ones(len(numbers), 1)
     while steps < pace.steps:
         assert hessian is not None, "the first evaluation has one"
         direction = _free_direction(hessian, now.gradient, numbers, falling)
         promised = -(direction * now.gradient).sum(1) / 2
-        if not (promised > pace.tolerance).any():
+        if not (promised > pace.tolerance + pace.rough * now.value).any():
             # What is left is next to nothing in the loss but not in the numbers: the loss is flat here.
             numbers = torch.where(promised[:, None] >= 0, along(direction, 1.0), numbers)
             break
@@ -240,9 +277,10 @@ def _newton(
             torch.where(better, new.value, now.value),
             torch.where(better[:, None], new.gradient, now.gradient),
             None,
+            None if new.beside is None or now.beside is None else torch.where(better, new.beside, now.beside),
         )
         length = torch.where(better[:, None], (length * 4).clamp(max=1), length / 4)
-    return numbers, before, now.kl, steps
+    return numbers, first, now, steps
 
 
 def _free_direction(hessian: Tensor, gradient: Tensor, numbers: Tensor, falling: slice) -> Tensor:

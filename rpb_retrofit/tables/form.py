@@ -50,13 +50,19 @@ class Form:
         """Numbers of a head."""
         return self.num_bias + 2 * self.num_factors
 
+    @property
+    def falling(self) -> slice:
+        """The numbers that are kept at or below zero: the slopes, since a bias that rises with the distance would give
+        all attention to the farthest keys of a longer text."""
+        return slice(self.bucketing.num_buckets, self.num_bias)
+
     def table(self, numbers: Tensor) -> Tensor:
         """The table (heads, buckets) in numbers (heads, size)."""
         return numbers[:, : self.bucketing.num_buckets]
 
     def slopes(self, numbers: Tensor) -> Tensor:
         """The tail's slopes (heads, directions) in numbers (heads, size); (heads, 0) without a tail."""
-        return numbers[:, self.bucketing.num_buckets : self.num_bias]
+        return numbers[:, self.falling]
 
     def factor(self, numbers: Tensor) -> Tensor:
         """The factors (heads, F, 2) of all frequencies; 1 for those that have none."""

@@ -67,7 +67,7 @@ def record_source(
             ran: list[str] = []
 
             def take(name: str, rows: Rows, number: int = number, ran: list[str] = ran) -> None:
-                spool["source", name, number] = rows
+                spool["source", name, number] = rows.answered()
                 ran.append(name)
 
             listen(take, queries)
@@ -195,6 +195,7 @@ def _take_rows(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=softcap,
         sinks=s_aux,
+        value=value[0],
     )
     take(name, rows)
     return attend(module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, s_aux=s_aux, **kwargs)

@@ -23,7 +23,8 @@ class Rows:
     """The content scores of some queries, before any bias: either what they are made from, or the scores themselves.
 
     Shapes: ``query`` (heads, R, d), ``key`` (key-value heads, K, d), ``scores`` (heads, R, K) where a model hands out
-    nothing else, ``sinks`` (heads,), ``seen`` (R, 2) the first and one past the last key that a query sees.
+    nothing else, ``sinks`` (heads,), ``seen`` (R, 2) the first and one past the last key that a query sees; ``value``
+    (key-value heads, K, v) what is attended, ``output`` (heads, R, v) what came of it, where they were kept.
     ``positions`` are those of the queries, descending; keys have the positions 0 .. K - 1.
     """
 
@@ -36,6 +37,8 @@ class Rows:
     scale: float = 1.0
     softcap: float | None = None
     sinks: Tensor | None = None
+    value: Tensor | None = None
+    output: Tensor | None = None
 
     @property
     def heads(self) -> int:
@@ -58,7 +61,23 @@ class Rows:
             seen=self.seen[rows],
             query=None if self.query is None else self.query[:, rows],
             scores=None if self.scores is None else self.scores[:, rows],
+            output=None if self.output is None else self.output[:, rows],
         )
+
+    def answered(self) -> Rows:
+        """The same rows with what attention without a bias makes of the values, in the place of the values."""
+        if self.value is None:
+            return self
+        outputs = []
+        for block in self.blocks():
+            scores = block.content()
+            outputs.append(block.attended((scores - block.log_normaliser(scores)[..., None]).exp_()))
+        return replace(self, value=None, output=torch.cat(outputs, 1))
+
+    def attended(self, weights: Tensor) -> Tensor:
+        """The values under weights (heads, R, K): (heads, R, v)."""
+        assert self.value is not None
+        return self.ungrouped(self.grouped(weights) @ self.value.to(weights.dtype))
 
     def content(self, dtype: torch.dtype = torch.float32, turn: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """The content scores (heads, R, K), minus infinity where a key is hidden; ``turn`` changes the queries."""

@@ -1,0 +1,189 @@
+"""The second act of a fit: outputs like the source's, measured as the layer that reads them measures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import rpb_retrofit as rpb
+from rpb_retrofit.runtime import factor
+from rpb_retrofit.runtime.buckets import Bucketing
+from rpb_retrofit.runtime.families import family_of
+from rpb_retrofit.runtime.modeling import attention_modules
+from rpb_retrofit.tables.fit import Pairs, fit, loss, target_of
+from rpb_retrofit.tables.form import Form
+from rpb_retrofit.tables.outputs import SHARE, Outputs, fit_outputs
+from rpb_retrofit.tables.reader import metrics
+from rpb_retrofit.tables.rows import Rows
+from tests.families.cases import CASES
+from tests.families.test_contract import build, tokens
+from tests.tables.test_fit import FORMS, Planted, exactly, explicit_scores
+
+VALUE = 5
+"""Dimensions of a value: others than those of a key."""
+
+BY_NAME = {str(case): case for case in CASES}
+
+
+def with_values(planted: Planted, windows: int) -> Pairs:
+    """Rows whose students have values, and whose sources what their own attention makes of values of their own."""
+    pairs = []
+    for source, student in planted.pairs(windows):
+        values = [planted.randn(planted.heads // planted.groups, planted.keys, VALUE) for _ in range(2)]
+        weights = probabilities(source.scores, source)
+        theirs = weights @ values[0].repeat_interleave(planted.groups, 0)
+        pairs.append((replace(source, output=theirs), replace(student, value=values[1])))
+    return pairs
+
+
+def probabilities(scores: Tensor, rows: Rows) -> Tensor:
+    """The softmax by its definition, a sink's share left out."""
+    if rows.sinks is None:
+        return scores.softmax(-1)
+    sink = rows.sinks.view(-1, 1, 1).expand(-1, scores.shape[1], 1)
+    return torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
+
+
+def some_metric(planted: Planted) -> Tensor:
+    root = planted.randn(planted.heads, VALUE, VALUE + 2)
+    return root @ root.mT
+
+
+def explicit_missed(numbers: Tensor, pairs: Pairs, form: Form, metric: Tensor) -> Tensor:
+    """The share of the variance of the source's outputs that is missed, by its definition."""
+    theirs = torch.cat([source.output for source, _ in pairs], 1)
+    ours = torch.cat(
+        [
+            probabilities(explicit_scores(student, form, numbers), student)
+            @ student.value.repeat_interleave(len(student.query) // len(student.value), 0)
+            for _, student in pairs
+        ],
+        1,
+    )
+
+    def squares(x: Tensor) -> Tensor:
+        return torch.einsum("hrv,hvw,hrw->h", x, metric, x)
+
+    return squares(ours - theirs) / squares(theirs - theirs.mean(1, keepdim=True))
+
+
+@settings(max_examples=30, deadline=None)
+@given(FORMS, st.booleans(), st.sampled_from([None, 2.0]), st.integers(0, 2**30))
+def test_the_term_and_its_gradient(form: Form, sinks: bool, softcap: float | None, seed: int) -> None:
+    """In float64, against the definition and autograd through it; the KL stands beside it with its share."""
+    planted = Planted(form, sinks=sinks, softcap=softcap, seed=seed)
+    pairs, metric = with_values(planted, 2), some_metric(planted)
+    point = (planted.randn(planted.heads, form.size) / 2).requires_grad_()
+    want = explicit_missed(point, pairs, form, metric)
+    (slope,) = torch.autograd.grad(want.sum(), point)
+    point = point.detach()
+    with pytest.MonkeyPatch.context() as patch:
+        exactly(patch)
+        patch.setattr("rpb_retrofit.tables.outputs.ROUNDING", 0.0)
+        term, target = Outputs.of(pairs, form, metric), target_of(pairs, form, torch.float64)
+        alone = loss(point, target, pairs, form)
+        both = loss(point, target, pairs, form, term=term)
+    torch.testing.assert_close(both.beside, want.detach(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(both.value, SHARE * alone.value + want.detach(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(both.gradient, SHARE * alone.gradient + slope, rtol=1e-7, atol=1e-9)
+    assert torch.linalg.eigvalsh(both.hessian).min() > -1e-9, "Gauss and Newton's matrix is never negative"
+
+
+def test_random_signs_sample_gauss_and_newton() -> None:
+    """Over many rows the sampled matrix is the product of the explicit Jacobian with itself, but for the sampling."""
+    form = Form(Bucketing(8, 20, False), pairs=factor.Pairs("half", 0, 4))
+    planted = Planted(form, heads=2, keys=120, step=1)
+    pairs, metric = with_values(planted, 24), some_metric(planted)
+    point = planted.randn(planted.heads, form.size) / 4
+    root = torch.linalg.cholesky(metric)
+
+    def outputs(numbers: Tensor, student: Rows) -> Tensor:
+        weights = probabilities(explicit_scores(student, form, numbers), student)
+        return (weights @ student.value.repeat_interleave(2, 0)) @ root
+
+    want = torch.zeros(2, form.size, form.size, dtype=torch.double)
+    for _, student in pairs:
+        jacobian = torch.autograd.functional.jacobian(lambda x, s=student: outputs(x, s), point)
+        for head in range(2):
+            own = jacobian[head, ..., head, :].flatten(0, 1)
+            want[head] += 2 * own.T @ own
+    theirs = torch.cat([source.output for source, _ in pairs], 1)
+    centred = (theirs - theirs.mean(1, keepdim=True)) @ root
+    want /= (centred**2).sum((1, 2))[:, None, None]
+    with pytest.MonkeyPatch.context() as patch:
+        exactly(patch)
+        term = replace(Outputs.of(pairs, form, metric), share=0.0)
+        found = loss(point, target_of(pairs, form, torch.float64), pairs, form, term=term).hessian
+    for head in range(2):
+        assert (found[head] - want[head]).norm() < 0.2 * want[head].norm()
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.sampled_from([Bucketing(8, 20, False), Bucketing(8, 20, True)]), st.booleans(), st.integers(0, 2**30))
+def test_a_planted_bias_is_recovered(bucketing: Bucketing, sinks: bool, seed: int) -> None:
+    """Where values are the source's, too, the outputs are met and the table is the source's, to 1e-3."""
+    planted = Planted(Form(bucketing), keys=200, sinks=sinks, seed=seed, dtype=torch.float32)
+    pairs = []
+    for source, student in planted.pairs(6):
+        value = planted.randn(planted.heads // planted.groups, planted.keys, VALUE)
+        weights = probabilities(source.scores, source)
+        output = weights @ value.repeat_interleave(planted.groups, 0)
+        pairs.append((replace(source, output=output), replace(student, value=value)))
+    found = fit_outputs(pairs, planted.form, some_metric(planted))
+    visited = found.visits > 20
+    ours, theirs = found.numbers[:, visited], planted.numbers[:, visited]
+    if not sinks:
+        ours, theirs = ours - ours.mean(1, keepdim=True), theirs - theirs.mean(1, keepdim=True)
+    assert (ours - theirs).abs().max() < 1e-3
+    assert found.missed is not None and found.missed[1].max() < 1e-6
+
+
+def test_outputs_come_nearer_than_by_attention_alone() -> None:
+    """On values whose size varies by key, attention alone misses more; a head that always answers alike still fits."""
+    form = Form(Bucketing(8, 20, False))
+    planted = Planted(form, dtype=torch.float32, keys=200)
+    pairs = []
+    for source, student in with_values(planted, 4):
+        value = student.value * planted.randn(1, planted.keys, 1).exp() ** 2
+        noisy = replace(source, scores=source.scores + 2 * planted.randn(*source.scores.shape))
+        output = probabilities(noisy.scores, noisy) @ value.repeat_interleave(planted.groups, 0)
+        output[0] = 1.0
+        pairs.append((replace(noisy, output=output), replace(student, value=value)))
+    by_attention, found = fit(pairs, form), fit_outputs(pairs, form)
+    assert found.missed is not None and found.numbers.isfinite().all()
+    missed = explicit_missed(by_attention.numbers, pairs, form, torch.eye(VALUE).expand(planted.heads, -1, -1))
+    assert bool((found.missed[1][1:] < missed[1:]).all())
+    torch.testing.assert_close(found.after[0], by_attention.after[0], rtol=0.02, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "modernbert", "bart", "deepseek_v3", "gemma3_text"])
+def test_the_reader_is_found(name: str) -> None:
+    """Every attention's output is read by the projection that the family's own name points at."""
+    model = build(BY_NAME[name])
+    family = family_of(model.config)
+    attentions = attention_modules(model, family)
+    found = metrics(model, family, attentions, tokens(1, 40)[0])
+    assert list(found) == list(attentions)
+    for name, metric in found.items():
+        block = model.get_submodule(name.rpartition(".")[0])
+        readers = [m for m in block.modules() if isinstance(m, nn.Linear | Conv1D)]
+        heads, width = metric.shape[:2]
+        candidates = []
+        for reader in readers:
+            weight = reader.weight.T if isinstance(reader, nn.Linear) else reader.weight
+            if len(weight) == heads * width:
+                parts = weight.detach().unflatten(0, (heads, width))
+                candidates.append(parts @ parts.mT)
+        assert any(torch.allclose(metric, candidate, rtol=1e-4, atol=1e-6) for candidate in candidates)
+
+
+def test_it_is_part_of_the_report() -> None:
+    model = build(BY_NAME["llama"])
+    said = str(rpb.retrofit(model, rpb.RetrofitConfig(), calibration=[tokens(2, 48, seed=5)]))
+    assert "of the variance of the heads' outputs" in said
