@@ -1,4 +1,4 @@
-"""Calibration: tables fitted to what the source attends to, on text, layer after layer.
+"""Calibration: tables fitted to what the source attends to and hands on, on text, layer after layer.
 
 Both models read the same windows of text. The source goes first, whole. Then each layer of the retrofit is fitted on
 the content scores that it computes on top of the layers already fitted below it, so that it makes good for what they

@@ -262,7 +262,8 @@ def newton(
         promised = -(direction * now.gradient).sum(1) / 2
         if not (promised > pace.tolerance + pace.rough * now.value).any():
             # What is left is next to nothing in the loss but not in the numbers: the loss is flat here.
-            numbers = torch.where(promised[:, None] >= 0, along(direction, 1.0), numbers)
+            flat = (promised >= 0) & (promised <= pace.tolerance)
+            numbers = torch.where(flat[:, None], along(direction, 1.0), numbers)
             break
         steps += 1
         there = along(direction, length)
