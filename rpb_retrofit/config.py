@@ -21,9 +21,9 @@ class RetrofitConfig:
     ``relative_attention_num_buckets``: scalars per head; a bidirectional table gives half to each direction. ``auto``:
     as few, and of such a reach, as text that calibration did not see allows.
     ``relative_attention_max_distance``: offsets from here on share the last bucket.
-    ``init``: where the numbers in the tables come from: ``calibrated`` fits them to what the source attends to on
-    text; ``zeros``, ``normal`` (as Transformers' T5 initialises) and ``alibi`` need no text; ``from:CHECKPOINT`` takes
-    the tables of a model of the T5 family or of another retrofit.
+    ``init``: where the numbers in the tables come from: ``calibrated`` fits them to what the source attends to and
+    hands on, on text; ``zeros``, ``normal`` (as Transformers' T5 initialises) and ``alibi`` need no text;
+    ``from:CHECKPOINT`` takes the tables of a model of the T5 family or of another retrofit.
     ``polish``: so many steps then train the tables alone to predict what the source predicts, on text.
     ``calibrate``: what calibration fits: ``tables`` leaves all weights as they are; ``tables+content`` also multiplies
     the content term by a factor for each query head and rotary frequency, which folds into the query projection.

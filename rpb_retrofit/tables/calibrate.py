@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from operator import attrgetter
 from typing import Any, cast
 
 import torch
@@ -101,12 +100,12 @@ class CalibrationReport:
             f"{done} on {self.windows} windows of up to {self.length} tokens, {self.queries} queries a head: attention "
             f"KL from the source {self.before:.3f} -> {self.after:.3f} nats, mean of {heads} heads"
         ]
-        if missed := [layer for layer in self.layers if layer.missed]:
-            first, last = (
-                _mean([share for layer in missed for share in shares(layer) or []])
-                for shares in (attrgetter("missed_by_attention"), attrgetter("missed"))
+        if missed := [share for layer in self.layers for share in layer.missed or []]:
+            first = [share for layer in self.layers for share in layer.missed_by_attention or []]
+            lines.append(
+                f"of the variance of the heads' outputs {_mean(first):.1%} is missed where the attention alone is "
+                f"fitted, {_mean(missed):.1%} by these tables"
             )
-            lines.append(f"of the variance of the heads' outputs {first:.1%} was missed then, {last:.1%} at the end")
         if unvisited := sorted({bucket for layer in self.layers for bucket in layer.unvisited}):
             lines.append(
                 f"buckets that no pair of tokens fell into (they continue their neighbours): "
