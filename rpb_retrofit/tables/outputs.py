@@ -99,7 +99,8 @@ class Outputs:
 
 
 def fit_outputs(pairs: Pairs, form: Form, metric: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Fit:
-    """The numbers of a layer whose outputs are nearest to the source's, from a fit of the attention on.
+    """The numbers of a layer whose outputs are nearest to the source's, from a fit of the attention on; a head whose
+    attention would be farther from the source's than without a table keeps that fit.
 
     ``metric`` (heads, v, v) says how near, as `reader.metrics` finds it; without it each dimension counts alike. Where
     a model hands out nothing but attention weights, the fit of those.
@@ -115,6 +116,11 @@ def fit_outputs(pairs: Pairs, form: Form, metric: Tensor | None = None, dtype: t
         form.falling,
     )
     assert first.beside is not None and last.beside is not None
+    # What outputs ask for may lead a head's attention farther from the source's than no table is: that is not trusted.
+    trusted = last.kl <= found.before
     return found._replace(
-        numbers=numbers.float(), after=last.kl, steps=found.steps + steps, missed=(first.beside, last.beside)
+        numbers=torch.where(trusted[:, None], numbers.float(), found.numbers),
+        after=torch.where(trusted, last.kl, first.kl),
+        steps=found.steps + steps,
+        missed=(first.beside, torch.where(trusted, last.beside, first.beside)),
     )

@@ -43,6 +43,7 @@ def test_every_family(case: Case) -> None:
     )
     whole = {"first": 0.0, "last": 0.0}
     for layer in found.layers:
+        assert all(b <= a + 1e-5 for a, b in zip(layer.before, layer.after, strict=True)), layer.name
         assert (layer.missed is None) != family_of(model.config).uses_interface
         first, last = torch.tensor(layer.before), torch.tensor(layer.after)
         if layer.missed is not None and layer.missed_by_attention is not None:
