@@ -216,23 +216,19 @@ def neighbours(bucketing: Bucketing) -> Tensor:
     return difference.T @ difference
 
 
-def fit(pairs: Pairs, form: Form, dtype: torch.dtype = torch.float32, rough: float = 0.0) -> Fit:
-    """The numbers of a layer, by Newton's method with a step length per head; the bias goes first, alone.
-
-    It may end as soon as a step promises each head less than the share ``rough`` of its loss.
-    """
-    bias, factors = BIAS._replace(rough=rough), FACTORS._replace(rough=rough)
+def fit(pairs: Pairs, form: Form, dtype: torch.dtype = torch.float32) -> Fit:
+    """The numbers of a layer, by Newton's method with a step length per head; the bias goes first, alone."""
     plain = Form(form.bucketing, form.tail)
     target = target_of(pairs, plain, dtype)
     zeros = target.constant.new_zeros(len(target.constant), plain.num_bias)
     numbers, first, last, steps = newton(
-        lambda x, thin: loss(x.to(dtype), target, pairs, plain, thin), zeros, bias, form.falling
+        lambda x, thin: loss(x.to(dtype), target, pairs, plain, thin), zeros, BIAS, form.falling
     )
     if form.num_factors:
         whole = target_of(pairs, form, dtype)
         start = torch.nn.functional.pad(numbers, (0, 2 * form.num_factors))
         numbers, _, last, more = newton(
-            lambda x, thin: loss(x.to(dtype), whole, pairs, form, thin), start, factors, form.falling
+            lambda x, thin: loss(x.to(dtype), whole, pairs, form, thin), start, FACTORS, form.falling
         )
         steps += more
     return Fit(numbers.float(), first.kl, last.kl, target.visits, steps)

@@ -33,9 +33,6 @@ ROUNDING = 1e-6
 TINY = 1e-30
 """What counts as no variance at all."""
 
-START = 0.02
-"""The attention is fitted first until a step promises less than this share of the KL that is left."""
-
 STEPS = Pace(6, 1e-4, rough=0.005)
 """With factors likewise, but for their covariance under the KL, which is dear."""
 
@@ -107,7 +104,7 @@ def fit_outputs(pairs: Pairs, form: Form, metric: Tensor | None = None, dtype: t
     """
     if (outputs := Outputs.of(pairs, form, metric)) is None:
         return fit(pairs, form, dtype)
-    found = fit(pairs, form, dtype, rough=START)
+    found = fit(pairs, form, dtype)
     target = target_of(pairs, form, dtype)
     numbers, first, last, steps = newton(
         lambda x, thin: loss(x.to(dtype), target, pairs, form, thin, outputs),

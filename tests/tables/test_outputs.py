@@ -158,7 +158,7 @@ def test_outputs_come_nearer_than_by_attention_alone() -> None:
     by_attention, found = fit(pairs, form), fit_outputs(pairs, form)
     assert found.missed is not None and found.numbers.isfinite().all()
     missed = explicit_missed(by_attention.numbers, pairs, form, torch.eye(VALUE).expand(planted.heads, -1, -1))
-    assert bool((found.missed[1][1:] < missed[1:]).all())
+    assert bool((found.missed[1][1:] < missed[1:] + 1e-5).all() and (found.missed[1][1:] < missed[1:] - 1e-5).any())
     torch.testing.assert_close(found.after[0], by_attention.after[0], rtol=0.02, atol=1e-4)
 
 
