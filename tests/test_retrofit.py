@@ -121,7 +121,8 @@ def test_gradient_checkpointing(case: Case, use_reentrant: bool) -> None:
         model(**inputs_of(case, tokens()), labels=tokens()).loss.backward()
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
-    plain, checkpointed = retrofitted(case), retrofitted(case)
+    # In float64: how float32 rounds when a layer runs again is the machine's affair, and on some exceeds the bounds.
+    plain, checkpointed = retrofitted(case).double(), retrofitted(case).double()
     checkpointed.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     want, got = gradients(plain), gradients(checkpointed)
     assert want.keys() == got.keys() and any(map(is_table, want))

@@ -200,7 +200,8 @@ def pass_offset(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 def add_to_mask(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Forward pre-hook of an attention module with an additive ``attention_mask``: the bias is added to it."""
     bias, mask = _bias_argument(module, args, kwargs), kwargs["attention_mask"]
-    biased = (mask.float() + bias).clamp(min=torch.finfo(mask.dtype).min)
+    wide = torch.promote_types(mask.dtype, torch.float32)
+    biased = (mask.to(wide) + bias).clamp(min=torch.finfo(mask.dtype).min)
     return args, {**kwargs, "attention_mask": biased.to(mask.dtype)}
 
 

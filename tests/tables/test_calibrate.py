@@ -16,7 +16,8 @@ import rpb_retrofit as rpb
 from rpb_retrofit.errors import ConfigError, DataError, RetrofitError
 from rpb_retrofit.runtime.families import family_of
 from rpb_retrofit.tables.calibrate import Calibration
-from rpb_retrofit.tables.outputs import SHARE
+from rpb_retrofit.tables.fit import fit
+from rpb_retrofit.tables.outputs import SHARE, fit_outputs
 from rpb_retrofit.tables.spool import temporary_spool
 from tests.families.cases import CASES, Case
 from tests.families.test_contract import CONFIG, VOCAB, build, inputs_of, tokens
@@ -61,6 +62,16 @@ def test_every_family(case: Case) -> None:
     assert all(torch.equal(state[name], value) for name, value in untouched.state_dict().items())
     rpb.revert(model)
     assert torch.equal(model(**inputs_of(case, tokens())).logits, before)
+
+
+@pytest.mark.parametrize("case", FITTED, ids=str)
+def test_every_attention_comes_nearer(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first act alone, which the outputs start from: each layer's attention comes nearer to the source's."""
+    monkeypatch.setattr("rpb_retrofit.tables.calibrate.fit_outputs", lambda pairs, form, metric: fit(pairs, form))
+    found = rpb.retrofit(build(case), CALIBRATED, calibration=text()).calibration
+    for layer in found.layers:
+        assert all(b <= a + 1e-5 for a, b in zip(layer.before, layer.after, strict=True)), layer.name
+    assert found.after < 0.995 * found.before
 
 
 def test_it_reports_what_it_reached() -> None:
@@ -253,8 +264,6 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
         if len(calls) == 2:
             raise KeyboardInterrupt
         return fit_outputs(*args)
-
-    from rpb_retrofit.tables.outputs import fit_outputs
 
     monkeypatch.setattr("rpb_retrofit.tables.calibrate.fit_outputs", interrupted)
     with pytest.raises(KeyboardInterrupt):
