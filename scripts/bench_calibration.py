@@ -57,7 +57,7 @@ def score(model: Any, documents: list[Any], tokens: int, long: bool) -> dict[str
     import torch
 
     with torch.inference_mode():
-        losses = token_losses(model, max(documents, key=len)[: LONG[-1][1]])
+        losses = token_losses(model, max(documents, key=len)[: LONG[-1][1]].to(model.device))
     return {f"{first}-{end}": losses[max(first, 1) - 1 : end - 1].double().mean().item() for first, end in LONG}
 
 
@@ -70,12 +70,13 @@ def measure(arm: str | None, options: argparse.Namespace) -> dict[str, Any]:
     from rpb_retrofit.demo.fetch import SMOLLM2, fetch
     from rpb_retrofit.text import CalibrationText, read_text, tokenise
 
-    model, tokenizer = load_gguf(fetch(SMOLLM2))
+    model, tokenizer = load_gguf(options.source or fetch(SMOLLM2))
+    model.to(options.device)
     found: dict[str, Any] = {"arm": arm or "source"}
     forget_peak()  # dequantising the file took more than what comes now
     if arm is None:
         with torch.no_grad():
-            model(torch.arange(1000, 3048)[None], use_cache=False)
+            model(torch.arange(1000, 3048)[None].to(options.device), use_cache=False)
     else:
         config = rpb.RetrofitConfig(**ARMS[arm])
         cut = {"tokens": options.calibration_tokens, "length": options.calibration_length}
@@ -101,6 +102,8 @@ def main() -> None:
     parser.add_argument("--calibration-tokens", type=int, help="tokens of it. Default: as of `rpb retrofit`")
     parser.add_argument("--calibration-length", type=int, help="tokens of a window of it. Default: likewise")
     parser.add_argument("--long", action="store_true", help="score one window of 16,384 tokens, by position")
+    parser.add_argument("--source", type=Path, help="the GGUF file, where it need not be fetched")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="memory is the CPU's in either case")
     parser.add_argument("--json", type=Path, help="a file for the figures")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []

@@ -26,6 +26,8 @@ from rpb_retrofit.runtime.families import FACTOR
 from rpb_retrofit.runtime.modeling import attention_modules
 from rpb_retrofit.tables.fit import fit, loss, target_of
 from rpb_retrofit.tables.form import Form
+from rpb_retrofit.tables.outputs import Outputs
+from rpb_retrofit.tables.reader import metrics
 from rpb_retrofit.tables.recording import record_source, run, watch
 from rpb_retrofit.tables.rows import Rows
 from rpb_retrofit.tables.spool import Spool, temporary_spool
@@ -50,7 +52,9 @@ class Fidelity:
     (``refit``) of the same buckets; ``meant``: under what the tables may have been meant to be; ``swaps`` (heads,
     heads): of each head under each one's row; ``layers``: the mean of an attention's heads under another's table;
     ``richer``: under the best tables of other buckets. ``continued``: by bucket, where those from
-    it on hold what the one before holds. ``tables``: the best ones."""
+    it on hold what the one before holds. ``tables``: the best ones. ``missed`` and ``missed_without``: the share of the
+    variance of each of the source's heads' outputs that they miss with their own tables and with none; left out where
+    the model hands out no values."""
 
     own: dict[str, Tensor] = field(default_factory=dict)
     zeros: dict[str, Tensor] = field(default_factory=dict)
@@ -61,6 +65,8 @@ class Fidelity:
     richer: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     tables: dict[str, Tensor] = field(default_factory=dict)
     continued: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    missed: dict[str, Tensor] = field(default_factory=dict)
+    missed_without: dict[str, Tensor] = field(default_factory=dict)
 
     def mean(self, by_name: dict[str, Tensor]) -> float:
         """The mean over all heads."""
@@ -78,10 +84,12 @@ def fidelity(arms: Arms, source: PreTrainedModel, windows: Sequence[Tensor], wid
     found = Fidelity()
     with temporary_spool() as spool:
         names = _record(arms, source, windows, spool)
+        measures = metrics(source, arms.family, attention_modules(source, arms.family), windows[0])
         biases = arms.biases
         for name in tqdm(names, desc="attention beside the source's", unit="layer", leave=False):
             pairs, bias = _Pairs(spool, name, len(windows), arms.attentions[name]), biases[name]
             _examine(found, name, pairs, bias, width)
+            _examine_outputs(found, name, pairs, bias, measures.get(name))
             few = _Pairs(spool, name, 1, arms.attentions[name], THIN)
             _try_others(found, name, few, biases, names)
     return found
@@ -158,6 +166,20 @@ def _examine(found: Fidelity, name: str, pairs: _Pairs, bias: RelativePositionBi
     found.richer[name] = {
         what: fit(pairs, Form(bucketing)).after.cpu() for what, bucketing in _richer(bias.bucketing, pairs).items()
     }
+
+
+def _examine_outputs(
+    found: Fidelity, name: str, pairs: _Pairs, bias: RelativePositionBias, metric: Tensor | None
+) -> None:
+    form = Form(bias.bucketing, bias.tail is not None)
+    if (outputs := Outputs.of(pairs, form, metric)) is None:
+        return
+    target = target_of(pairs, form)
+    own = _numbers(bias)
+    for where, numbers in ((found.missed, own), (found.missed_without, torch.zeros_like(own))):
+        beside = loss(numbers, target, pairs, form, None, outputs).beside
+        assert beside is not None
+        where[name] = beside.cpu()
 
 
 def _numbers(bias: RelativePositionBias) -> Tensor:

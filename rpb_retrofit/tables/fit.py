@@ -216,19 +216,30 @@ def neighbours(bucketing: Bucketing) -> Tensor:
     return difference.T @ difference
 
 
-def fit(pairs: Pairs, form: Form, dtype: torch.dtype = torch.float32) -> Fit:
-    """The numbers of a layer, by Newton's method with a step length per head; the bias goes first, alone."""
+def fit(
+    pairs: Pairs, form: Form, dtype: torch.dtype = torch.float32, target: Target | None = None, rough: float = 0.0
+) -> Fit:
+    """The numbers of a layer, by Newton's method with a step length per head; the bias goes first, alone.
+
+    ``target``: of these pairs and this form, where it is known. It may end as soon as a step promises each head less
+    than the share ``rough`` of its loss.
+    """
+    target = target_of(pairs, form, dtype) if target is None else target
     plain = Form(form.bucketing, form.tail)
-    target = target_of(pairs, plain, dtype)
-    zeros = target.constant.new_zeros(len(target.constant), plain.num_bias)
+    if target.moments is None:
+        known = target_of(pairs, plain, dtype)
+    else:
+        known = target._replace(moments=target.moments[:, : plain.size])
+    zeros = target.constant.new_zeros(len(target.constant), plain.size)
     numbers, first, last, steps = newton(
-        lambda x, thin: loss(x.to(dtype), target, pairs, plain, thin), zeros, BIAS, form.falling
+        lambda x, thin: loss(x.to(dtype), known, pairs, plain, thin), zeros, BIAS._replace(rough=rough), form.falling
     )
     if form.num_factors:
-        whole = target_of(pairs, form, dtype)
-        start = torch.nn.functional.pad(numbers, (0, 2 * form.num_factors))
         numbers, _, last, more = newton(
-            lambda x, thin: loss(x.to(dtype), whole, pairs, form, thin), start, FACTORS, form.falling
+            lambda x, thin: loss(x.to(dtype), target, pairs, form, thin),
+            torch.nn.functional.pad(numbers, (0, 2 * form.num_factors)),
+            FACTORS._replace(rough=rough),
+            form.falling,
         )
         steps += more
     return Fit(numbers.float(), first.kl, last.kl, target.visits, steps)

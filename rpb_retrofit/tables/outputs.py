@@ -33,6 +33,9 @@ ROUNDING = 1e-6
 TINY = 1e-30
 """What counts as no variance at all."""
 
+START = 0.02
+"""The attention is fitted first until a step promises less than this share of the KL that is left."""
+
 STEPS = Pace(6, 1e-4, rough=0.005)
 """With factors likewise, but for their covariance under the KL, which is dear."""
 
@@ -96,16 +99,15 @@ class Outputs:
 
 
 def fit_outputs(pairs: Pairs, form: Form, metric: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Fit:
-    """The numbers of a layer whose outputs are nearest to the source's, from a fit of the attention on; a head whose
-    attention would be farther from the source's than without a table keeps that fit.
+    """The numbers of a layer whose outputs are nearest to the source's, from a fit of the attention on.
 
     ``metric`` (heads, v, v) says how near, as `reader.metrics` finds it; without it each dimension counts alike. Where
     a model hands out nothing but attention weights, the fit of those.
     """
     if (outputs := Outputs.of(pairs, form, metric)) is None:
         return fit(pairs, form, dtype)
-    found = fit(pairs, form, dtype)
     target = target_of(pairs, form, dtype)
+    found = fit(pairs, form, dtype, target, START)
     numbers, first, last, steps = newton(
         lambda x, thin: loss(x.to(dtype), target, pairs, form, thin, outputs),
         found.numbers.double(),
@@ -113,11 +115,9 @@ def fit_outputs(pairs: Pairs, form: Form, metric: Tensor | None = None, dtype: t
         form.falling,
     )
     assert first.beside is not None and last.beside is not None
-    # What outputs ask for may lead a head's attention farther from the source's than no table is: that is not trusted.
-    trusted = last.kl <= found.before
     return found._replace(
-        numbers=torch.where(trusted[:, None], numbers.float(), found.numbers),
-        after=torch.where(trusted, last.kl, first.kl),
+        numbers=numbers.float(),
+        after=last.kl,
         steps=found.steps + steps,
-        missed=(first.beside, torch.where(trusted, last.beside, first.beside)),
+        missed=(first.beside, last.beside),
     )

@@ -25,8 +25,9 @@ LOST = 0.5
 """Share of what fitted tables bring that these must miss to be called unsuitable."""
 
 WORSE, FEW = 0.1, 0.25
-"""Nats of KL by which a head's row must be worse than none (fitted rows are better, on any text but by a little), and
-the share of all heads that may be: more is what training the tables alone can bring."""
+"""Nats of KL by which a head's row must be worse than none, while what the head hands on is farther from the source's,
+too (fitted rows are nearer in one or the other, on any text but by a little); and the share of all heads that may be:
+more is what training the tables alone can bring."""
 
 
 def examine(exam: Exam) -> Finding:
@@ -69,6 +70,8 @@ def _spoiled_rows(exam: Exam, fidelity: Fidelity) -> str:
     if any(not (exam.arms.folded and name.startswith(within)) for name in moved):
         return ""
     worse = {name: own - fidelity.zeros[name] > WORSE for name, own in fidelity.own.items()}
+    for name, missed in fidelity.missed.items():
+        worse[name] &= missed > fidelity.missed_without[name]
     if torch.cat(list(worse.values())).float().mean() > FEW:
         return ""
     heads = {some([name]): by.nonzero().flatten().tolist() for name, by in worse.items()}
