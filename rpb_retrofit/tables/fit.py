@@ -89,9 +89,11 @@ class Term(Protocol):
     def share(self) -> float:
         """How much the KL counts."""
 
-    def __call__(self, theirs: Rows, ours: Rows, weights: Tensor, content: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Its value (heads,), gradient (heads, size) and Hessian (heads, size, size), float64, summed over the rows of
-        a block; ``ours`` have the weights and the content scores (heads, R, K)."""
+    def __call__(
+        self, theirs: Rows, ours: Rows, weights: Tensor, content: Tensor, curved: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Its value (heads,), gradient (heads, size) and, where it has to be ``curved``, Hessian (heads, size, size),
+        float64, summed over the rows of a block; ``ours`` have the weights and the content scores (heads, R, K)."""
 
 
 class Fit(NamedTuple):
@@ -162,7 +164,8 @@ def loss(
             value += normaliser.sum(1, dtype=torch.double)
             mean += moments.sum(1, dtype=torch.double)
             if term is not None:
-                beside = [a + b for a, b in zip(beside, term(theirs, block, weights, content), strict=True)]
+                found = term(theirs, block, weights, content, curved=thin is not None)
+                beside = [a if b is None else a + b for a, b in zip(beside, found, strict=True)]
             if thin is not None:
                 some = slice(None, None, thin)
                 part, moments = block.part(some), moments[:, some]

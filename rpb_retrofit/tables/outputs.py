@@ -36,7 +36,7 @@ TINY = 1e-30
 START = 0.02
 """The attention is fitted first until a step promises less than this share of the KL that is left."""
 
-STEPS = Pace(6, 1e-4, rough=0.005)
+STEPS = Pace(6, 1e-4, stale=True, rough=0.005)
 """With factors likewise, but for their covariance under the KL, which is dear."""
 
 
@@ -73,20 +73,25 @@ class Outputs:
         weight = torch.where(variance > TINY, 1 / variance.clamp(min=TINY), 0)
         return cls(form, metric, torch.linalg.cholesky(metric), weight)
 
-    def __call__(self, theirs: Rows, ours: Rows, weights: Tensor, content: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(
+        self, theirs: Rows, ours: Rows, weights: Tensor, content: Tensor, curved: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """As of `Term`."""
         assert theirs.output is not None
         output = ours.attended(weights)
         residual = output - theirs.output.to(output)
         measured = residual @ self.metric.to(output)
-        coins = torch.Generator().manual_seed(ours.positions[0])
-        signs = torch.randint(2, output.shape, generator=coins).to(output) * 2 - 1
         slope = self._moved(ours, weights, content, output, measured)
-        sample = self._moved(ours, weights, content, output, signs @ self.root.mT.to(output))
+        hessian = None
+        if curved:
+            coins = torch.Generator().manual_seed(ours.positions[0])
+            signs = torch.randint(2, output.shape, generator=coins).to(output) * 2 - 1
+            sample = self._moved(ours, weights, content, output, signs @ self.root.mT.to(output))
+            hessian = 2 * sample.mT @ sample * self.weight[:, None, None]
         return (
             (measured * residual).sum((1, 2), dtype=torch.double) * self.weight,
             2 * slope.sum(1) * self.weight[:, None],
-            2 * sample.mT @ sample * self.weight[:, None, None],
+            hessian,
         )
 
     def _moved(self, ours: Rows, weights: Tensor, content: Tensor, output: Tensor, vector: Tensor) -> Tensor:
@@ -111,7 +116,7 @@ def fit_outputs(pairs: Pairs, form: Form, metric: Tensor | None = None, dtype: t
     numbers, first, last, steps = newton(
         lambda x, thin: loss(x.to(dtype), target, pairs, form, thin, outputs),
         found.numbers.double(),
-        STEPS._replace(thin=4, stale=True) if form.num_factors else STEPS,
+        STEPS._replace(thin=4) if form.num_factors else STEPS,
         form.falling,
     )
     assert first.beside is not None and last.beside is not None
