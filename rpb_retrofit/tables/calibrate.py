@@ -42,7 +42,7 @@ SHORTEST = 32
 """Tokens of the shortest window that says anything."""
 
 POOR = 1.0
-"""Mean KL in nats beyond which a head counts as not fitted."""
+"""Mean KL in nats beyond which a head's attention counts as far from the source's."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class CalibrationReport:
 
     @property
     def poor(self) -> list[tuple[str, int, float]]:
-        """(layer, head, KL) of the heads that no table brings near the source's attention, the worst first."""
+        """(layer, head, KL) of the heads whose attention stays far from the source's, the worst first."""
         heads = [(layer.name, head, kl) for layer in self.layers for head, kl in enumerate(layer.after) if kl > POOR]
         return sorted(heads, key=lambda head: -head[2])
 
@@ -113,7 +113,9 @@ class CalibrationReport:
             )
         if poor:
             worst = ", ".join(f"{name} head {head} ({kl:.1f})" for name, head, kl in poor[:3])
-            lines.append(f"{len(poor)} heads stay above {POOR:g} nat, which no such fit can mend; the worst: {worst}")
+            lines.append(
+                f"the attention of {len(poor)} heads stays over {POOR:g} nat from the source's; the worst: {worst}"
+            )
         return "\n".join(lines)
 
 
