@@ -179,4 +179,4 @@ def test_minilm_calibrated() -> None:
         model = AutoModel.from_pretrained(folder).eval()
         rpb.retrofit(model, rpb.RetrofitConfig(init=init), windows if init == "calibrated" else None)
         cosines[init] = sum(float(embed(source, p) @ embed(model, p)) for p in paragraphs) / len(paragraphs)
-    assert cosines["calibrated"] > 0.92 > 0.75 > cosines["zeros"]
+    assert cosines["calibrated"] > 0.915 > 0.75 > cosines["zeros"]

@@ -3,7 +3,8 @@ have been meant.
 
 A table in the wrong place, upside down or in other units runs as well as any. But the source's attention knows whose it
 is: put back, it is much nearer to it. Distances are mean KL from the source's attention in nats, per head; queries and
-keys are the retrofit's own, so only the tables differ.
+keys are the retrofit's own, so only the tables differ. What the heads hand on is compared, too, with the retrofit's
+values: there what lower layers lost counts under any table.
 """
 
 from __future__ import annotations
@@ -48,13 +49,15 @@ FINE, FARTHER = "finer buckets", "a farther reach"
 
 @dataclass(frozen=True)
 class Fidelity:
-    """KL from the source's attention, (heads,) by attention: ``own`` tables, ``zeros``, and the best there are
-    (``refit``) of the same buckets; ``meant``: under what the tables may have been meant to be; ``swaps`` (heads,
-    heads): of each head under each one's row; ``layers``: the mean of an attention's heads under another's table;
-    ``richer``: under the best tables of other buckets. ``continued``: by bucket, where those from
-    it on hold what the one before holds. ``tables``: the best ones. ``missed`` and ``missed_without``: the share of the
-    variance of each of the source's heads' outputs that they miss with their own tables and with none; left out where
-    the model hands out no values."""
+    """KL from the source's attention, (heads,) by attention: ``own`` tables, ``zeros``, and those of the same buckets
+    that are best for the attention (``refit``); ``meant``: under what the tables may have been meant to be; ``swaps``
+    (heads, heads): of each head under each one's row; ``layers``: the mean of an attention's heads under another's
+    table; ``richer``: under the best tables of other buckets; ``continued``: by bucket, where those from it on hold
+    what the one before holds. ``tables``: the best ones.
+
+    ``missed``, ``missed_without``, ``missed_by_attention``: the share of the variance of each of the source's heads'
+    outputs that they miss with their own tables, with none, and with those that are best for the attention; left out
+    where the model hands out no values."""
 
     own: dict[str, Tensor] = field(default_factory=dict)
     zeros: dict[str, Tensor] = field(default_factory=dict)
@@ -67,10 +70,16 @@ class Fidelity:
     continued: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     missed: dict[str, Tensor] = field(default_factory=dict)
     missed_without: dict[str, Tensor] = field(default_factory=dict)
+    missed_by_attention: dict[str, Tensor] = field(default_factory=dict)
 
     def mean(self, by_name: dict[str, Tensor]) -> float:
         """The mean over all heads."""
         return torch.cat([kl.flatten() for kl in by_name.values()]).mean().item()
+
+    def hands_on_better(self, name: str) -> bool:
+        """Whether an attention's heads hand on something nearer to the source's with their own tables than with those
+        that are best for the attention: tables fitted to that give up some of the attention for it."""
+        return name in self.missed and bool(self.missed[name].mean() <= self.missed_by_attention[name].mean())
 
     @property
     def excess(self) -> float:
@@ -88,8 +97,8 @@ def fidelity(arms: Arms, source: PreTrainedModel, windows: Sequence[Tensor], wid
         biases = arms.biases
         for name in tqdm(names, desc="attention beside the source's", unit="layer", leave=False):
             pairs, bias = _Pairs(spool, name, len(windows), arms.attentions[name]), biases[name]
-            _examine(found, name, pairs, bias, width)
-            _examine_outputs(found, name, pairs, bias, measures.get(name))
+            best = _examine(found, name, pairs, bias, width)
+            _examine_outputs(found, name, pairs, bias, best, measures.get(name))
             few = _Pairs(spool, name, 1, arms.attentions[name], THIN)
             _try_others(found, name, few, biases, names)
     return found
@@ -130,7 +139,7 @@ class _Pairs:
             yield theirs.part(part), own.part(part)
 
 
-def _examine(found: Fidelity, name: str, pairs: _Pairs, bias: RelativePositionBias, width: int) -> None:
+def _examine(found: Fidelity, name: str, pairs: _Pairs, bias: RelativePositionBias, width: int) -> Tensor:
     form = Form(bias.bucketing, bias.tail is not None)
     target = target_of(pairs, form)
     own = _numbers(bias)
@@ -138,7 +147,7 @@ def _examine(found: Fidelity, name: str, pairs: _Pairs, bias: RelativePositionBi
     def kl(numbers: Tensor) -> Tensor:
         return loss(numbers, target, pairs, form, thin=None).kl.cpu()
 
-    best = fit(pairs, form)
+    best = fit(pairs, form, target=target)
     found.own[name], found.zeros[name], found.refit[name] = kl(own), best.before.cpu(), kl(best.numbers)
     found.tables[name] = form.table(best.numbers).cpu()
     found.meant[name] = {what: kl(numbers) for what, numbers in _meanings(bias, own, width).items()}
@@ -166,17 +175,19 @@ def _examine(found: Fidelity, name: str, pairs: _Pairs, bias: RelativePositionBi
     found.richer[name] = {
         what: fit(pairs, Form(bucketing)).after.cpu() for what, bucketing in _richer(bias.bucketing, pairs).items()
     }
+    return best.numbers
 
 
 def _examine_outputs(
-    found: Fidelity, name: str, pairs: _Pairs, bias: RelativePositionBias, metric: Tensor | None
+    found: Fidelity, name: str, pairs: _Pairs, bias: RelativePositionBias, best: Tensor, metric: Tensor | None
 ) -> None:
     form = Form(bias.bucketing, bias.tail is not None)
     if (outputs := Outputs.of(pairs, form, metric)) is None:
         return
     target = target_of(pairs, form)
     own = _numbers(bias)
-    for where, numbers in ((found.missed, own), (found.missed_without, torch.zeros_like(own))):
+    arms = (found.missed, own), (found.missed_without, torch.zeros_like(own)), (found.missed_by_attention, best)
+    for where, numbers in arms:
         beside = loss(numbers, target, pairs, form, None, outputs).beside
         assert beside is not None
         where[name] = beside.cpu()

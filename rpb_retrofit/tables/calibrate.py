@@ -51,7 +51,7 @@ class LayerFit:
     the fitted ones. Per bucket: the pairs of tokens that fell into it. ``heads``: where nothing was fitted, the head of
     the other checkpoint whose table each head took. ``missed``: per head, the share of the variance of the source's
     outputs that the fitted tables miss, and ``missed_by_attention`` what they missed when only the attention was
-    fitted; None where the model hands out no values."""
+    fitted, roughly; None where the model hands out no values."""
 
     name: str
     before: list[float]
@@ -103,8 +103,8 @@ class CalibrationReport:
         if missed := [share for layer in self.layers for share in layer.missed or []]:
             first = [share for layer in self.layers for share in layer.missed_by_attention or []]
             lines.append(
-                f"of the variance of the heads' outputs {_mean(first):.1%} is missed where the attention alone is "
-                f"fitted, {_mean(missed):.1%} by these tables"
+                f"of the variance of the heads' outputs {_mean(first):.1%} is missed where roughly the attention alone "
+                f"is fitted, {_mean(missed):.1%} by these tables"
             )
         if unvisited := sorted({bucket for layer in self.layers for bucket in layer.unvisited}):
             lines.append(

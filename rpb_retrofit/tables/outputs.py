@@ -34,10 +34,10 @@ TINY = 1e-30
 """What counts as no variance at all."""
 
 START = 0.02
-"""The attention is fitted first until a step promises less than this share of the KL that is left."""
+"""The attention is fitted first, roughly: until a step promises less than this share of the KL that is left."""
 
 STEPS = Pace(6, 1e-4, stale=True, rough=0.005)
-"""With factors likewise, but for their covariance under the KL, which is dear."""
+"""The second act's; with factors, whose covariance under the KL is dear, that is taken from one row in four."""
 
 
 @dataclass(frozen=True)

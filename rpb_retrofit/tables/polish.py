@@ -1,8 +1,8 @@
 """End-to-end polish: all tables at once, so that the retrofit predicts what its source predicts.
 
-The fit of `fit` makes each layer's attention like the source's, and cannot know which differences matter for the
-answer. A few hundred steps of distillation do: the source's most likely next tokens are kept on disk, then the tables,
-and nothing else, follow the gradient of the divergence from them (Hinton et al. 2015, arXiv:1503.02531).
+Calibration makes what each head hands on like the source's, and cannot know which differences matter for the answer. A
+few hundred steps of distillation do: the source's most likely next tokens are kept on disk, then the tables, and
+nothing else, follow the gradient of the divergence from them (Hinton et al. 2015, arXiv:1503.02531).
 """
 
 from __future__ import annotations

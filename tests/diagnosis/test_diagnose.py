@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from rpb_retrofit.diagnosis.arms import Arms
 from rpb_retrofit.diagnosis.exam import Exam, Plan
 from rpb_retrofit.diagnosis.factorial import SCALE, factorial
 from rpb_retrofit.diagnosis.finding import Verdict
-from rpb_retrofit.diagnosis.hypotheses import HYPOTHESES
+from rpb_retrofit.diagnosis.hypotheses import HYPOTHESES, foreign_tables
 from rpb_retrofit.diagnosis.run import Diagnosis, diagnose
 from rpb_retrofit.errors import DataError, NotRetrofittedError
 from rpb_retrofit.evaluation.context_use import induction_gain, make_inductions
@@ -78,6 +79,23 @@ def test_healthy_retrofits_are_left_in_peace(family: str, seed: int, settings: d
     assert not found.causes, found.headline
     assert not [outcome for outcome in found.outcomes if outcome.finding.failed]
     assert "No cause" in found.headline
+
+
+def test_a_row_is_spoiled_where_what_it_hands_on_is_farther_too(source: PreTrainedModel) -> None:
+    """Fitted tables give up some of the attention for the outputs: far in attention alone is no fault."""
+    exam = examine(Arms(retrofitted(source), source))
+    found = exam.fidelity
+    assert found is not None and set(found.missed) == set(found.own)
+    assert found.mean(found.missed) < found.mean(found.missed_without)
+    assert found.mean(found.missed) < found.mean(found.missed_by_attention)
+    name, head = next(iter(found.own)), 2
+    far = {**found.own, name: found.own[name].clone()}
+    far[name][head] = found.zeros[name][head] + 1
+    assert foreign_tables._spoiled_rows(exam, replace(found, own=far)) == ""
+    none = {**found.missed, name: found.missed[name].clone()}
+    none[name][head] = found.missed_without[name][head] + 0.1
+    assert f"{head}" in foreign_tables._spoiled_rows(exam, replace(found, own=far, missed=none))
+    assert foreign_tables._spoiled_rows(exam, replace(found, missed=none)) == ""
 
 
 CAUSAL = [case for case in CASES if case.kind == "causal" and case.name != "llama-dynamic"]

@@ -56,7 +56,7 @@ def test_every_family(case: Case) -> None:
         whole["last"] += float(last.mean())
         assert sum(layer.visits) > 0
     # These sources are random: what they attend to says next to nothing of what they hand on, so that gains little.
-    assert whole["last"] <= whole["first"] + 1e-5
+    assert whole["last"] < 0.99 * whole["first"]
     state = model.state_dict()
     assert all(torch.equal(state[name], value) for name, value in untouched.state_dict().items())
     rpb.revert(model)

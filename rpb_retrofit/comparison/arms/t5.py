@@ -1,4 +1,4 @@
-"""T5's bias, its tables fitted to the source's attention; all weights as they were."""
+"""T5's bias, its tables fitted to what the source attends to and hands on; all weights as they were."""
 
 from __future__ import annotations
 

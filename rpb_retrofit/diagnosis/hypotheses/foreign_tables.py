@@ -26,8 +26,8 @@ LOST = 0.5
 
 WORSE, FEW = 0.1, 0.25
 """Nats of KL by which a head's row must be worse than none, while what the head hands on is farther from the source's,
-too (fitted rows are nearer in one or the other, on any text but by a little); and the share of all heads that may be:
-more is what training the tables alone can bring."""
+too (fitted rows are hardly ever farther in both); and the share of all heads that may be: more is what training the
+tables alone can bring."""
 
 
 def examine(exam: Exam) -> Finding:
@@ -36,6 +36,8 @@ def examine(exam: Exam) -> Finding:
         return unknown("only the source's attention tells what its tables should be; give --source")
     poor = {}
     for name, own in fidelity.own.items():
+        if fidelity.hands_on_better(name):
+            continue
         missed, brought = own - fidelity.refit[name], fidelity.zeros[name] - fidelity.refit[name]
         heads = (missed > 2 * NOTABLE) & (missed > LOST * brought)  # one head alone is another hypothesis'
         if missed.mean() > 2 * NOTABLE and missed.mean() > LOST * brought.mean() and heads.float().mean() > 0.5:
