@@ -19,6 +19,10 @@ import rpb_retrofit as rpb
 from rpb_retrofit.checkpoint.convert import retrofit_checkpoint
 from rpb_retrofit.checkpoint.gguf import load_gguf
 from rpb_retrofit.demo.fetch import MINILM, SMOLLM2, fetch
+from rpb_retrofit.diagnosis.arms import Arms
+from rpb_retrofit.diagnosis.exam import Exam, Plan
+from rpb_retrofit.diagnosis.finding import Verdict
+from rpb_retrofit.diagnosis.hypotheses import foreign_tables
 from rpb_retrofit.evaluation.nll import Windows, nll_at_length
 from rpb_retrofit.text import CalibrationText, Text, read_text, spread_windows, tokenise
 
@@ -180,3 +184,8 @@ def test_minilm_calibrated() -> None:
         rpb.retrofit(model, rpb.RetrofitConfig(init=init), windows if init == "calibrated" else None)
         cosines[init] = sum(float(embed(source, p) @ embed(model, p)) for p in paragraphs) / len(paragraphs)
     assert cosines["calibrated"] > 0.915 > 0.75 > cosines["zeros"]
+    # Diagnosis finds nothing wrong with the fitted tables.
+    ids = tokenizer(prose[:20000], return_tensors="pt")["input_ids"][0]
+    exam = Exam(Arms(model, source), [ids], None, Plan(lengths=(64, 256), tokens=2048, rounds=0))
+    finding = foreign_tables.examine(exam)
+    assert finding.verdict is Verdict.EXCLUDED, finding.because
