@@ -132,9 +132,9 @@ def test_symptoms(source: PreTrainedModel) -> None:
     """A flat temperature spreads attention: both are seen, and what undoing them brings back."""
     model = retrofitted(source)
     for bias in Arms(model).biases.values():
-        bias.weight.data *= 0.5
+        bias.weight.data *= 0.8
     for attention in Arms(model).attentions.values():
-        attention.q_proj.weight.data *= 0.5
+        attention.q_proj.weight.data *= 0.25
     found = diagnose(examine(Arms(model)), figures=False)
     assert "other_temperature" in [cause.name for cause in found.causes]
     assert (found.causes[-1].finding.gain or 0) > 0
