@@ -10,7 +10,7 @@ values: there what lower layers lost counts under any table.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -92,22 +92,23 @@ def fidelity(arms: Arms, source: PreTrainedModel, windows: Sequence[Tensor], wid
     """Compare the retrofit's tables with ``source`` on windows of text; heads are ``width`` wide."""
     found = Fidelity()
     with temporary_spool() as spool:
-        names = _record(arms, source, windows, spool)
-        measures = metrics(source, arms.family, attention_modules(source, arms.family), windows[0])
+        theirs = attention_modules(source, arms.family)
+        names = _record(arms, source, theirs, windows, spool)
+        measures = metrics(source, arms.family, theirs, windows[0])
         biases = arms.biases
         for name in tqdm(names, desc="attention beside the source's", unit="layer", leave=False):
             pairs, bias = _Pairs(spool, name, len(windows), arms.attentions[name]), biases[name]
-            best = _examine(found, name, pairs, bias, width)
-            _examine_outputs(found, name, pairs, bias, best, measures.get(name))
+            _examine(found, name, pairs, bias, width, measures.get(name))
             few = _Pairs(spool, name, 1, arms.attentions[name], THIN)
             _try_others(found, name, few, biases, names)
     return found
 
 
-def _record(arms: Arms, source: PreTrainedModel, windows: Sequence[Tensor], spool: Spool) -> list[str]:
+def _record(
+    arms: Arms, source: PreTrainedModel, theirs: Mapping[str, Any], windows: Sequence[Tensor], spool: Spool
+) -> list[str]:
     every = max(1, max(map(len, windows)) // QUERIES)
     positions = [range(len(window) - 1, -1, -every) for window in windows]
-    theirs = attention_modules(source, arms.family)
     names = record_source(source, arms.family, theirs, windows, positions, spool, lambda n: None)
     with watch(arms.retrofit, arms.family, arms.attentions) as listen:
         for number, (window, queries) in enumerate(zip(windows, positions, strict=True)):
@@ -139,16 +140,26 @@ class _Pairs:
             yield theirs.part(part), own.part(part)
 
 
-def _examine(found: Fidelity, name: str, pairs: _Pairs, bias: RelativePositionBias, width: int) -> Tensor:
+def _examine(
+    found: Fidelity, name: str, pairs: _Pairs, bias: RelativePositionBias, width: int, metric: Tensor | None
+) -> None:
     form = Form(bias.bucketing, bias.tail is not None)
-    target = target_of(pairs, form)
+    target, outputs = target_of(pairs, form), Outputs.of(pairs, form, metric)
     own = _numbers(bias)
 
     def kl(numbers: Tensor) -> Tensor:
         return loss(numbers, target, pairs, form, thin=None).kl.cpu()
 
     best = fit(pairs, form, target=target)
-    found.own[name], found.zeros[name], found.refit[name] = kl(own), best.before.cpu(), kl(best.numbers)
+    for numbers, attention, missed in (
+        (own, found.own, found.missed),
+        (torch.zeros_like(own), found.zeros, found.missed_without),
+        (best.numbers, found.refit, found.missed_by_attention),
+    ):
+        far = loss(numbers, target, pairs, form, None, outputs)
+        attention[name] = far.kl.cpu()
+        if far.beside is not None:
+            missed[name] = far.beside.cpu()
     found.tables[name] = form.table(best.numbers).cpu()
     found.meant[name] = {what: kl(numbers) for what, numbers in _meanings(bias, own, width).items()}
     for factor in (2, 0.5, 4, 0.25):
@@ -175,22 +186,6 @@ def _examine(found: Fidelity, name: str, pairs: _Pairs, bias: RelativePositionBi
     found.richer[name] = {
         what: fit(pairs, Form(bucketing)).after.cpu() for what, bucketing in _richer(bias.bucketing, pairs).items()
     }
-    return best.numbers
-
-
-def _examine_outputs(
-    found: Fidelity, name: str, pairs: _Pairs, bias: RelativePositionBias, best: Tensor, metric: Tensor | None
-) -> None:
-    form = Form(bias.bucketing, bias.tail is not None)
-    if (outputs := Outputs.of(pairs, form, metric)) is None:
-        return
-    target = target_of(pairs, form)
-    own = _numbers(bias)
-    arms = (found.missed, own), (found.missed_without, torch.zeros_like(own)), (found.missed_by_attention, best)
-    for where, numbers in arms:
-        beside = loss(numbers, target, pairs, form, None, outputs).beside
-        assert beside is not None
-        where[name] = beside.cpu()
 
 
 def _numbers(bias: RelativePositionBias) -> Tensor:

@@ -69,9 +69,9 @@ def _spoiled_rows(exam: Exam, fidelity: Fidelity) -> str:
     be such a one, and there is no loss that tells it from a spoiled one.
     """
     source, settings = exam.arms.source, exam.arms.settings
-    if not exam.causal:
+    if source is None or not exam.causal:
         return ""
-    if source is None or settings.get("init") != CALIBRATED or settings.get("shared") or settings.get("polish"):
+    if settings.get("init") != CALIBRATED or settings.get("shared") or settings.get("polish"):
         return ""
     within = tuple(f"{attention}." for attention in exam.arms.attentions)
     moved = [name for name, far in drift(exam.arms.retrofit, source).items() if far]
