@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from transformers.integrations import unset_hf_deepspeed_config
 
 from rpb_retrofit.errors import ConfigError, RetrofitError
 from rpb_retrofit.runtime.bias import RelativePositionBias
@@ -29,11 +30,15 @@ INSISTS = 2.0
 def open_accelerator(recipe: Recipe, logs: str) -> Accelerator:
     """Accelerate as the launcher set it up; ConfigError for what cannot carry the bias, and for unknown trackers."""
     cpu = not torch.accelerator.is_available()
+    deepspeed = _asks_for("DEEPSPEED")
     try:
         if cpu:
-            _allow_fsdp_on_cpu()
+            _spare_compiling() if deepspeed else _allow_fsdp_on_cpu()
         accelerator = Accelerator(
-            cpu=cpu,  # without it several processes on a CPU would not find one another, and each train on its own
+            # Without it several processes on a CPU would not find one another, and each train on its own. With it
+            # Accelerate ignores DeepSpeed, whose processes find one another by the name of the backend.
+            cpu=cpu and not deepspeed,
+            kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if cpu and deepspeed else None,
             mixed_precision=recipe.precision,
             log_with=list(recipe.trackers) or None,
             project_config=ProjectConfiguration(project_dir=logs, logging_dir=logs),
@@ -50,16 +55,31 @@ def open_accelerator(recipe: Recipe, logs: str) -> Accelerator:
             "distributed_type in its config to one that fits this machine"
         )
     check_mode(accelerator)
+    if deepspeed:
+        # Else Transformers would open every model in pieces, those that are compared and written as well. (Accelerate
+        # asks it to whatever `zero3_init_flag` says.) Accelerate cuts the one that is trained.
+        unset_hf_deepspeed_config()
     return accelerator
+
+
+def _asks_for(mode: str) -> bool:
+    """Whether the launcher was told to run ``FSDP`` or ``DEEPSPEED``."""
+    return os.environ.get(f"ACCELERATE_USE_{mode}", "false").lower() == "true"
 
 
 def _allow_fsdp_on_cpu() -> None:
     """Accelerate turns FSDP on for GPUs only, and otherwise ignores it in silence; FSDP2 itself runs on a CPU as well,
     where a recipe can be tried."""
     state = PartialState(cpu=True)
-    wanted = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if wanted and state.distributed_type == DistributedType.MULTI_CPU:
+    if _asks_for("FSDP") and state.distributed_type == DistributedType.MULTI_CPU:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def _spare_compiling() -> None:
+    """On a CPU DeepSpeed would first compile, for minutes, a kernel that only its inference calls."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def check_mode(accelerator: Accelerator) -> None:
@@ -80,8 +100,7 @@ def check_mode(accelerator: Accelerator) -> None:
             f"tensor parallelism (tp_size={parallel.tp_size}): the tables would not be sharded with their heads; "
             "shard with FSDP2 instead"
         )
-    asked = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    if asked and accelerator.distributed_type != DistributedType.DEEPSPEED:
+    if _asks_for("DEEPSPEED") and accelerator.distributed_type != DistributedType.DEEPSPEED:
         raise ConfigError("DeepSpeed was asked for, and Accelerate runs it on GPUs only: use FSDP2, or no sharding")
     if accelerator.distributed_type == DistributedType.MEGATRON_LM:
         raise ConfigError("Megatron-LM brings its own models, which have no relative position bias: use FSDP2")
