@@ -11,6 +11,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # processes share the cores; too many t
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 if shutil.which("nvidia-smi") is None:  # the GPU's kernels run on the CPU; Triton asks when torch imports it
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns where it has to find out
 
 from hypothesis import settings
 

@@ -11,15 +11,15 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from transformers.integrations import unset_hf_deepspeed_config
 
 from rpb_retrofit.errors import ConfigError, RetrofitError
 from rpb_retrofit.runtime.bias import RelativePositionBias
 from rpb_retrofit.runtime.factor import ContentFactor
 from rpb_retrofit.training.recipe import Recipe
+from rpb_retrofit.training.zero import check_zero, on_cpu
 
 T = TypeVar("T")
 
@@ -29,17 +29,16 @@ INSISTS = 2.0
 
 def open_accelerator(recipe: Recipe, logs: str) -> Accelerator:
     """Accelerate as the launcher set it up; ConfigError for what cannot carry the bias, and for unknown trackers."""
-    cpu = not torch.accelerator.is_available()
-    deepspeed = _asks_for("DEEPSPEED")
+    cpu, deepspeed = not torch.accelerator.is_available(), _asks_for("DEEPSPEED")
     try:
-        if cpu:
-            _spare_compiling() if deepspeed else _allow_fsdp_on_cpu()
+        if cpu and not deepspeed:
+            _allow_fsdp_on_cpu()
         accelerator = Accelerator(
             # Without it several processes on a CPU would not find one another, and each train on its own. With it
-            # Accelerate ignores DeepSpeed, whose processes find one another by the name of the backend.
+            # Accelerate ignores DeepSpeed.
             cpu=cpu and not deepspeed,
-            kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if cpu and deepspeed else None,
-            mixed_precision=recipe.precision,
+            kwargs_handlers=[on_cpu()] if cpu and deepspeed else None,
+            mixed_precision="no" if deepspeed else recipe.precision,  # `prepare_for_zero` says so in another way
             log_with=list(recipe.trackers) or None,
             project_config=ProjectConfiguration(project_dir=logs, logging_dir=logs),
         )
@@ -55,10 +54,7 @@ def open_accelerator(recipe: Recipe, logs: str) -> Accelerator:
             "distributed_type in its config to one that fits this machine"
         )
     check_mode(accelerator)
-    if deepspeed:
-        # Else Transformers would open every model in pieces, those that are compared and written as well. (Accelerate
-        # asks it to whatever `zero3_init_flag` says.) Accelerate cuts the one that is trained.
-        unset_hf_deepspeed_config()
+    check_zero(accelerator, recipe)
     return accelerator
 
 
@@ -73,13 +69,6 @@ def _allow_fsdp_on_cpu() -> None:
     state = PartialState(cpu=True)
     if _asks_for("FSDP") and state.distributed_type == DistributedType.MULTI_CPU:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-
-
-def _spare_compiling() -> None:
-    """On a CPU DeepSpeed would first compile, for minutes, a kernel that only its inference calls."""
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def check_mode(accelerator: Accelerator) -> None:
@@ -101,7 +90,7 @@ def check_mode(accelerator: Accelerator) -> None:
             "shard with FSDP2 instead"
         )
     if _asks_for("DEEPSPEED") and accelerator.distributed_type != DistributedType.DEEPSPEED:
-        raise ConfigError("DeepSpeed was asked for, and Accelerate runs it on GPUs only: use FSDP2, or no sharding")
+        raise ConfigError("DeepSpeed was asked for, and Accelerate was told to use the CPU without it: unset use_cpu")
     if accelerator.distributed_type == DistributedType.MEGATRON_LM:
         raise ConfigError("Megatron-LM brings its own models, which have no relative position bias: use FSDP2")
     if accelerator.distributed_type == DistributedType.FSDP and accelerator.state.fsdp_plugin.fsdp_version == 1:
@@ -121,20 +110,6 @@ def shard_tables(accelerator: Accelerator, model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, RelativePositionBias | ContentFactor):
             fully_shard(module, mesh=mesh)
-
-
-def prepare_for_deepspeed(accelerator: Accelerator, recipe: Recipe) -> None:
-    """Tell DeepSpeed what it would read off a data loader; ConfigError for what its engine does in its own way."""
-    if accelerator.distributed_type != DistributedType.DEEPSPEED:
-        return
-    if recipe.micro_tokens is not None or recipe.on_bad_step == "skip":
-        raise ConfigError(
-            "DeepSpeed accumulates and takes its steps inside its backward pass: leave out micro_tokens and "
-            "on_bad_step=skip, or use FSDP2"
-        )
-    config = accelerator.state.deepspeed_plugin.deepspeed_config
-    config["train_micro_batch_size_per_gpu"] = 1  # counts samples in its logs, nothing else
-    config["gradient_clipping"] = recipe.clip
 
 
 def on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:

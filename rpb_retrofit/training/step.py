@@ -24,10 +24,10 @@ from rpb_retrofit.training.parameters import optimizer_of, rate_factor
 from rpb_retrofit.training.processes import (
     Interruption,
     gathered,
-    prepare_for_deepspeed,
     shard_tables,
 )
 from rpb_retrofit.training.recipe import Recipe, Stage
+from rpb_retrofit.training.zero import prepare_for_zero
 
 
 @dataclass
@@ -90,7 +90,7 @@ class Stepper:
             self.model, self.optimizer = self.accelerator.prepare_model(model, evaluation_mode=True), None
             return
         shard_tables(self.accelerator, model)
-        prepare_for_deepspeed(self.accelerator, self.recipe)
+        prepare_for_zero(self.accelerator, self.recipe)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer_of(model, self.stage, self.recipe))
         if setting.recipe.compile:
             self.model.compile()

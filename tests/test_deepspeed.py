@@ -1,0 +1,145 @@
+"""Fine-tuning under DeepSpeed's ZeRO gives the weights of one plain process; what its engine would spoil is refused."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import DistributedType
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import rpb_retrofit as rpb
+from rpb_retrofit.errors import ConfigError, InterruptedRunError
+from rpb_retrofit.training.recipe import Recipe
+from rpb_retrofit.training.step import Stepper
+from rpb_retrofit.training.zero import OWN_WAY, check_zero
+from tests.deepspeed_cases import choose, under_deepspeed
+from tests.training_cases import PROSE, SIZE, run, small_tokenizer, write_retrofit
+
+TAUGHT: dict[str, Any] = {
+    "objective": "distillation",
+    "relations": 0.1,
+    "stages": [
+        {"train": train, "tokens": 384, "lengths": {64: 1}, "rate": 1e-3} for train in ("tables", "lora", "all")
+    ],
+}
+"""Nine steps that read the teacher's weights, which the student shares, and frozen ones, which are cut as well."""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a source of tied embeddings, its retrofit of one table for all layers with a tail, and a text."""
+    base = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    config = LlamaConfig(**SIZE, num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True)
+    LlamaForCausalLM(config).save_pretrained(base / "source")
+    small_tokenizer().save_pretrained(base / "source")
+    write_retrofit(base / "source", base / "retrofit", tail="log", shared=True)
+    (base / "text.txt").write_text(PROSE)
+    return base
+
+
+def trained(base: Path, name: str, changes: dict[str, Any] | None = None) -> dict[str, Tensor]:
+    """What a run makes of the retrofit: its weights by name."""
+    run(base / "retrofit", base / name, base / "text.txt", changes)
+    return weights(base / name)
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = 1e-4) -> None:
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, atol=tolerance, rtol=1e-3, msg=name)
+
+
+def _stopped_and_in_bfloat16(base: Path) -> None:
+    take, steps = Stepper.take, 0
+
+    def step(self: Stepper, interruption: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 13:  # the third of the second stage
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take(self, interruption)
+
+    for zero in (2, 3):
+        choose(zero)
+        steps, Stepper.take = 0, step  # type: ignore[method-assign]
+        with pytest.raises(InterruptedRunError, match="SIGTERM after step 3 of 30 of stage 2"):
+            trained(base, f"zero{zero}")
+        trained(base, f"zero{zero}")
+        assert steps == 40, "nothing is trained twice"
+        Stepper.take = take  # type: ignore[method-assign]
+        trained(base, f"zero{zero}-bf16", {"precision": "bf16"})
+
+
+def test_one_process(models: Path) -> None:
+    """A run that was stopped goes on; bfloat16 rounds no weight that is saved."""
+    under_deepspeed(1, _stopped_and_in_bfloat16, models)
+    plain, rounded = trained(models, "plain"), trained(models, "plain-bf16", {"precision": "bf16"})
+    for zero in (2, 3):
+        assert_close(weights(models / f"zero{zero}"), plain)
+        found = weights(models / f"zero{zero}-bf16")
+        assert_close(found, rounded, 2e-2)
+        for name in ("model.layers.1.mlp.up_proj.weight", "model.layers.0.self_attn.relative_attention_bias.weight"):
+            assert not torch.equal(found[name], found[name].bfloat16().float()), name
+        rpb.load(models / f"zero{zero}")
+
+
+def _taught(base: Path) -> None:
+    choose(3)
+    trained(base, "taught-zero3", TAUGHT)
+
+
+def test_two_processes_learn_from_the_source(models: Path) -> None:
+    under_deepspeed(2, _taught, models)
+    assert_close(weights(models / "taught-zero3"), trained(models, "taught", TAUGHT))
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------
+
+REFUSED: dict[str, Any] = {
+    "gradient_accumulation_steps": 4,
+    "fp16": {"enabled": True},
+    "bf16": {"enabled": True},
+    "optimizer": {"type": "AdamW"},
+    "scheduler": {"type": "WarmupLR"},
+    "tensor_parallel": {"autotp_size": 2},
+    "sequence_parallel_size": 2,
+}
+HARMLESS: dict[str, Any] = {
+    "gradient_accumulation_steps": "auto",
+    "fp16": {"enabled": False},
+    "bf16": {"enabled": False},
+    "tensor_parallel": {"autotp_size": 1},
+    "sequence_parallel_size": 1,
+}
+
+
+def accelerator_with(settings: dict[str, Any]) -> Any:
+    plugin = SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": 3}, **settings})
+    return SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, state=SimpleNamespace(deepspeed_plugin=plugin))
+
+
+@pytest.mark.parametrize("key", OWN_WAY)
+def test_settings_that_contradict_the_recipe(key: str) -> None:
+    check_zero(accelerator_with(HARMLESS), Recipe())
+    with pytest.raises(ConfigError, match=f"^DeepSpeed's {key}=.*: ") as caught:
+        check_zero(accelerator_with({**HARMLESS, key: REFUSED[key]}), Recipe())
+    assert OWN_WAY[key] in str(caught.value)
+
+
+@pytest.mark.parametrize("changes", [{"precision": "fp16"}, {"micro_tokens": 64}, {"on_bad_step": "skip"}], ids=str)
+def test_recipes_that_its_engine_cannot_follow(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=rf"{next(iter(changes))}.*FSDP2"):
+        check_zero(accelerator_with({}), Recipe(**changes))
