@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from rpb_retrofit.config import RetrofitConfig
@@ -89,14 +91,7 @@ def retrofit(
             f"be fitted; take them over with init='{FROM}{model.name_or_path or 'CHECKPOINT'}'"
         )
     attentions = attention_modules(model, family)
-    parameters = dict(model.named_parameters())
-    meta = [name for name, parameter in parameters.items() if parameter.is_meta]
-    if 0 < len(meta) < len(parameters):
-        raise UnsupportedModelError(f"{len(meta)} parameters are offloaded ({meta[0]}, ...): retrofit, then dispatch")
-    if meta and config.changes_weights:
-        raise UnsupportedModelError(
-            f"{meta[0]} is on the meta device, without a value that could change: load the weights"
-        )
+    _check_values(model, config.changes_weights or calibration is not None or config.polish > 0)
     snapshot = _Snapshot(
         configs=[(config, dict(vars(config))) for config in _distinct(m.config for m in submodels(model))],
         own_tables={name: getattr(module, TABLE) for name, module in attentions.items() if hasattr(module, TABLE)},
@@ -149,6 +144,32 @@ def retrofit(
         folded_in = f"scale of the scores folded into {scales} weights that make queries"
         said.append(folded_in if scales else "scores had no scale")
     return report(model, said, found, polished)
+
+
+def _check_values(model: nn.Module, needed: bool) -> None:
+    """UnsupportedModelError where parameters are elsewhere, in pieces, or (``needed``) without values."""
+    parameters = dict(model.named_parameters())
+    if (name := _sharded(model)) is not None:
+        raise UnsupportedModelError(
+            f"{name} is sharded (FSDP2, tensor parallelism or DeepSpeed's ZeRO-3 holds it in pieces): retrofit, then shard"
+        )
+    meta = [name for name, parameter in parameters.items() if parameter.is_meta]
+    if 0 < len(meta) < len(parameters):
+        raise UnsupportedModelError(f"{len(meta)} parameters are offloaded ({meta[0]}, ...): retrofit, then dispatch")
+    without = [name for name, parameter in parameters.items() if not _has_values(parameter)]
+    if without and needed:
+        where = "on the meta device" if meta else "a fake tensor"
+        raise UnsupportedModelError(f"{without[0]} is {where}, without a value to go by: load the weights")
+
+
+def _sharded(model: nn.Module) -> str | None:
+    """The first parameter of which this process holds a piece, or None."""
+    pieces = (name for name, p in model.named_parameters() if isinstance(p, DTensor) or hasattr(p, "ds_id"))
+    return next(pieces, None)
+
+
+def _has_values(parameter: torch.Tensor) -> bool:
+    return not parameter.is_meta and not isinstance(parameter, FakeTensor)
 
 
 def _where_factors_are(model: PreTrainedModel, folded: int) -> str:
@@ -212,6 +233,11 @@ def revert(model: PreTrainedModel) -> None:
             f"this {type(model).__name__} was loaded or copied after its retrofit, so its source cannot be restored "
             f"from it: load the source again from '{settings['source']}'"
         )
+    if (name := _sharded(model)) is not None:
+        raise RevertError(
+            f"{name} was sharded after the retrofit, so this process has no whole weights to compare: load the source "
+            f"again from '{settings['source']}'"
+        )
     now, before = _fingerprints(model), snapshot.fingerprints
     if changed := [name for name in before if now.get(name) != before[name]]:
         raise RevertError(
@@ -222,7 +248,8 @@ def revert(model: PreTrainedModel) -> None:
     detach(model)
     for name, module in snapshot.own_tables.items():
         attention: Any = model.get_submodule(name)
-        setattr(attention, TABLE, module.to(next(attention.parameters()).device))
+        device = next(attention.parameters()).device
+        setattr(attention, TABLE, module if module.weight.device == device else module.to(device))
         attention.has_relative_attention_bias = True
     _restore_configs(snapshot)
     delattr(model, _SNAPSHOT)
@@ -252,7 +279,7 @@ def _fingerprints(model: nn.Module) -> dict[str, Fingerprint]:
 
 
 def _fingerprint(parameter: torch.Tensor) -> Fingerprint:
-    if parameter.is_meta:
+    if not _has_values(parameter):
         return parameter.dtype, parameter.shape, 0
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = parameter.detach().contiguous().view(integers[parameter.element_size()])

@@ -45,10 +45,11 @@ class OffsetBias(nn.Module):
     def _row(self, keys: int, weight: Tensor) -> Tensor:
         """The bias of the offsets ``keys - 1 .. 0``: a view of a vector that decoding keeps from token to token.
 
-        It is dropped when the numbers change or more than one token comes in, so it is never older than the keys and
-        values that are cached beside it, even where a table was written behind autograd's back.
+        It is dropped when the numbers change, when more than one token comes in and at the first key, so it is never
+        older than the keys and values that are cached beside it, even where a table was written behind autograd's back
+        (as FSDP2 and DeepSpeed do, which put new numbers where the old ones were).
         """
-        stamp, kept = self._stamp(weight), self._kept
+        stamp, kept = self._stamp(weight), None if keys == 1 else self._kept
         if kept is None or kept[0] != stamp or kept[1].shape[1] < keys:
             kept = self._kept = stamp, self._gather(range((1 << keys.bit_length()) - 1, -1, -1))
         line = kept[1]
@@ -101,7 +102,7 @@ class RelativePositionBias(OffsetBias):
 
     def __init__(self, num_heads: int, bucketing: Bucketing, tail: bool = False) -> None:
         super().__init__()
-        self.bucketing = bucketing.validate()
+        self.num_heads, self.bucketing = num_heads, bucketing.validate()
         self.weight = nn.Parameter(torch.zeros(num_heads, bucketing.num_buckets, dtype=torch.float32))
         self.tail = nn.Parameter(torch.zeros(num_heads, bucketing.directions, dtype=torch.float32)) if tail else None
 
@@ -132,7 +133,8 @@ class RelativePositionBias(OffsetBias):
 
     def extra_repr(self) -> str:
         kind = "bidirectional" if self.bucketing.bidirectional else "causal"
-        heads, buckets = self.weight.shape
+        # Not of the weight, whose shape is not this one while DeepSpeed holds it in pieces.
+        heads, buckets = self.num_heads, self.bucketing.num_buckets
         tail = "" if self.tail is None else ", logarithmic tail"
         return f"heads={heads}, buckets={buckets}, max_distance={self.bucketing.max_distance}, {kind}{tail}"
 
