@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
 from accelerate import DistributedType
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 import rpb_retrofit as rpb
-from rpb_retrofit.errors import ConfigError, InterruptedRunError
+from rpb_retrofit.errors import ConfigError, InterruptedRunError, RevertError, UnsupportedModelError
+from rpb_retrofit.runtime.modeling import block_names
 from rpb_retrofit.training.recipe import Recipe
 from rpb_retrofit.training.step import Stepper
 from rpb_retrofit.training.zero import OWN_WAY, check_zero
-from tests.deepspeed_cases import choose, under_deepspeed
+from tests.deepspeed_cases import ZERO3, choose, under_deepspeed
+from tests.families.cases import CASES, Case
+from tests.families.test_contract import CONFIG, build, inputs_of, retrofitted, tokens
 from tests.training_cases import PROSE, SIZE, run, small_tokenizer, write_retrofit
 
 TAUGHT: dict[str, Any] = {
@@ -104,6 +112,65 @@ def _taught(base: Path) -> None:
 def test_two_processes_learn_from_the_source(models: Path) -> None:
     under_deepspeed(2, _taught, models)
     assert_close(weights(models / "taught-zero3"), trained(models, "taught", TAUGHT))
+
+
+# --- models in pieces ----------------------------------------------------------------------------------------------
+
+FAMILIES = [
+    case for case in CASES if str(case) in ("llama", "gpt_oss", "gpt2", "bert", "bart", "bloom", "falcon", "t5")
+]
+
+
+def _in_pieces(base: Path) -> None:
+    settings = json.loads(ZERO3.read_text())
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+    mesh = init_device_mesh("cpu", (1,))
+    for case in FAMILIES:
+        model, inputs = retrofitted(case), inputs_of(case, tokens())
+        model.save_pretrained(base / str(case))
+        with torch.no_grad():
+            wanted = model(**inputs).logits
+        for how in ("cut", "opened in pieces", "fsdp2"):
+            keep = HfDeepSpeedConfig(settings) if how == "opened in pieces" else None
+            found = rpb.load(base / str(case))
+            if how == "fsdp2":
+                for block in block_names(found):
+                    fully_shard(found.get_submodule(block), mesh=mesh)
+                running = fully_shard(found, mesh=mesh)
+            else:
+                running = deepspeed.initialize(model=found, config=settings)[0]
+            running.eval()
+            with torch.no_grad():
+                torch.testing.assert_close(running(**inputs).logits, wanted, msg=f"{case}, {how}")
+            assert "relative_attention_bias): RelativePositionBias(heads=4, buckets=8, max_dist" in repr(found)
+            assert sum("buckets=8" in line for line in repr(found).splitlines()) == repr(model).count("buckets=8")
+            _refuse(case, found, how)
+            del keep
+            unset_hf_deepspeed_config()
+
+
+def _refuse(case: Case, retrofit: Any, how: str) -> None:
+    """Neither a retrofit nor a plain model can be changed in place while it is in pieces."""
+    with pytest.raises(RevertError):
+        rpb.revert(retrofit)
+    plain = build(case)
+    if how == "fsdp2":
+        fully_shard(plain)
+    else:
+        deepspeed.zero.Init(module=plain, config_dict_or_path=json.loads(ZERO3.read_text()))
+    with pytest.raises(UnsupportedModelError, match="is sharded .*: retrofit, then shard"):
+        rpb.retrofit(plain, CONFIG)
+    changed = build(case)
+    rpb.retrofit(changed, CONFIG)
+    fully_shard(changed)
+    with pytest.raises(RevertError, match="was sharded after the retrofit"):
+        rpb.revert(changed)
+
+
+def test_models_in_pieces(tmp_path: Path) -> None:
+    """A model whose parameters are held in pieces says what it is, and computes what the whole one does."""
+    under_deepspeed(1, _in_pieces, tmp_path)
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------

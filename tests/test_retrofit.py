@@ -13,6 +13,7 @@ import torch
 import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel
 
 import rpb_retrofit as rpb
@@ -208,6 +209,22 @@ def test_revert_knows_when_it_cannot(tmp_path: Path) -> None:
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     with pytest.raises(RevertError, match="of the source's parameters changed since the retrofit"):
         rpb.revert(model)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "bloom", "t5"])
+@pytest.mark.parametrize("where", [lambda: torch.device("meta"), FakeTensorMode], ids=["meta", "fake"])
+def test_a_model_without_values(where: Callable[[], Any], name: str) -> None:
+    """It is retrofitted, described and reverted as any other; what needs values says that there are none."""
+    with where():
+        model = build(BY_NAME[name])
+        before = type(model), list(model.state_dict())
+        rpb.retrofit(model, CONFIG)
+        assert "RelativePositionBias(heads=4, buckets=8, max_distance=16" in repr(model)
+        rpb.revert(model)
+        assert (type(model), list(model.state_dict())) == before
+        if name != "t5":
+            with pytest.raises(UnsupportedModelError, match="without a value to go by: load the weights"):
+                rpb.retrofit(model, rpb.RetrofitConfig(), calibration=[torch.zeros(64, dtype=torch.long)])
 
 
 def quantised(model: PreTrainedModel) -> None:

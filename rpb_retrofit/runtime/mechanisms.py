@@ -83,7 +83,7 @@ def trained_context(model: Any, family: Family) -> int | None:
     """The most tokens that a plain model was made for, None where nothing says: of a table of positions, its rows."""
     if family.mechanism in ("learned", "sinusoidal"):
         tables = modules_named(model, family.positions).values()
-        return min((len(cast(Any, table).weight) - unused_rows(table) for table in tables), default=None)
+        return min((cast(Any, table).num_embeddings - unused_rows(table) for table in tables), default=None)
     config = model.config.get_text_config()
     lengths = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
     return next((length for length in lengths if length), None)

@@ -106,9 +106,9 @@ def attach(model: PreTrainedModel) -> dict[str, Any]:
             setattr(module, RUN, plain_attention)
     for name, module in modules.items():
         device = next(module.parameters()).device
-        setattr(module, TABLE, tables[name].to(device))
+        setattr(module, TABLE, _moved(tables[name], device))
         if pairs := settings.get(FACTOR):
-            setattr(module, FACTOR, ContentFactor(num_heads(module, model.config), Pairs(**pairs)).to(device))
+            setattr(module, FACTOR, _moved(ContentFactor(num_heads(module, model.config), Pairs(**pairs)), device))
         setattr(module, RUN, biased_attention)
         setattr(module, CAUSAL, not tables[name].bucketing.bidirectional)
         if settings.get("scale") == UNSCALED:
@@ -123,6 +123,11 @@ def attach(model: PreTrainedModel) -> dict[str, Any]:
         _lock(submodel, family)
         submodel.all_tied_weights_keys = submodel.get_expanded_tied_weights_keys(all_submodels=True)
     return modules
+
+
+def _moved(module: Any, device: Any) -> Any:
+    """A module on a device. One that is there already is left alone: fake tensors cannot be exchanged."""
+    return module if module.weight.device == device else module.to(device)
 
 
 def detach(model: PreTrainedModel) -> None:
