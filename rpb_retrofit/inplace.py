@@ -18,7 +18,7 @@ from rpb_retrofit.errors import ConfigError, NotRetrofittedError, RevertError, U
 from rpb_retrofit.filling import fill
 from rpb_retrofit.report import RetrofitReport, report
 from rpb_retrofit.runtime.families import FACTOR, TABLE, UNSCALED, is_own
-from rpb_retrofit.runtime.modeling import attach, attention_modules, detach, own_names, submodels
+from rpb_retrofit.runtime.modeling import UNSAVED, attach, attention_modules, detach, own_names, submodels
 from rpb_retrofit.settings import auto_map, describe
 from rpb_retrofit.tables import CALIBRATED, CONTENT, FROM, INITIALISATIONS
 from rpb_retrofit.tables.calibrate import Calibration, check_windows
@@ -33,7 +33,7 @@ _SNAPSHOT = "_rpb_source"
 
 _WRITTEN = (
     *("rpb_retrofit", "auto_map", "attn_implementation", "experts_implementation", "architectures"),
-    *("_attn_implementation_internal", "_experts_implementation_internal"),
+    *("_attn_implementation_internal", "_experts_implementation_internal", "_name_or_path"),
 )
 """What a retrofit, or saving it, writes into a config."""
 
@@ -46,6 +46,7 @@ class _Snapshot:
     """What `revert` needs and the retrofitted model no longer holds."""
 
     configs: list[tuple[Any, dict[str, Any]]]  # each config, and its attributes as they were
+    names: list[tuple[PreTrainedModel, str]]  # each model, and where it was loaded from
     own_tables: dict[str, nn.Module]  # T5's
     fingerprints: dict[str, Fingerprint]  # of the source's parameters, T5's tables aside; of folded ones, as folded
     folded: dict[str, torch.Tensor] = field(default_factory=dict)  # weights as they were before something was folded in
@@ -94,6 +95,7 @@ def retrofit(
     _check_values(model, config.changes_weights or calibration is not None or config.polish > 0)
     snapshot = _Snapshot(
         configs=[(config, dict(vars(config))) for config in _distinct(m.config for m in submodels(model))],
+        names=[(m, m.name_or_path) for m in submodels(model)],
         own_tables={name: getattr(module, TABLE) for name, module in attentions.items() if hasattr(module, TABLE)},
         fingerprints=_fingerprints(model),
     )
@@ -137,6 +139,7 @@ def retrofit(
             _unfold(model, snapshot)
             revert(model)
             raise
+    _rename(model)
     said = [*([str(choice)] if choice else []), *notes]
     if config.calibrate == CONTENT:
         said.append(_where_factors_are(model, factors))
@@ -151,7 +154,7 @@ def _check_values(model: nn.Module, needed: bool) -> None:
     parameters = dict(model.named_parameters())
     if (name := _sharded(model)) is not None:
         raise UnsupportedModelError(
-            f"{name} is sharded (FSDP2, tensor parallelism or DeepSpeed's ZeRO-3 holds it in pieces): retrofit, then shard"
+            f"{name} is sharded (by FSDP2, tensor parallelism or DeepSpeed's ZeRO-3): retrofit, then shard"
         )
     meta = [name for name, parameter in parameters.items() if parameter.is_meta]
     if 0 < len(meta) < len(parameters):
@@ -195,6 +198,12 @@ def _attach(model: PreTrainedModel, settings: dict[str, Any]) -> None:
         submodel.config.rpb_retrofit = settings
         submodel.config.auto_map = auto_map(submodel.config)
     attach(model)
+
+
+def _rename(model: PreTrainedModel) -> None:
+    """Take the source's name off the model and its configs: what is trained on it would name that as its base."""
+    for submodel in submodels(model):
+        submodel.name_or_path, submodel.config.name_or_path = UNSAVED, ""
 
 
 def _check_text(config: RetrofitConfig, calibration: Any | None, polishing: Any | None) -> None:
@@ -252,6 +261,8 @@ def revert(model: PreTrainedModel) -> None:
         setattr(attention, TABLE, module if module.weight.device == device else module.to(device))
         attention.has_relative_attention_bias = True
     _restore_configs(snapshot)
+    for submodel, name in snapshot.names:
+        submodel.name_or_path = name
     delattr(model, _SNAPSHOT)
 
 

@@ -159,7 +159,7 @@ def _refuse(case: Case, retrofit: Any, how: str) -> None:
         fully_shard(plain)
     else:
         deepspeed.zero.Init(module=plain, config_dict_or_path=json.loads(ZERO3.read_text()))
-    with pytest.raises(UnsupportedModelError, match="is sharded .*: retrofit, then shard"):
+    with pytest.raises(UnsupportedModelError, match=r"is sharded .*: retrofit, then shard"):
         rpb.retrofit(plain, CONFIG)
     changed = build(case)
     rpb.retrofit(changed, CONFIG)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -20,7 +21,7 @@ import yaml
 from datasets import Dataset
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
@@ -34,9 +35,19 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 import rpb_retrofit as rpb
-from rpb_retrofit.runtime.modeling import LOCK, RUNTIME_FILES
+from rpb_retrofit.runtime.modeling import LOCK, RUNTIME_FILES, submodels
 from tests.families.cases import CASES, Case
-from tests.families.test_contract import AUTO, VOCAB, build, closeness, inputs_of, retrofitted, saved_config, tokens
+from tests.families.test_contract import (
+    AUTO,
+    CONFIG,
+    VOCAB,
+    build,
+    closeness,
+    inputs_of,
+    retrofitted,
+    saved_config,
+    tokens,
+)
 from tests.hub_stub import Hub
 from tests.training_cases import PROSE, small_tokenizer, write_retrofit, write_source
 
@@ -169,6 +180,53 @@ def test_peft(with_tables: bool, tmp_path: Path) -> None:
     assert tables(loaded).keys() == before.keys()
     for name, values in tables(loaded).items():
         assert torch.equal(values, before[name]) != with_tables, name
+
+
+@pytest.mark.parametrize("with_tables", [False, True])
+def test_an_adapter_does_not_name_the_source(with_tables: bool, tmp_path: Path) -> None:
+    """Whoever loads an adapter of a model that was retrofitted in place gets the retrofit, or an error that says how."""
+    build(LLAMA).save_pretrained(tmp_path / "source")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "source")
+    rpb.retrofit(base, CONFIG)
+    source = str(tmp_path / "source")
+    assert base.config.rpb_retrofit["source"] == source
+    assert all(source not in (m.name_or_path, m.config.name_or_path) for m in submodels(base))
+    saved = copy.deepcopy(base)
+    saved.save_pretrained(tmp_path / "base")
+
+    def adapter(base: Any, name: str) -> Tensor:
+        torch.manual_seed(0)
+        lora = LoraConfig(target_modules=["q_proj"], modules_to_save=[TABLE] if with_tables else None)
+        model = get_peft_model(base, LoraConfig(**{**lora.to_dict(), "task_type": "CAUSAL_LM"}))
+        train(model)
+        model.save_pretrained(tmp_path / name)
+        for file in ("adapter_config.json", "README.md"):
+            assert source not in (tmp_path / name / file).read_text()
+        return logits(model)
+
+    adapter(base, "of memory")
+    for auto in (AutoPeftModelForCausalLM, AutoModelForCausalLM):
+        with pytest.raises(OSError, match=r"retrofit in memory. Save it, load it with rpb_retrofit\.load"):
+            auto.from_pretrained(tmp_path / "of memory")
+    wanted = adapter(saved, "of a folder")
+    with pytest.raises(ValueError, match=r"rpb_retrofit\.load\(path\)"):
+        AutoPeftModelForCausalLM.from_pretrained(tmp_path / "of a folder")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "of a folder", trust_remote_code=True)
+    assert torch.equal(logits(loaded), wanted)
+
+
+def test_names_come_back_with_the_source(tmp_path: Path) -> None:
+    build(T5).save_pretrained(tmp_path)
+    model = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path)
+
+    def names() -> list[tuple[str, str]]:
+        return [(m.name_or_path, m.config.name_or_path) for m in submodels(model)]
+
+    before = names()
+    rpb.retrofit(model, CONFIG)
+    assert all(str(tmp_path) not in pair for pair in names())
+    rpb.revert(model)
+    assert names() == before and (str(tmp_path),) * 2 in before
 
 
 # --- Trainer and TRL -----------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Outcome, ranked
 from rpb_retrofit.diagnosis.hypotheses import HYPOTHESES, Hypothesis
 from rpb_retrofit.diagnosis.measures import Figures, all_figures
+from rpb_retrofit.runtime.modeling import UNSAVED
 from rpb_retrofit.version import __version__
 
 MISSING = {
@@ -135,7 +136,8 @@ def diagnose(
     elif figures:
         progress("measuring what the report shows")
         measured = all_figures(exam)
-    names = {role: model.name_or_path or type(model).__name__ for role, model in exam.arms}
+    nameless = ("", UNSAVED)
+    names = {role: type(m).__name__ if m.name_or_path in nameless else m.name_or_path for role, m in exam.arms}
     return Diagnosis(
         names, text, asdict(exam.plan), outcomes, measured, dict(exam.skipped), time.perf_counter() - start
     )

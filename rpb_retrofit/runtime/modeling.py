@@ -53,6 +53,10 @@ LOCK = (
 is built and refuses unknown ones with an error that prints them, so no plain class loads a retrofit by mistake. (Both
 arguments given by hand override both locks.)"""
 
+UNSAVED = "none: a retrofit in memory. Save it, load it with rpb_retrofit.load(path), and put the adapter onto that"
+"""Where a model comes from that was retrofitted in place. PEFT notes it as an adapter's base, and whoever looks for that
+reads it in the error; the source's name would put the adapter onto the source."""
+
 SCALING = "rpb_scaling"
 """Attribute of an attention module: the scale that it had."""
 
@@ -295,6 +299,14 @@ class RetrofitModel:
             whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
             if whole.exists() and index.exists():
                 min(whole, index, key=lambda file: file.stat().st_mtime_ns).unlink()
+        if not getattr(self, "_hf_peft_config_loaded", False):  # else an adapter was saved, and the model was not
+            self._name_after(folder)
+
+    def _name_after(self, folder: Path) -> None:
+        """Once a retrofit in memory is saved, that is what it was loaded from, as far as anybody else can tell."""
+        for model in submodels(self):  # type: ignore[arg-type]
+            if model.name_or_path == UNSAVED:
+                model.name_or_path = model.config.name_or_path = str(folder.absolute())
 
     @classmethod
     def is_custom_code(cls) -> bool:
