@@ -184,7 +184,7 @@ def test_peft(with_tables: bool, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("with_tables", [False, True])
 def test_an_adapter_does_not_name_the_source(with_tables: bool, tmp_path: Path) -> None:
-    """Whoever loads an adapter of a model that was retrofitted in place gets the retrofit, or an error that says how."""
+    """Whoever loads an adapter of a model that was retrofitted in place gets the retrofit or an error that says how."""
     build(LLAMA).save_pretrained(tmp_path / "source")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "source")
     rpb.retrofit(base, CONFIG)

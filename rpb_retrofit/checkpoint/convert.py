@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from rpb_retrofit.checkpoint.limits import lift_limits
 from rpb_retrofit.config import RetrofitConfig
 from rpb_retrofit.eligibility import check_eligible
 from rpb_retrofit.errors import ConfigError
@@ -91,6 +92,7 @@ def _convert_folder(
                 shutil.copyfile(source.folder / file, target)
             shard = f"model-{_of(len(shards) + 1, shards)}"
             report, tables, changes = _write_all_but_weights(source, config, folder, shard, calibration)
+            report.notes.extend(lift_limits(folder, report.mechanism, source.folder))
         except BaseException:
             stop.set()
             raise
@@ -190,4 +192,5 @@ def _convert_gguf(file: Path, out: Path, config: RetrofitConfig, calibration: Ca
     with whole_folder(out) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        report.notes.extend(lift_limits(folder, report.mechanism))
     return Conversion(report, out, 1, "dequantised")

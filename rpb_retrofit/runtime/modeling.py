@@ -54,7 +54,7 @@ is built and refuses unknown ones with an error that prints them, so no plain cl
 arguments given by hand override both locks.)"""
 
 UNSAVED = "none: a retrofit in memory. Save it, load it with rpb_retrofit.load(path), and put the adapter onto that"
-"""Where a model comes from that was retrofitted in place. PEFT notes it as an adapter's base, and whoever looks for that
+"""Where a model comes from that was retrofitted in place. PEFT notes it as an adapter's base, and whoever looks for it
 reads it in the error; the source's name would put the adapter onto the source."""
 
 SCALING = "rpb_scaling"

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers import PreTrainedModel
 
+from rpb_retrofit.checkpoint.limits import copy_sentence_files
 from rpb_retrofit.checkpoint.load import open_model
 from rpb_retrofit.errors import ConfigError, NotRetrofittedError
 from rpb_retrofit.files.folder import check_absent, whole_folder
@@ -204,6 +205,8 @@ class _Stages:
         with whole_folder(target) as folder:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+            if not current.endswith(".gguf"):
+                copy_sentence_files(find(current).folder, folder)
             if isinstance(end, dict):
                 (folder / STATE).write_text(json.dumps(end))
                 return
