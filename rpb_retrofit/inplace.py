@@ -46,7 +46,7 @@ class _Snapshot:
     """What `revert` needs and the retrofitted model no longer holds."""
 
     configs: list[tuple[Any, dict[str, Any]]]  # each config, and its attributes as they were
-    names: list[tuple[PreTrainedModel, str]]  # each model, and where it was loaded from
+    names: list[tuple[PreTrainedModel, str | None]]  # each model, and where it was loaded from
     own_tables: dict[str, nn.Module]  # T5's
     fingerprints: dict[str, Fingerprint]  # of the source's parameters, T5's tables aside; of folded ones, as folded
     folded: dict[str, torch.Tensor] = field(default_factory=dict)  # weights as they were before something was folded in

@@ -1,5 +1,5 @@
-"""What a checkpoint's other files say of how long a text may be, once a retrofit has taken the limit away; and the files
-by which Sentence Transformers knows a checkpoint."""
+"""What a checkpoint's other files say of how long a text may be, once a retrofit has taken the limit away; and the
+files by which Sentence Transformers knows a checkpoint."""
 
 from __future__ import annotations
 

@@ -6,18 +6,20 @@ table whose rows no longer stand for positions, unless its settings say otherwis
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 try:
-    from sentence_transformers.sentence_transformer.modules import Transformer as Source
+    from sentence_transformers.sentence_transformer import modules as library
 except ImportError:  # before release 6
-    from sentence_transformers.models import Transformer as Source
+    from sentence_transformers import models as library  # type: ignore[no-redef, attr-defined]
+
+Source: Any = library.Transformer
 
 
 class Transformer(Source):
     """Sentence Transformers' own, whose settings keep ``max_seq_length``."""
 
-    config_keys: ClassVar[list[str]] = list(dict.fromkeys([*Source.config_keys, "max_seq_length"]))
+    config_keys = list(dict.fromkeys([*Source.config_keys, "max_seq_length"]))  # noqa: RUF012 (as in the class above)
 
     def get_config_dict(self) -> dict[str, Any]:
         """What is saved."""

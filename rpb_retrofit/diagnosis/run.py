@@ -136,8 +136,8 @@ def diagnose(
     elif figures:
         progress("measuring what the report shows")
         measured = all_figures(exam)
-    nameless = ("", UNSAVED)
-    names = {role: type(m).__name__ if m.name_or_path in nameless else m.name_or_path for role, m in exam.arms}
+    nameless = (None, "", UNSAVED)
+    names = {role: type(m).__name__ if m.name_or_path in nameless else str(m.name_or_path) for role, m in exam.arms}
     return Diagnosis(
         names, text, asdict(exam.plan), outcomes, measured, dict(exam.skipped), time.perf_counter() - start
     )
