@@ -17,7 +17,6 @@ t5             the module of its own table makes way for the new one
 
 from __future__ import annotations
 
-import inspect
 from functools import cache
 from typing import Any, cast
 
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from .errors import PartialMatchError, UnsupportedModelError
 from .factor import Pairs
 from .families import Family
+from .positions import parameters
 
 
 def modules_named(model: nn.Module, ending: str) -> dict[str, nn.Module]:
@@ -166,17 +166,12 @@ def rotary_pairs(model: Any, family: Family) -> Pairs:
 
 def unbounded_positions(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
     """Forward pre-hook of an embedding layer: its own position index, which ends with the table, is not consulted."""
-    kwargs = {**dict(zip(_parameters(module.__class__), args, strict=False)), **kwargs}
+    kwargs = {**dict(zip(parameters(module.__class__), args, strict=False)), **kwargs}
     tokens = kwargs.get("input_ids")
     if tokens is None:
         tokens = kwargs["inputs_embeds"]
     kwargs["position_ids"] = torch.zeros(1, tokens.shape[1], dtype=torch.long, device=tokens.device)
     return (), kwargs
-
-
-@torch.compiler.assume_constant_result  # torch.compile runs it instead of tracing it
-def _parameters(cls: Any) -> tuple[str, ...]:
-    return tuple(inspect.signature(cls.forward).parameters)[1:]
 
 
 class ConstantPositions(nn.Module):

@@ -14,8 +14,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -44,6 +45,7 @@ from .interface import (
     would_drop,
 )
 from .mechanisms import modules_named, neutralise, remove_hooks, restore
+from .positions import generation_step, keep_positions, read_positions, tag_position_ids, takes_positions
 
 LOCK = (
     "none: this is an rpb_retrofit checkpoint, which plain classes cannot run. Load it with rpb_retrofit.load(path), "
@@ -68,6 +70,8 @@ RUNTIME_FILES = (
     "kernels.py",
     "attention.py",
     "families.py",
+    "tracing.py",
+    "positions.py",
     "mechanisms.py",
     "interface.py",
     "modeling.py",
@@ -106,9 +110,9 @@ def attach(model: PreTrainedModel) -> dict[str, Any]:
             setattr(module, RUN, plain_attention)
     for name, module in modules.items():
         device = next(module.parameters()).device
-        setattr(module, TABLE, tables[name].to(device))
+        setattr(module, TABLE, on(device, tables[name]))
         if pairs := settings.get(FACTOR):
-            setattr(module, FACTOR, ContentFactor(num_heads(module, model.config), Pairs(**pairs)).to(device))
+            setattr(module, FACTOR, on(device, ContentFactor(num_heads(module, model.config), Pairs(**pairs))))
         setattr(module, RUN, biased_attention)
         setattr(module, CAUSAL, not tables[name].bucketing.bidirectional)
         if settings.get("scale") == UNSCALED:
@@ -118,11 +122,21 @@ def attach(model: PreTrainedModel) -> dict[str, Any]:
         if family.silenced:
             module.register_forward_pre_hook(SILENCERS[family.silenced], with_kwargs=True)
         module.register_forward_pre_hook(BIAS_HOOKS[family.bias_argument], with_kwargs=True)
+    for submodel in positioned(model):
+        submodel.register_forward_pre_hook(read_positions, with_kwargs=True)
+        submodel.register_forward_hook(keep_positions, with_kwargs=True)
+        if not family.uses_interface:
+            submodel.register_forward_pre_hook(tag_position_ids, with_kwargs=True)
     for submodel in submodels(model):
         submodel.__class__ = retrofit_class(type(submodel))
         _lock(submodel, family)
         submodel.all_tied_weights_keys = submodel.get_expanded_tied_weights_keys(all_submodels=True)
     return modules
+
+
+def on(device: torch.device, module: nn.Module) -> nn.Module:
+    """A module of our own on a device; where it is already, it stays untouched, as fake tensors must."""
+    return module if next(module.parameters()).device == device else module.to(device)
 
 
 def detach(model: PreTrainedModel) -> None:
@@ -138,6 +152,8 @@ def detach(model: PreTrainedModel) -> None:
         module._modules.pop(FACTOR, None)
         if SCALING in vars(module):
             module.scaling = vars(module).pop(SCALING)
+    for submodel in positioned(model):
+        remove_hooks(submodel, read_positions, keep_positions, tag_position_ids)
     for submodel in submodels(model):
         submodel.__class__ = cast(Any, type(submodel)).source_class
         submodel.all_tied_weights_keys = submodel.get_expanded_tied_weights_keys(all_submodels=True)
@@ -189,6 +205,12 @@ def block_names(model: nn.Module) -> list[str]:
 def submodels(model: nn.Module) -> Iterator[PreTrainedModel]:
     """The model and all models inside it."""
     return (module for module in model.modules() if isinstance(module, PreTrainedModel))
+
+
+def positioned(model: nn.Module) -> list[PreTrainedModel]:
+    """The innermost models whose forward takes ``position_ids``: those that hold the layers."""
+    takers = [submodel for submodel in submodels(model) if takes_positions(submodel)]
+    return [taker for taker in takers if sum(part in takers for part in submodels(taker)) == 1]
 
 
 def _check_directions(settings: dict[str, Any], needed: set[bool]) -> None:
@@ -316,6 +338,15 @@ class RetrofitModel:
         return _new_retrofit, (type(self).source_class,), self.__dict__
 
 
+class GeneratingRetrofitModel(RetrofitModel):
+    """The same for a class that generates: Transformers takes the method for the sign of one."""
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """`GenerationMixin.prepare_inputs_for_generation`, marked where positions need no look."""
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
+        return generation_step(inputs, kwargs.get("attention_mask"), bool(kwargs.get("is_first_iteration")))
+
+
 def retrofit_class(source: Any) -> Any:
     """``Rpb`` + the name of a Transformers class: that class with a relative position bias."""
     return source if issubclass(source, RetrofitModel) else _retrofit_class(source)
@@ -329,7 +360,8 @@ def _retrofit_class(source: Any) -> Any:
         # Some classes (GPTNeoXForCausalLM) have weight names of their own in checkpoints.
         register_checkpoint_conversion_mapping(name, conversion, overwrite=True)
     members = {"source_class": source, "_keep_in_fp32_modules_strict": keep, "__module__": __name__}
-    cls: Any = type(name, (RetrofitModel, source), members)
+    mixin = GeneratingRetrofitModel if hasattr(source, "prepare_inputs_for_generation") else RetrofitModel
+    cls: Any = type(name, (mixin, source), members)
     # output_attentions and output_hidden_states look up here what to record; only __init__ would enter the class.
     _CAN_RECORD_REGISTRY[cls.__new__(cls)] = cls._can_record_outputs
     return cls
