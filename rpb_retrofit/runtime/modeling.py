@@ -45,7 +45,14 @@ from .interface import (
     would_drop,
 )
 from .mechanisms import modules_named, neutralise, remove_hooks, restore
-from .positions import generation_step, keep_positions, read_positions, tag_position_ids, takes_positions
+from .positions import (
+    generation_step,
+    keep_positions,
+    read_positions,
+    refuse_positions,
+    tag_position_ids,
+    takes_positions,
+)
 
 LOCK = (
     "none: this is an rpb_retrofit checkpoint, which plain classes cannot run. Load it with rpb_retrofit.load(path), "
@@ -122,16 +129,24 @@ def attach(model: PreTrainedModel) -> dict[str, Any]:
         if family.silenced:
             module.register_forward_pre_hook(SILENCERS[family.silenced], with_kwargs=True)
         module.register_forward_pre_hook(BIAS_HOOKS[family.bias_argument], with_kwargs=True)
-    for submodel in positioned(model):
-        submodel.register_forward_pre_hook(read_positions, with_kwargs=True)
-        submodel.register_forward_hook(keep_positions, with_kwargs=True)
-        if not family.uses_interface:
-            submodel.register_forward_pre_hook(tag_position_ids, with_kwargs=True)
+    follow_positions(model, family)
     for submodel in submodels(model):
         submodel.__class__ = retrofit_class(type(submodel))
         _lock(submodel, family)
         submodel.all_tied_weights_keys = submodel.get_expanded_tied_weights_keys(all_submodels=True)
     return modules
+
+
+def follow_positions(model: PreTrainedModel, family: Family) -> None:
+    """Let the bias follow the ``position_ids`` that a model is given, or refuse them where it takes none."""
+    takers = positioned(model)
+    for taker in takers:
+        taker.register_forward_pre_hook(read_positions, with_kwargs=True)
+        taker.register_forward_hook(keep_positions, with_kwargs=True)
+        if not family.uses_interface:
+            taker.register_forward_pre_hook(tag_position_ids, with_kwargs=True)
+    for submodel in () if takers else submodels(model):
+        submodel.register_forward_pre_hook(refuse_positions, with_kwargs=True)
 
 
 def on(device: torch.device, module: nn.Module) -> nn.Module:
@@ -152,8 +167,8 @@ def detach(model: PreTrainedModel) -> None:
         module._modules.pop(FACTOR, None)
         if SCALING in vars(module):
             module.scaling = vars(module).pop(SCALING)
-    for submodel in positioned(model):
-        remove_hooks(submodel, read_positions, keep_positions, tag_position_ids)
+    for submodel in submodels(model):
+        remove_hooks(submodel, read_positions, keep_positions, tag_position_ids, refuse_positions)
     for submodel in submodels(model):
         submodel.__class__ = cast(Any, type(submodel)).source_class
         submodel.all_tied_weights_keys = submodel.get_expanded_tied_weights_keys(all_submodels=True)

@@ -146,6 +146,16 @@ def tag_position_ids(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     return args, kwargs
 
 
+def refuse_positions(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of models that take no ``position_ids``, and would let them go without a word."""
+    for name in ("position_ids", "decoder_position_ids"):
+        if kwargs.get(name) is not None:
+            raise ConfigError(
+                f"{name}: {type(module).__name__} takes no positions, so a token's position is its index: leave "
+                f"{name} out"
+            )
+
+
 def keep_positions(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """Forward hook of the same model: a cache that it made itself remembers the positions too."""
     positions = kwargs.get(POSITIONS)

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 import rpb_retrofit as rpb
-from rpb_retrofit.errors import MissingTablesError
+from rpb_retrofit.errors import ConfigError, MissingTablesError
 from rpb_retrofit.runtime.families import FAMILIES
 from rpb_retrofit.runtime.modeling import positioned
 from tests.families.cases import CASES, Case
@@ -273,7 +273,9 @@ def test_9_the_bias_follows_the_positions_given(case: Case) -> None:
     model, ids = retrofitted(case), tokens(2, 8)
     if not positioned(model):
         assert "position_ids" not in inspect.signature(getattr(transformers, case.model).forward).parameters
-        pytest.skip("takes no position_ids")
+        with pytest.raises(ConfigError, match=f"position_ids: Rpb{case.model} takes no positions"):
+            model(**inputs_of(case, ids), position_ids=torch.arange(8)[None])
+        return
     if case.kind == "encoder":
         order = torch.tensor([3, 0, 6, 1, 7, 2, 5, 4])
         got = model(ids[:, order], position_ids=order[None]).logits
