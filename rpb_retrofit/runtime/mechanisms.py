@@ -69,6 +69,17 @@ def neutralise(model: nn.Module, family: Family, kept: dict[str, int], lengths: 
                 parent.register_forward_pre_hook(unbounded_positions, with_kwargs=True)
 
 
+def hand_over(module: Any, other: Any) -> None:
+    """Let ``other`` stand in a position module's place: it is neutralised by the same hooks, which read the same."""
+    for name in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
+        setattr(other, name, getattr(module, name))
+    for name in ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
+        setattr(other, name, getattr(module, name))
+    for name in (KEPT, MEAN):
+        if name in vars(module):
+            setattr(other, name, getattr(module, name))
+
+
 def restore(model: nn.Module) -> None:
     """Undo `neutralise`."""
     for module in model.modules():

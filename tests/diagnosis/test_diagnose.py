@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -96,6 +97,46 @@ def test_a_row_is_spoiled_where_what_it_hands_on_is_farther_too(source: PreTrain
     none[name][head] = found.missed_without[name][head] + 0.1
     assert foreign_tables._spoiled_rows(exam, replace(found, own=far, missed=none)).endswith(f": {head}")
     assert foreign_tables._spoiled_rows(exam, replace(found, missed=none)) == ""
+
+
+SORTS: dict[str, dict[str, Any]] = {
+    "kept": {"keep_frequencies": 2},
+    "all kept by auto": {"keep_frequencies": "auto"},
+    "log tail": {"tail": "log"},
+    "unscaled": {"scale": "unscaled"},
+    "shared": {"shared": True},
+    "alibi": {"init": "alibi"},
+    "zeros": {"init": "zeros"},
+    "content": {"init": "calibrated", "calibrate": "tables+content"},
+    "kept, unscaled, log tail": {"keep_frequencies": 2, "scale": "unscaled", "tail": "log"},
+}
+"""Every sort of retrofit that changes what a model holds or how it runs."""
+
+
+@pytest.mark.parametrize("sort", SORTS)
+def test_every_crossing_and_twin_runs_on_every_sort(sort: str) -> None:
+    """A change of the running model, and a model built anew, meet whatever a retrofit put in."""
+    case = next(case for case in CASES if case.family == "llama")
+    model, source = build(case), build(case)
+    config = rpb.RetrofitConfig(
+        **{"init": "normal", "relative_attention_num_buckets": 8, "relative_attention_max_distance": 16, **SORTS[sort]}
+    )
+    documents = [torch.randint(3, 61, (400,), generator=torch.Generator().manual_seed(0))]
+    rpb.retrofit(model, config, calibration=documents * 2 if config.takes_text else None)
+    exam = Exam(Arms(model, source), documents, None, Plan(lengths=(24, 40), tokens=400, probed=80, rounds=0))
+    ids = documents[0][None, :40]
+    with torch.no_grad():
+        before = model(ids).logits
+    crossings = {crossing.name: crossing for crossing in factorial(exam)}
+    assert crossings.keys() >= {"length factor", "attention window", "RoPE scaling"}
+    assert all(math.isfinite(cell) for crossing in crossings.values() for cell in crossing.cells)
+    cells = crossings["RoPE scaling"].cells
+    rotates = bool(config.keep_frequencies)
+    assert (cells[2] != cells[3]) or not rotates, "kept frequencies are scaled with the rest"
+    found = exam.rebuilt
+    assert found is not None and found.module is None, found
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, before), "every change was undone"
 
 
 CAUSAL = [case for case in CASES if case.kind == "causal" and case.name != "llama-dynamic"]
