@@ -6,13 +6,17 @@ Transformers: ``modeling.RpbLlamaForCausalLM`` is what a checkpoint's ``auto_map
 
 from __future__ import annotations
 
+# isort: off
+from .releases import OLDEST  # noqa: F401  # first: its error would else be that of whatever an older release lacks
+
+# isort: on
 import os
 import shutil
 import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import transformers
 from torch import nn
@@ -45,19 +49,38 @@ from .interface import (
 )
 from .mechanisms import modules_named, neutralise, remove_hooks, restore
 
+if TYPE_CHECKING:  # Transformers before 5.10 copies those files of a folder only that this one names by an import.
+    from .attention import attention  # noqa: F401
+    from .blockwise import forward  # noqa: F401
+    from .fused import obstacle  # noqa: F401
+    from .gradients import differentiate  # noqa: F401
+    from .kernels import forward_kernel  # noqa: F401
+    from .visibility import runs_of  # noqa: F401
+
 LOCK = (
     "none: this is an rpb_retrofit checkpoint, which plain classes cannot run. Load it with rpb_retrofit.load(path), "
     "or with AutoModel...from_pretrained(path, trust_remote_code=True)"
 )
-"""Stands in config.json as the attention and the experts implementation. Every Transformers model checks both when it
+"""Stands in config.json as the attention and the experts implementation. Every Transformers model checks them when it
 is built and refuses unknown ones with an error that prints them, so no plain class loads a retrofit by mistake. (Both
 arguments given by hand override both locks.)"""
+
+LOCKS: dict[str, Any] = {
+    **dict.fromkeys(("attn_implementation", "experts_implementation"), LOCK),
+    **dict.fromkeys(("_attn_implementation", "_experts_implementation"), LOCK),
+    "pruned_heads": {"0": [[LOCK]]},
+}
+"""What is written to config.json. Transformers before 5.4 ignores the public names in a file, but sets whatever else it
+finds there, and so reaches by the private names the properties that it checks. ``pruned_heads`` means something before
+5.0 only, where every model prunes them once it is built, and a list in the list of a layer's heads is a TypeError:
+nothing else refuses ``attn_implementation=`` by hand there. scripts/check_lock.py tries all of them."""
 
 SCALING = "rpb_scaling"
 """Attribute of an attention module: the scale that it had."""
 
 RUNTIME_FILES = (
     "errors.py",
+    "releases.py",
     "buckets.py",
     "bias.py",
     "factor.py",
@@ -219,8 +242,8 @@ def _unlock(config: Any, family: Family) -> None:
 def _lock(model: PreTrainedModel, family: Family) -> None:
     config = model.config
     _unlock(config, family)
-    # The public attributes only exist to be written to config.json.
-    config.attn_implementation = config.experts_implementation = LOCK
+    # They only exist to be written to config.json: here the private names are properties, which hide these entries.
+    vars(config).update(LOCKS)
     if not cast(Any, type(model)).source_class._can_set_experts_implementation():
         config._experts_implementation_internal = LOCK  # nothing reads it, but a plain class would check it
 
