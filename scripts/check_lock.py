@@ -78,56 +78,81 @@ def environment(folder: Path, release: str) -> Path:
     return python
 
 
-def probe(python: Path, folder: Path, modules: Path) -> dict[str, Any]:
+def probe(python: Path, retrofits: Path, scratch: Path) -> dict[str, Any]:
     """What `lock_probe` found, by case."""
+    scratch.mkdir(parents=True, exist_ok=True)
     variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    variables |= {"HF_MODULES_CACHE": str(modules), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    script = Path(__file__).with_name("lock_probe.py")
-    ran = subprocess.run([python, script, folder], capture_output=True, text=True, env=variables, timeout=1800)
+    variables |= {"HF_MODULES_CACHE": str(scratch / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    script, found = Path(__file__).with_name("lock_probe.py"), scratch / "found.json"
+    ran = subprocess.run([python, script, retrofits, found], capture_output=True, text=True, env=variables)
     if ran.returncode:
         raise SystemExit(f"{python}: {ran.stderr}")
-    return json.loads(ran.stdout.splitlines()[-1])
+    return json.loads(found.read_text())
 
 
-def plain_cell(found: dict[str, Any], given: str) -> str:
-    """How many plain loads were refused, how many of them with the remedy; which succeeded."""
-    loads = {
-        f"{name} as {cls}": error
-        for name, case in found.items()
-        if case["known"] and given in case["plain"]
-        for cls, error in case["plain"][given].items()
-    }
-    if not loads:
-        return "no such argument"
-    refused = [error for error in loads.values() if error is not None]
+GIVEN = {
+    "plain load": ("nothing",),
+    "one argument by hand": ("attention", "experts"),
+    "both by hand": ("both",),
+}
+
+
+def plain_cell(found: dict[str, Any], given: tuple[str, ...]) -> str:
+    """How many plain loads were refused, and how many errors said what to do, where not all did."""
+    errors = [
+        error
+        for case in found.values()
+        for how in given
+        if case["known"] and how in case["plain"]
+        for error in case["plain"][how].values()
+    ]
+    if not errors:
+        return "no such arguments"
+    refused = [error for error in errors if error is not None]
     told = sum(all(word in error for word in REMEDY) for error in refused)
-    cell = f"{len(refused)} of {len(loads)} refused, {told} with the remedy"
-    return cell if len(refused) == len(loads) else f"**{cell}**"
+    cell = f"{len(refused)} of {len(errors)}"
+    if len(refused) < len(errors):
+        cell = f"**{cell}**"
+    return cell if told == len(refused) else f"{cell} ({told} say what to do)"
 
 
 def remote_cell(found: dict[str, Any]) -> str:
-    """How many loads with the checkpoint's own code gave the retrofit's logits, or what they said."""
+    """How many loads with the checkpoint's own code gave the retrofit's logits, or said which release they need."""
     known = {name: case["remote"] for name, case in found.items() if case["known"]}
-    right = [name for name, load in known.items() if load["difference"] is not None and load["difference"] < 1e-5]
-    told = [name for name, load in known.items() if load["error"] and "needs Transformers" in load["error"]]
-    other = sorted(set(known) - set(right) - set(told))
+    right = {name for name, load in known.items() if load["difference"] is not None and load["difference"] < 1e-5}
+    told = {name for name, load in known.items() if "needs Transformers" in (load["error"] or "")}
     parts = [f"{len(right)} of {len(known)} right"] if right else []
-    parts += [f"{len(told)} of {len(known)} name the release that is needed"] if told else []
-    return ", ".join(parts + ([f"**otherwise: {', '.join(other)}**"] if other else []))
-
-
-GIVEN = {"nothing": "plain load", "attention": "with `attn_implementation=`", "both": "with `experts_implementation=` too"}
+    parts += [f"{len(told)} of {len(known)} say which release they need"] if told else []
+    parts += [f"**wrong: {name}**" for name in sorted(set(known) - right - told)]
+    return ", ".join(parts)
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
     """Markdown: a row a release."""
-    head = ["Transformers", "models that it knows", *GIVEN.values(), "`trust_remote_code=True`"]
+    head = ["Transformers", "models known", *GIVEN, "`trust_remote_code=True`"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for release, cases in found.items():
         known = f"{sum(case['known'] for case in cases.values())} of {len(cases)}"
-        cells = [release, known, *(plain_cell(cases, given) for given in GIVEN), remote_cell(cases)]
+        cells = [release, known, *(plain_cell(cases, given) for given in GIVEN.values()), remote_cell(cases)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def card(found: dict[str, dict[str, Any]]) -> str:
+    """The page."""
+    import torch
+    import transformers
+
+    template = Path(__file__).with_name("lock_card.md").read_text()
+    return template.format(
+        cases=len(next(iter(found.values()))),
+        saved=transformers.__version__,
+        table=table(found),
+        date=datetime.date.today().isoformat(),
+        torch=torch.__version__.split("+")[0],
+        python=".".join(map(str, sys.version_info[:2])),
+        command="python " + shlex.join(["scripts/check_lock.py", *sys.argv[1:]]),
+    )
 
 
 def main() -> None:
@@ -143,10 +168,10 @@ def main() -> None:
     found = {}
     for release in arguments.releases.split(",") if arguments.releases else last_patches():
         python = environment(environments, release)
-        found[release] = probe(python, retrofits, folder / "modules" / release)
+        found[release] = probe(python, retrofits, folder / "scratch" / release)
         print(table({release: found[release]}).splitlines()[-1], flush=True)
     (folder / "found.json").write_text(json.dumps(found, indent=1))
-    if arguments.card and False:
+    if arguments.card:
         arguments.card.write_text(card(found))
 
 

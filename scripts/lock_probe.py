@@ -1,7 +1,7 @@
 """Loads retrofits with the Transformers of this environment, which need not be one that rpb_retrofit itself supports.
 
-Run by scripts/check_lock.py as ``python lock_probe.py FOLDER``: FOLDER/cases.json lists the retrofits; what each load
-did is printed as JSON.
+Run by scripts/check_lock.py as ``python lock_probe.py FOLDER FOUND``: FOLDER/cases.json lists the retrofits; what each
+load did is written to FOUND, as JSON.
 """
 
 from __future__ import annotations
@@ -61,4 +61,4 @@ def probe(case: dict, folder: Path) -> dict:
 if __name__ == "__main__":
     root = Path(sys.argv[1])
     cases = json.loads((root / "cases.json").read_text())
-    print(json.dumps({case["name"]: probe(case, root) for case in cases}))
+    Path(sys.argv[2]).write_text(json.dumps({case["name"]: probe(case, root) for case in cases}))

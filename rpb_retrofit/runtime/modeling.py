@@ -7,7 +7,7 @@ Transformers: ``modeling.RpbLlamaForCausalLM`` is what a checkpoint's ``auto_map
 from __future__ import annotations
 
 # isort: off
-from .releases import OLDEST  # noqa: F401  # first: its error would else be that of whatever an older release lacks
+from .releases import OLDEST, check_release  # first, or what an older release lacks would be the error
 
 # isort: on
 import os
@@ -63,7 +63,7 @@ LOCK = (
 )
 """Stands in config.json as the attention and the experts implementation. Every Transformers model checks them when it
 is built and refuses unknown ones with an error that prints them, so no plain class loads a retrofit by mistake. (Both
-arguments given by hand override both locks.)"""
+arguments given by hand to a class that is not an Auto class override both.)"""
 
 LOCKS: dict[str, Any] = {
     **dict.fromkeys(("attn_implementation", "experts_implementation"), LOCK),
@@ -105,9 +105,10 @@ def attach(model: PreTrainedModel) -> dict[str, Any]:
     """Neutralise the mechanism of a plain model and attach zero tables, as its ``config.rpb_retrofit`` says.
 
     Returns the patched attention modules by name. The model's class and those of the models inside it become the
-    retrofitted ones. Raises UnsupportedModelError or PartialMatchError before anything is changed.
+    retrofitted ones. Raises UnsupportedModelError, ReleaseError or PartialMatchError before anything is changed.
     """
     settings, family = model.config.rpb_retrofit, family_of(model.config)
+    check_release(transformers.__version__, family.since or OLDEST)
     modules = attention_modules(model, family)
     biases: dict[tuple[int, Bucketing], RelativePositionBias] = {}
     tables = {}

@@ -8,18 +8,17 @@ import transformers
 
 from .errors import ReleaseError
 
-OLDEST = (5, 10)
-"""Major and minor number of the first release on which every family computes what it should: scripts/check_lock.py."""
+OLDEST = (5, 17)
+"""Major and minor number of the first release that this code was found to compute right on: scripts/check_lock.py."""
 
 
-def check_release(installed: str) -> None:
-    """ReleaseError where the installed release of Transformers is older than `OLDEST`."""
-    numbers = tuple(map(int, re.findall(r"\d+", installed)[:2]))
-    if numbers < OLDEST:
-        needed = ".".join(map(str, OLDEST))
+def check_release(installed: str, needed: tuple[int, int] = OLDEST) -> None:
+    """ReleaseError where the installed release of Transformers is older than the needed one."""
+    if tuple(map(int, re.findall(r"\d+", installed)[:2])) < needed:
+        release = ".".join(map(str, needed))
         raise ReleaseError(
-            f"rpb_retrofit, which this checkpoint was made with, needs Transformers {needed} or later, and {installed} "
-            f"is installed: pip install 'transformers>={needed}'"
+            f"this rpb_retrofit checkpoint needs Transformers {release} or later, and {installed} is installed: "
+            f"pip install 'transformers>={release}'"
         )
 
 
