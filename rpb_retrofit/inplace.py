@@ -16,7 +16,7 @@ from rpb_retrofit.errors import ConfigError, NotRetrofittedError, RevertError, U
 from rpb_retrofit.filling import fill
 from rpb_retrofit.report import RetrofitReport, report
 from rpb_retrofit.runtime.families import FACTOR, TABLE, UNSCALED, is_own
-from rpb_retrofit.runtime.modeling import LOCKS, attach, attention_modules, detach, own_names, submodels
+from rpb_retrofit.runtime.modeling import attach, attention_modules, detach, own_names, submodels
 from rpb_retrofit.settings import auto_map, describe
 from rpb_retrofit.tables import CALIBRATED, CONTENT, FROM, INITIALISATIONS
 from rpb_retrofit.tables.calibrate import Calibration, check_windows
@@ -30,7 +30,7 @@ _SNAPSHOT = "_rpb_source"
 
 
 _WRITTEN = (
-    *("rpb_retrofit", "auto_map", "architectures", *LOCKS),
+    *("rpb_retrofit", "auto_map", "attn_implementation", "experts_implementation", "architectures"),
     *("_attn_implementation_internal", "_experts_implementation_internal"),
 )
 """What a retrofit, or saving it, writes into a config."""

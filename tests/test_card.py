@@ -89,7 +89,7 @@ def test_a_hub_source_is_the_base_model(folder: Path, tmp_path: Path) -> None:
 
 def test_a_retrofit_with_the_former_lock(folder: Path, tmp_path: Path) -> None:
     config = json.loads((folder / "retrofit" / "config.json").read_text())
-    del config["_attn_implementation"]
+    del config["transformers_weights"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     text = str(make_card(tmp_path))
     assert "in Transformers 5.4 and later; older releases load it as the source's class" in text

@@ -16,10 +16,10 @@ import torch
 import transformers
 
 import rpb_retrofit as rpb
-from rpb_retrofit.errors import ReleaseError
+from rpb_retrofit.errors import AttentionImplementationError, ReleaseError
 from rpb_retrofit.runtime import modeling, releases
 from tests.families.cases import CASES, Case
-from tests.families.test_contract import AUTO, inputs_of, retrofitted, tokens
+from tests.families.test_contract import AUTO, CONFIG, build, inputs_of, retrofitted, saved_config, tokens
 
 MECHANISMS = ("llama", "gpt2", "pegasus", "bloom", "mpt", "falcon", "t5", "bert", "distilbert", "modernbert", "mixtral")
 every_mechanism = pytest.mark.parametrize("case", [case for case in CASES if str(case) in MECHANISMS], ids=str)
@@ -39,23 +39,12 @@ def edit(folder: Path, *removed: str) -> dict:
 @every_mechanism
 def test_a_plain_load_is_refused_before_5_4_too(case: Case, tmp_path: Path) -> None:
     retrofitted(case).save_pretrained(tmp_path)
-    edit(tmp_path, *PUBLIC)
-    auto = getattr(transformers, AUTO[case.kind])
-    for cls in (auto, getattr(transformers, case.model), transformers.AutoModel):
-        for given in ({}, {"attn_implementation": "eager"}, {"experts_implementation": "eager"}):
+    assert edit(tmp_path, *PUBLIC)["_attn_implementation_internal"] == modeling.LOCK  # what 4.50 to 5.2 check
+    eager = dict.fromkeys(PUBLIC, "eager")
+    for cls in (getattr(transformers, AUTO[case.kind]), getattr(transformers, case.model), transformers.AutoModel):
+        for given in ({}, *({name: "eager"} for name in PUBLIC), eager):
             with pytest.raises(ValueError, match=r"rpb_retrofit\.load\(path\).*trust_remote_code=True"):
                 cls.from_pretrained(tmp_path, **given)
-    with pytest.raises(ValueError, match=r"rpb_retrofit\.load\(path\)"):  # both by hand: Auto classes still refuse
-        auto.from_pretrained(tmp_path, attn_implementation="eager", experts_implementation="eager")
-
-
-@every_mechanism
-def test_what_a_model_of_4_x_does_with_its_pruned_heads(case: Case, tmp_path: Path) -> None:
-    """``PretrainedConfig.from_dict`` and ``PreTrainedModel.prune_heads`` of 4.50 to 4.57, the lines that read them."""
-    retrofitted(case).save_pretrained(tmp_path)
-    pruned = {int(key): value for key, value in edit(tmp_path)["pruned_heads"].items()}  # a readable config
-    with pytest.raises(TypeError):
-        {layer: set(pruned.get(layer, [])) | set(heads) for layer, heads in pruned.items()}
 
 
 @every_mechanism
@@ -63,13 +52,22 @@ def test_what_a_model_of_4_x_does_with_its_pruned_heads(case: Case, tmp_path: Pa
 def test_a_retrofit_with_the_former_lock_loads_and_is_saved_with_this_one(case: Case, tmp_path: Path) -> None:
     model, inputs = retrofitted(case), inputs_of(case, tokens())
     model.save_pretrained(tmp_path / "old")
-    written = edit(tmp_path / "old")
-    edit(tmp_path / "old", *set(modeling.LOCKS) - set(PUBLIC))
+    written = saved_config(tmp_path / "old")
+    edit(tmp_path / "old", *modeling.FILE_LOCKS)
     loaded = rpb.load(tmp_path / "old").eval()
     assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
     loaded.save_pretrained(tmp_path / "new")
-    again = edit(tmp_path / "new")
-    assert {key: again[key] for key in modeling.LOCKS} == {key: written[key] for key in modeling.LOCKS}
+    assert saved_config(tmp_path / "new") == written and written["transformers_weights"] == modeling.LOCK
+
+
+def test_the_retrofitted_class_itself_takes_what_goes_into_the_config(tmp_path: Path) -> None:
+    model = retrofitted(CASES[0])
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, use_cache=False, dtype=torch.bfloat16)
+    assert not again.config.use_cache and again.dtype == torch.bfloat16
+    assert not set(modeling.FILE_LOCKS[:1]) & set(vars(again.config)) and "save_pretrained" not in vars(model.config)
+    with pytest.raises(AttentionImplementationError):
+        type(model).from_pretrained(tmp_path, attn_implementation="sdpa")
 
 
 def runs_with(folder: Path, release: str) -> str:
@@ -99,9 +97,11 @@ def test_travelling_code_goes_on_with_the_oldest_release_and_later(tmp_path: Pat
 def test_a_family_may_need_a_later_release(monkeypatch: pytest.MonkeyPatch) -> None:
     """UMT5's decoder was not told from its encoder before 5.18: logits off by 1.2, and nothing said."""
     case = next(case for case in CASES if case.family == "umt5")
-    monkeypatch.setattr(transformers, "__version__", "5.17.0")
+    model = build(case)
+    monkeypatch.setattr(modeling.transformers, "__version__", "5.17.0")
     with pytest.raises(ReleaseError, match=r"needs Transformers 5\.18 or later, and 5\.17\.0 is installed"):
-        retrofitted(case)
+        rpb.retrofit(model, CONFIG)
+    assert type(model).__name__ == case.model
 
 
 def test_old_releases_find_every_file_that_the_code_needs() -> None:

@@ -53,7 +53,7 @@ def make_card(folder: Path, evaluations: Sequence[Path] = ()) -> ModelCard:
         picture=PICTURE if (folder / PICTURE).exists() else None,
         results=results,
         auto=_auto_class(config),
-        locked_since="4.50" if "_attn_implementation" in config else "5.4",
+        locked_since="4.50" if "transformers_weights" in config else "5.4",
         needed=_release(config) if (folder / "releases.py").exists() else None,
     )
 

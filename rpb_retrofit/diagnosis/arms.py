@@ -14,7 +14,7 @@ from transformers.initialization import no_init_weights
 from rpb_retrofit.errors import DataError, NotRetrofittedError
 from rpb_retrofit.runtime.bias import RelativePositionBias
 from rpb_retrofit.runtime.families import TABLE, UNSCALED, Family, family_of, is_own
-from rpb_retrofit.runtime.modeling import LOCKS, RetrofitModel, attention_modules
+from rpb_retrofit.runtime.modeling import RetrofitModel, attention_modules
 from rpb_retrofit.tables import CONTENT
 
 SOURCE, UNTRAINED, RETROFIT, CONTROL = "source", "untrained", "retrofit", "control"
@@ -110,5 +110,8 @@ class Arms:
         return self.retrofit.dtype
 
 
-WRITTEN = ("rpb_retrofit", "auto_map", "architectures", *LOCKS)
+WRITTEN = (
+    *("rpb_retrofit", "auto_map", "attn_implementation", "experts_implementation", "architectures"),
+    *("_attn_implementation", "_experts_implementation"),
+)
 """What a retrofit writes into a config, and saving it into config.json."""
