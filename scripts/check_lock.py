@@ -123,7 +123,9 @@ def remote_cell(found: dict[str, Any]) -> str:
     told = {name for name, load in known.items() if "needs Transformers" in (load["error"] or "")}
     parts = [f"{len(right)} of {len(known)} right"] if right else []
     parts += [f"{len(told)} of {len(known)} say which release they need"] if told else []
-    parts += [f"**wrong: {name}**" for name in sorted(set(known) - right - told)]
+    for name in sorted(set(known) - right - told):
+        error = known[name]["error"]
+        parts.append(f"{name}: {error.split(':')[0]}" if error else f"**{name} is wrong**")
     return ", ".join(parts)
 
 

@@ -65,14 +65,15 @@ LOCK = (
     "or with AutoModel...from_pretrained(path, trust_remote_code=True)"
 )
 """Stands in config.json as the attention and the experts implementation. From Transformers 5.4 on every model checks
-both when it is built and refuses unknown ones with an error that prints them: no plain class loads a retrofit by mistake."""
+both when it is built and refuses unknown ones with an error that prints them, so no plain class loads a retrofit by
+mistake."""
 
 WEIGHTS = "transformers_weights"
 
 FILE_LOCKS = (WEIGHTS, "_attn_implementation_internal")
 """Where `LOCK` stands in the file only, for older releases and for both arguments given by hand: a config drops them
-when it is written. The first is to every ``from_pretrained`` since 4.52 the name of the file with the weights; it prints
-what cannot be one. Before 5.3 the second is what a model checks when it is built. scripts/check_lock.py tries them."""
+when it is written. To every ``from_pretrained`` since 4.52 the first is the name of the file with the weights, and it
+prints what cannot be one. Before 5.3 a model checks the second when it is built. scripts/check_lock.py tries them."""
 
 SCALING = "rpb_scaling"
 """Attribute of an attention module: the scale that it had."""
