@@ -7,12 +7,15 @@ import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from rpb_retrofit.config import RetrofitConfig
 from rpb_retrofit.errors import CheckpointError, DataError
+from rpb_retrofit.runtime.families import family_of
+from rpb_retrofit.runtime.releases import OLDEST
 from rpb_retrofit.training.run import RECIPE
 from rpb_retrofit.training.summary import PICTURE, SUMMARY
 
@@ -50,6 +53,8 @@ def make_card(folder: Path, evaluations: Sequence[Path] = ()) -> ModelCard:
         picture=PICTURE if (folder / PICTURE).exists() else None,
         results=results,
         auto=_auto_class(config),
+        locked_since="4.50" if "transformers_weights" in config else "5.4",
+        needed=_release(config) if (folder / "releases.py").exists() else None,
     )
 
 
@@ -58,6 +63,11 @@ def _auto_class(config: dict[str, Any]) -> str:
     (architecture, *_) = config.get("architectures") or [""]
     served = (name for name, reference in config.get("auto_map", {}).items() if reference.endswith(f".{architecture}"))
     return next(served, "AutoModel")
+
+
+def _release(config: dict[str, Any]) -> str:
+    """The release of Transformers that the code beside the config needs."""
+    return ".".join(map(str, family_of(SimpleNamespace(**config)).since or OLDEST))
 
 
 def _command(settings: dict[str, Any]) -> str:
