@@ -127,5 +127,6 @@ def _check(file: Path, identity: dict[str, Any], say: Callable[[str], None]) -> 
         return
     if different := [key for key in identity if before.get(key) != identity[key]]:
         raise ConfigError(
-            f"'{file.parent}' holds an examination with other {', '.join(different)}: remove it, or choose another --out"
+            f"'{file.parent}' holds an examination with other {', '.join(different)}: remove it, or choose another "
+            "--out"
         )

@@ -56,7 +56,10 @@ def _plain(value: Any, tensors: dict[str, Tensor], seen: set[int]) -> Any:
     if isinstance(value, dict):
         return {"dict": [[inner(key), inner(part)] for key, part in value.items()]}
     if is_dataclass(value) and not isinstance(value, type):
-        return {"record": type(value).__name__, "fields": {f.name: inner(getattr(value, f.name)) for f in fields(value)}}
+        return {
+            "record": type(value).__name__,
+            "fields": {f.name: inner(getattr(value, f.name)) for f in fields(value)},
+        }
     raise TypeError(f"a {type(value).__name__} cannot be recorded")
 
 
@@ -95,6 +98,6 @@ def unpack(tensors: dict[str, Tensor], kinds: Sequence[type] = ()) -> Any:
         raise ValueError(f"{list(part)[:3]} names no kind of value")
 
     try:
-        return value(json.loads(bytes(tensors[REST].cpu().tolist())))
+        return value(json.loads(tensors[REST].numpy().tobytes()))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, RuntimeError, SafetensorError) as error:
         raise DamagedError(f"it is no record of rpb_retrofit: {' '.join(str(error).split())}") from error

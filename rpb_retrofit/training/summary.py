@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedModel
 
+from rpb_retrofit.errors import CheckpointError
 from rpb_retrofit.evaluation.plots import training_curves
+from rpb_retrofit.files.json_file import read_object
 from rpb_retrofit.runtime.buckets import bucket_of
 from rpb_retrofit.training.batches import bucketing_of, pairs_by_bucket
 from rpb_retrofit.training.recipe import Stage
@@ -70,9 +73,16 @@ class Summary:
 
 
 def read_summary(folder: Path) -> Summary:
-    """The summary that `write_summary` wrote."""
-    found = json.loads((folder / SUMMARY).read_text())
-    return Summary(**{**found, "stages": [StageSummary(**stage) for stage in found["stages"]]})
+    """The summary that `write_summary` wrote. CheckpointError where the file holds something else."""
+    found = read_object(folder / SUMMARY)
+    try:
+        return TypeAdapter(Summary).validate_python(found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise CheckpointError(
+            f"'{folder / SUMMARY}' is not what `rpb finetune` writes: {where}: {first['msg']}"
+        ) from error
 
 
 def stage_summary(stage: Stage, progress: Progress, model: PreTrainedModel) -> StageSummary:
