@@ -15,7 +15,7 @@ from pydantic import Field
 
 from rpb_retrofit.config import RetrofitConfig
 from rpb_retrofit.errors import CheckpointError, DataError
-from rpb_retrofit.files.checked import Written, checked
+from rpb_retrofit.files.checked import Written, check
 from rpb_retrofit.training.run import RECIPE
 from rpb_retrofit.training.summary import PICTURE, SUMMARY, read_summary
 
@@ -96,9 +96,9 @@ def _training(summary: dict[str, Any]) -> dict[str, Any]:
 
 def _evaluation(file: Path) -> dict[str, Any]:
     try:
-        return checked(file, _Evaluation, "rpb evaluate --json")
+        return check(_json(file, f"--evaluation '{file}'"), file, _Evaluation, "rpb evaluate --json")
     except CheckpointError as error:
-        raise DataError(f"--evaluation {error}") from error
+        raise DataError(f"{error}") from error
 
 
 class _Length(Written):

@@ -23,7 +23,11 @@ Kind = TypeVar("Kind", bound=Written)
 def checked(file: Path, kind: type[Kind], writer: str) -> dict[str, Any]:
     """The JSON object in a file, whose keys are as ``kind`` says. CheckpointError where it is not what the command
     ``writer`` writes; it names the first key that is wrong."""
-    found = read_object(file)
+    return check(read_object(file), file, kind, writer)
+
+
+def check(found: dict[str, Any], file: Path, kind: type[Kind], writer: str) -> dict[str, Any]:
+    """The same of an object that was read already."""
     try:
         kind.model_validate(found, strict=True)
     except ValidationError as error:

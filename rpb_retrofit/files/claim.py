@@ -89,7 +89,7 @@ def _purpose(mark: bytes) -> str:
         said = json.loads(mark)
         if said["program"] == PROGRAM:
             return str(said["purpose"])
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         pass
     raise NotMarkedError("it was not made by this program")
 
