@@ -665,6 +665,8 @@ def test_a_killed_rank_ends_the_launcher(mode: str, retrofit: Path, text: Path, 
     _, said = launched.communicate(timeout=60)
     assert launched.returncode != 0 and time.monotonic() - start < 45
     assert b"Signal 9 (SIGKILL)" in said
+    kept = [file for file in saved.folder.rglob("*") if file.is_file()]
+    assert {file.suffix for file in kept} == {".safetensors", ".json"}, "no pickle"
     assert launch(mode, retrofit, out, recipe).returncode == 0
     assert losses(out) == pytest.approx(losses(whole), abs=1e-4)
 

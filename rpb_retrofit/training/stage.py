@@ -68,7 +68,11 @@ class StageRun:
                 "begun, or --restart"
             )
         if self.trains:
-            load_state(self.accelerator, self.model, self.stepper.optimizer, saved.folder, self.say)
+            whole = load_state(self.accelerator, self.model, self.stepper.optimizer, saved.folder)
+            if new := [str(rank) for rank, found in enumerate(gathered(self.accelerator, whole)) if not found]:
+                self.say(
+                    f"'{saved.folder}' was written by fewer processes: {', '.join(new)} begin with new random states"
+                )
         self.stepper.progress = Progress.from_json(saved.meta["progress"])
         self.setting.rows.restore(saved.meta["rows"])
         self.stepper.guard.recent.extend(saved.meta["recent"])

@@ -1,7 +1,8 @@
 """The state of a training on disk, without pickle: weights, optimizer, loss scale and random numbers.
 
 One process and DDP write whole tensors; FSDP2 writes each process's shards, by PyTorch's distributed checkpoints in
-safetensors, which any number of processes can read.
+safetensors, which any number of processes can read. DeepSpeed's engine knows no other files than its own, which are
+PyTorch's: of those nothing is read but tensors and plain values.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from rpb_retrofit.files.record import pack, unpack
+from rpb_retrofit.files.record import DamagedError, pack, unpack
 
-WEIGHTS, OPTIMIZER, SCALE, SHARDS = "model.safetensors", "optimizer.safetensors", "scale.safetensors", "shards"
+WEIGHTS, OPTIMIZER, SCALE = "model.safetensors", "optimizer.safetensors", "scale.safetensors"
+SHARDS, ENGINE = "shards", "deepspeed"
+"""Folders of FSDP2 and of DeepSpeed."""
 
 FORCED = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 """PyTorch's switch that makes every `torch.load` refuse what is not a tensor or a plain value."""
@@ -38,9 +41,8 @@ FORCED = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 def save_state(accelerator: Accelerator, model: Any, optimizer: Any, folder: Path) -> None:
     """Write the state into a folder; every process calls it."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        accelerator.save_state(str(folder))
-        return
-    if accelerator.distributed_type == DistributedType.FSDP:
+        model.save_checkpoint(str(folder), ENGINE)
+    elif accelerator.distributed_type == DistributedType.FSDP:
         tensors, rest = _sharded(model, optimizer)
         dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder / SHARDS), save_distributed=True))
         if accelerator.is_main_process:
@@ -48,17 +50,21 @@ def save_state(accelerator: Accelerator, model: Any, optimizer: Any, folder: Pat
     elif accelerator.is_main_process:
         save_model(accelerator.unwrap_model(model), str(folder / WEIGHTS))
         save_file(pack(optimizer.state_dict()), folder / OPTIMIZER)
-    if accelerator.scaler is not None and accelerator.is_main_process:
+    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED  # which keeps its own
+    if accelerator.scaler is not None and accelerator.is_main_process and not deepspeed:
         save_file(pack(accelerator.scaler.state_dict()), folder / SCALE)
     save_file(pack(_random_states(accelerator)), _random_file(folder, accelerator))
 
 
-def load_state(accelerator: Accelerator, model: Any, optimizer: Any, folder: Path, say: Callable[[str], None]) -> None:
-    """Take up the state in a folder; every process calls it. ``say`` is told what could not be taken up."""
+def load_state(accelerator: Accelerator, model: Any, optimizer: Any, folder: Path) -> bool:
+    """Take up the state in a folder; every process calls it. False where it has no random states for this process,
+    since it was written by fewer."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         with _tensors_only():
-            accelerator.load_state(str(folder))
-        return
+            found, _ = model.load_checkpoint(str(folder), ENGINE)
+        if found is None:
+            raise DamagedError(f"'{folder}' holds nothing that DeepSpeed can go on from: --restart")
+        return _take_random_states(accelerator, folder)
     if accelerator.scaler is not None:  # before an FSDP2 optimizer, whose loading takes a step of nothing
         accelerator.scaler.load_state_dict(unpack(load_file(folder / SCALE)))
         accelerator.scaler._lazy_init_scale_growth_tracker(accelerator.device)
@@ -67,10 +73,14 @@ def load_state(accelerator: Accelerator, model: Any, optimizer: Any, folder: Pat
     else:
         load_model(accelerator.unwrap_model(model), str(folder / WEIGHTS))
         optimizer.load_state_dict(unpack(load_file(folder / OPTIMIZER)))
-    if (file := _random_file(folder, accelerator)).exists():
-        _set_random_states(accelerator, unpack(load_file(file)))
-    else:
-        say(f"'{folder}' has no random states for process {accelerator.process_index}: it begins with new ones")
+    return _take_random_states(accelerator, folder)
+
+
+def _take_random_states(accelerator: Accelerator, folder: Path) -> bool:
+    if not (file := _random_file(folder, accelerator)).exists():
+        return False
+    _set_random_states(accelerator, unpack(load_file(file)))
+    return True
 
 
 def _sharded(model: Any, optimizer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
