@@ -18,6 +18,7 @@ from rpb_retrofit.diagnosis.opening import identity
 from rpb_retrofit.errors import CheckpointError
 from rpb_retrofit.files.digest import digest, digest_of
 from rpb_retrofit.text import CalibrationText, read_rows, read_text
+from rpb_retrofit.training import identity as identity_module
 from rpb_retrofit.training.documents import open_sources
 from rpb_retrofit.training.identity import fingerprint, identity_of
 from rpb_retrofit.training.recipe import Recipe
@@ -150,3 +151,17 @@ def test_every_byte_counts(at: int, tmp_path: Path) -> None:
     data[at] = 1
     (tmp_path / "b").write_bytes(data)
     assert digest(tmp_path / "a") != digest(tmp_path / "b")
+
+
+def test_digests_are_of_whole_files_only_once(retrofit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every shard and every file beside them that counts is read, none twice."""
+    read: list[str] = []
+    real = identity_module.digest
+
+    def counted(file: Path) -> str:
+        read.append(file.name)
+        return real(file)
+
+    monkeypatch.setattr(identity_module, "digest", counted)
+    assert sorted(fingerprint(str(retrofit))) == sorted(read) and len(set(read)) == len(read)
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= set(read)
