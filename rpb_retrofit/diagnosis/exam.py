@@ -19,7 +19,7 @@ from rpb_retrofit.diagnosis.gaze import Gaze, gaze
 from rpb_retrofit.diagnosis.intervention import Change, changed
 from rpb_retrofit.diagnosis.promise import Comparison, compare
 from rpb_retrofit.diagnosis.rebuilt import Rebuilt, rebuilt
-from rpb_retrofit.diagnosis.still_life import StillLife, still_life
+from rpb_retrofit.diagnosis.still_life import Portrait, StillLife, still_life
 from rpb_retrofit.diagnosis.weights import drift
 from rpb_retrofit.errors import DataError
 from rpb_retrofit.evaluation.context_use import make_inductions, make_local_orders
@@ -27,7 +27,7 @@ from rpb_retrofit.evaluation.journal import Journal
 from rpb_retrofit.evaluation.losses import Losses, cut_text, difference, key_tokens, on_tokens, token_by_token
 from rpb_retrofit.evaluation.nll import check_length
 from rpb_retrofit.evaluation.retrieval import KINDS, make_items, measure
-from rpb_retrofit.evaluation.speed import Skipped, SpeedResult, is_out_of_memory, speed
+from rpb_retrofit.evaluation.speed import Seconds, Skipped, SpeedResult, is_out_of_memory, speed
 from rpb_retrofit.evaluation.statistics import Difference
 from rpb_retrofit.runtime.mechanisms import trained_context
 from rpb_retrofit.runtime.modeling import attention_modules
@@ -37,6 +37,10 @@ AS_IT_IS = "as-it-is"
 
 DEPTHS = (0.1, 0.9)
 """Where in the context the answers lie, from its beginning to its end."""
+
+
+MEASURED = (StillLife, Portrait, Rebuilt, Way, Fidelity, Gaze, Losses, SpeedResult, Seconds, Skipped)
+"""The data classes of measurements, which a journal may hold."""
 
 
 @dataclass(frozen=True)

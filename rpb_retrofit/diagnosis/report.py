@@ -69,7 +69,10 @@ def write_report(result: Mapping[str, Any], command: str, file: Path) -> None:
         kinds=KINDS,
         symbols=SYMBOLS,
         causes=[hypotheses[name] for name in result["causes"]],
-        untold=[h for h in result["hypotheses"] if h["finding"]["verdict"] == "can't tell"],
+        failed=[h for h in result["hypotheses"] if h["finding"]["failed"]],
+        untold=[
+            h for h in result["hypotheses"] if h["finding"]["verdict"] == "can't tell" and not h["finding"]["failed"]
+        ],
         cost=cost or {"real": False},
         cost_sentence=_cost_sentence(cost),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -9,7 +10,7 @@ from typing import Any
 
 from rpb_retrofit.diagnosis.arms import CONTROL, SOURCE
 from rpb_retrofit.diagnosis.exam import Exam
-from rpb_retrofit.diagnosis.finding import Outcome, ranked
+from rpb_retrofit.diagnosis.finding import Kind, Outcome, ranked
 from rpb_retrofit.diagnosis.hypotheses import HYPOTHESES, Hypothesis
 from rpb_retrofit.diagnosis.measures import Figures, all_figures
 from rpb_retrofit.version import __version__
@@ -50,11 +51,19 @@ class Diagnosis:
         return {role: what for role, what in MISSING.items() if role not in self.arms}
 
     @property
+    def failed(self) -> dict[str, str]:
+        """The hypotheses whose probe ended in an error, and in which."""
+        return {outcome.name: outcome.finding.because for outcome in self.outcomes if outcome.finding.failed}
+
+    @property
     def headline(self) -> str:
         """The verdict in a sentence."""
         if not self.causes:
             untold = sum(outcome.finding.verdict == "can't tell" for outcome in self.outcomes)
             rest = f"; {untold} could not be told" if untold else ""
+            rest += (
+                f", {len(self.failed)} of them because a probe failed ({', '.join(self.failed)})" if self.failed else ""
+            )
             cost = self.cost()
             lost = (
                 f" It loses {cost['mean']:+.3f} nats a token against the {cost['above']} at {cost['length']} tokens."
@@ -82,6 +91,28 @@ class Diagnosis:
         above = CONTROL if CONTROL in self.arms else SOURCE
         return [c for c in losses["costs"] if c["arm"] == "retrofit" and c["above"] == above and c["mean"] > tolerance]
 
+    def unmeasured(self) -> dict[str, str]:
+        """What a judgement of regressions needs and could not be measured, and why: the loss above control or source
+        at every length of the plan, and whether the model runs as it should."""
+        found = {name: why for name, why in self.failed.items() if self._kind(name) is Kind.RUNNING}
+        above = CONTROL if CONTROL in self.arms else SOURCE
+        losses = self.figures.get("loss") or {"costs": []}
+        known = {
+            c["length"]
+            for c in losses["costs"]
+            if c["arm"] == "retrofit" and c["above"] == above and math.isfinite(c["mean"])
+        }
+        for length in self.plan["lengths"]:
+            if length not in known:
+                names = ("the figures", f"length {length}", f"loss-retrofit-{length}", f"loss-{above}-{length}")
+                why = next((self.skipped[name] for name in names if name in self.skipped), "it is not a number")
+                why = why if above in self.arms else f"no {above} was given or found: give --{above}"
+                found[f"the loss above the {above} at {length} tokens"] = why
+        return found
+
+    def _kind(self, name: str) -> Kind:
+        return next(outcome.kind for outcome in self.outcomes if outcome.name == name)
+
     def blind(self, tolerance: float) -> list[Figures]:
         """The lengths at which a loss of ``tolerance`` could have gone unnoticed."""
         losses = self.figures.get("loss") or {"costs": []}
@@ -98,6 +129,7 @@ class Diagnosis:
             "causes": [outcome.name for outcome in self.causes],
             "arms": self.arms,
             "missing": self.missing,
+            "failed": self.failed,
             "text": self.text,
             "plan": self.plan,
             "hypotheses": [
