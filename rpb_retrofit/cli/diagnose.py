@@ -151,7 +151,7 @@ def _print(found: Diagnosis) -> None:
     console = Console(highlight=False)
     console.print(Text(f"\n{found.headline}", style="bold"))
     for name, why in found.failed.items():
-        console.print(Text(f"the probe {name} failed, so this says nothing of it: {why}"))
+        console.print(Text(f"measuring {name} failed, so this says nothing of it: {why}"))
     table = Table(show_lines=True)
     for column in ("", "hypothesis", "verdict", "evidence", "remedy"):
         table.add_column(column)

@@ -69,7 +69,8 @@ def write_report(result: Mapping[str, Any], command: str, file: Path) -> None:
         kinds=KINDS,
         symbols=SYMBOLS,
         causes=[hypotheses[name] for name in result["causes"]],
-        failed=[h for h in result["hypotheses"] if h["finding"]["failed"]],
+        failed=result["failed"],
+        hypotheses=hypotheses,
         untold=[
             h for h in result["hypotheses"] if h["finding"]["verdict"] == "can't tell" and not h["finding"]["failed"]
         ],

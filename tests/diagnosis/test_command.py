@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from rpb_retrofit.diagnosis import exam
+from rpb_retrofit.diagnosis import exam, factorial, measures
 from rpb_retrofit.evaluation.journal import SUFFIX, Journal
 from tests.test_checkpoint import rpb_command
 from tests.training_cases import PROSE, small_tokenizer, write_retrofit, write_source
@@ -153,8 +153,8 @@ def test_a_probe_that_fails(
     monkeypatch.setattr(exam, "consistency", broken)
     assert diagnose(monkeypatch, folder, "--out", tmp_path / "plain") == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "the probe cached_decoding failed, so this says nothing of it: ValueError: the probe broke" in printed
-    assert printed.index("the probe cached_decoding failed") < printed.index("hypothesis")
+    assert "measuring cached_decoding failed, so this says nothing of it: ValueError: the probe broke" in printed
+    assert printed.index("measuring cached_decoding failed") < printed.index("hypothesis")
     found = json.loads((tmp_path / "plain" / "report.json").read_text())
     assert found["failed"]["cached_decoding"] == "ValueError: the probe broke"
     page = (tmp_path / "plain" / "report.html").read_text()
@@ -162,6 +162,39 @@ def test_a_probe_that_fails(
     assert "Probes that failed" in first_screen and first_screen.count("ValueError: the probe broke") >= 1
     status = diagnose(monkeypatch, folder, "--out", tmp_path / "asked", "--fail-on-regression", 1e3)
     assert status == 1 and "not measured: cached_decoding: ValueError" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "what", "status"),
+    [
+        (factorial, "_cross", "the crossing of method and length factor", 0),
+        (measures, "speed_figures", "the figures of speed", 0),
+        (measures, "loss_figures", "the figures of loss", 1),
+    ],
+    ids=lambda x: x if isinstance(x, str) and x.startswith("the") else "",
+)
+def test_figures_that_fail(
+    module: Any,
+    name: str,
+    what: str,
+    status: int,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Cost nothing but themselves: the report is there, names them first, and CI is told where it needed them."""
+
+    def broken(*_: Any) -> None:
+        raise AttributeError("no such thing")
+
+    monkeypatch.setattr(module, name, broken)
+    assert diagnose(monkeypatch, folder, "--out", tmp_path / "out", "--fail-on-regression", 1e3) == status
+    assert f"measuring {what} failed" in " ".join(capsys.readouterr().out.split())
+    found = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert found["failed"][what] == "AttributeError: no such thing" and found["hypotheses"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f"{what}: AttributeError" in page[: page.index('id="repeat"')]
 
 
 def test_a_length_that_was_not_measured(
