@@ -18,7 +18,7 @@ from rpb_retrofit.errors import ConfigError, NotRetrofittedError, RevertError, U
 from rpb_retrofit.filling import fill
 from rpb_retrofit.report import RetrofitReport, report
 from rpb_retrofit.runtime.families import FACTOR, TABLE, UNSCALED, is_own
-from rpb_retrofit.runtime.modeling import UNSAVED, attach, attention_modules, detach, own_names, submodels
+from rpb_retrofit.runtime.modeling import UNSAVED, attach, attention_modules, detach, on, own_names, submodels
 from rpb_retrofit.settings import auto_map, describe
 from rpb_retrofit.tables import CALIBRATED, CONTENT, FROM, INITIALISATIONS
 from rpb_retrofit.tables.calibrate import Calibration, check_windows
@@ -257,8 +257,7 @@ def revert(model: PreTrainedModel) -> None:
     detach(model)
     for name, module in snapshot.own_tables.items():
         attention: Any = model.get_submodule(name)
-        device = next(attention.parameters()).device
-        setattr(attention, TABLE, module if module.weight.device == device else module.to(device))
+        setattr(attention, TABLE, on(next(attention.parameters()).device, module))
         attention.has_relative_attention_bias = True
     _restore_configs(snapshot)
     for submodel, name in snapshot.names:

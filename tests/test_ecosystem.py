@@ -35,7 +35,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 import rpb_retrofit as rpb
-from rpb_retrofit.runtime.modeling import LOCK, RUNTIME_FILES, submodels
+from rpb_retrofit.runtime.modeling import FILE_LOCKS, LOCK, RUNTIME_FILES, submodels
 from tests.families.cases import CASES, Case
 from tests.families.test_contract import (
     AUTO,
@@ -448,7 +448,7 @@ def test_push_to_hub(hub: tuple[str, Path], tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert {"config.json", "model.safetensors", *RUNTIME_FILES} <= {path.name for path in uploaded.iterdir()}
-    assert saved_config(uploaded)["attn_implementation"] == LOCK
+    assert all(saved_config(uploaded)[name] == LOCK for name in ("attn_implementation", *FILE_LOCKS))
     assert torch.equal(logits(rpb.load(uploaded)), logits(model))
     for name in RUNTIME_FILES:
         assert (uploaded / name).read_bytes() == (tmp_path / "out" / name).read_bytes()

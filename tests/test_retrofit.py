@@ -211,15 +211,17 @@ def test_revert_knows_when_it_cannot(tmp_path: Path) -> None:
         rpb.revert(model)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "bloom", "t5"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "opt", "bert", "bloom", "t5"])
 @pytest.mark.parametrize("where", [lambda: torch.device("meta"), FakeTensorMode], ids=["meta", "fake"])
 def test_a_model_without_values(where: Callable[[], Any], name: str) -> None:
-    """It is retrofitted, described and reverted as any other; what needs values says that there are none."""
+    """It is retrofitted, described, run and reverted as any other; what needs values says that there are none."""
     with where():
         model = build(BY_NAME[name])
         before = type(model), list(model.state_dict())
         rpb.retrofit(model, CONFIG)
         assert "RelativePositionBias(heads=4, buckets=8, max_distance=16" in repr(model)
+        ids = torch.zeros(2, 12, dtype=torch.long)
+        assert model(**inputs_of(BY_NAME[name], ids)).logits.shape[:2] == (2, 12)
         rpb.revert(model)
         assert (type(model), list(model.state_dict())) == before
         if name != "t5":
