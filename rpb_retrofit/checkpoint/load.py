@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from rpb_retrofit.checkpoint.gguf import load_gguf
 from rpb_retrofit.errors import CheckpointError, DataError, NotRetrofittedError, RetrofitError, UnsupportedModelError
-from rpb_retrofit.files.source import Source, find, model_class, one_line
+from rpb_retrofit.files.headers import check_headers
+from rpb_retrofit.files.source import Source, expanded, find, model_class, one_line
 from rpb_retrofit.runtime.modeling import retrofit_class
 
 
@@ -29,14 +29,24 @@ def load(path: str | os.PathLike[str], auto_class: Any | None = None, **kwargs: 
         NotRetrofittedError for any other checkpoint, MissingTablesError and ConfigError for a damaged one.
     """
     config = kwargs.pop("config", None)
+    hub = {name: value for name, value in kwargs.items() if name in _HUB_ARGUMENTS}
+    _check_files(path, hub.get("subfolder", ""))
     if config is None:
-        config = AutoConfig.from_pretrained(path, **{k: v for k, v in kwargs.items() if k in _HUB_ARGUMENTS})
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **hub)
     if getattr(config, "rpb_retrofit", None) is None:
         raise NotRetrofittedError(f"'{path}' is not a retrofit: make one with `rpb retrofit {path} OUT`")
     for name in [name for name in kwargs if name not in _MODEL_ARGUMENTS and hasattr(config, name)]:
         setattr(config, name, kwargs.pop(name))  # num_labels=3 and the like, as from_pretrained takes them
     source = _source_class(path, config, auto_class)
-    return retrofit_class(source).from_pretrained(path, config=config, **kwargs)
+    given = {"use_safetensors": True, **kwargs, "trust_remote_code": False}
+    return retrofit_class(source).from_pretrained(path, config=config, **given)
+
+
+def _check_files(path: str | os.PathLike[str], subfolder: str) -> None:
+    """CheckpointError for a folder whose files must not be opened: links out of it, pipes, pickles, an adapter."""
+    folder = expanded(path) / subfolder
+    if folder.is_dir():
+        assert Source(str(path), folder).shards
 
 
 _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "subfolder")
@@ -91,7 +101,7 @@ def open_model(name: str) -> tuple[Any, Any]:
     Raises CheckpointError for what cannot be found or is damaged.
     """
     if name.endswith(".gguf"):
-        return load_gguf(Path(name).expanduser())
+        return load_gguf(expanded(name))
     source = find(name)
     config = source.config()
     retrofitted = getattr(config, "rpb_retrofit", None) is not None
@@ -102,8 +112,9 @@ def open_model(name: str) -> tuple[Any, Any]:
 def open_weights(source: Source, opener: Any) -> Any:
     """The model of a folder by a ``from_pretrained``, in evaluation mode; CheckpointError where weights are missing."""
     name = source.name
+    check_headers(source, source.config())
     try:
-        model, info = opener(source.folder, output_loading_info=True)
+        model, info = opener(source.folder, output_loading_info=True, use_safetensors=True, trust_remote_code=False)
     except RetrofitError:
         raise
     except Exception as error:  # whatever a damaged file makes Transformers raise
@@ -116,10 +127,13 @@ def open_weights(source: Source, opener: Any) -> Any:
 
 def open_tokenizer(source: Source) -> Any:
     """The tokenizer of a folder; CheckpointError where it has none."""
+    assert source.files is not None  # a pipe among them would be waited for
     try:
-        return AutoTokenizer.from_pretrained(source.folder)
-    except (ValueError, OSError) as error:
+        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
+    except BaseException as error:  # whatever a damaged file causes, panics of Rust among it, which are no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
+            raise
         raise CheckpointError(
-            f"'{source.name}' has no tokenizer that Transformers can read; only retrofits with --init zeros, normal or "
-            "alibi do without"
+            f"'{source.name}' has no tokenizer that Transformers can read ({one_line(error)}); only retrofits with --init "
+            "zeros, normal or alibi do without"
         ) from error

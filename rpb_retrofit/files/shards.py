@@ -14,6 +14,8 @@ from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from safetensors import SafetensorError, safe_open
+
 from rpb_retrofit.errors import CheckpointError
 
 Progress = Callable[[int], object]
@@ -34,10 +36,14 @@ def read_header(path: Path) -> dict[str, Any]:
                 raise ValueError("its header does not fit the file")
             header = json.loads(file.read(length))
             end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"'{path}' is not a safetensors file ({error}): fetch it again") from error
     if path.stat().st_size < 8 + length + end:
         raise CheckpointError(f"'{path}' is shorter than its header says: fetch it again")
+    try:  # the format's own reader knows whether dtypes, shapes and offsets agree, and what stands behind the last one
+        safe_open(path, framework="np").__exit__(None, None, None)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"'{path}' is not a safetensors file ({error}): fetch it again") from error
     return header
 
 
@@ -65,6 +71,13 @@ def place(source: Path, target: Path, *, link: bool, progress: Progress) -> None
             progress(source.stat().st_size)
         except OSError:  # no copy-on-write here
             _copy(reader, writer, source.stat().st_size, progress)
+
+
+def share(file: Path) -> None:
+    """Give a file the mode that new files have: safetensors makes its own readable for their owner only."""
+    mask = os.umask(0)
+    os.umask(mask)
+    file.chmod(0o666 & ~mask)
 
 
 def place_without(source: Path, target: Path, dropped: Container[str], progress: Progress) -> None:

@@ -24,11 +24,14 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 from .bias import RelativePositionBias
 from .buckets import Bucketing
 from .errors import (
+    ADAPTER,
     AttentionImplementationError,
+    CheckpointError,
     ConfigError,
     MissingTablesError,
     NotRetrofittedError,
     PartialMatchError,
+    beside_adapter,
 )
 from .factor import ContentFactor, Pairs
 from .families import FACTOR, TABLE, UNSCALED, Family, family_of, is_own, is_table
@@ -43,7 +46,9 @@ from .interface import (
     plain_attention,
     would_drop,
 )
+from .loading import check_loaded
 from .mechanisms import modules_named, neutralise, remove_hooks, restore
+from .settings import check_against, check_settings
 
 LOCK = (
     "none: this is an rpb_retrofit checkpoint, which plain classes cannot run. Load it with rpb_retrofit.load(path), "
@@ -57,6 +62,7 @@ SCALING = "rpb_scaling"
 """Attribute of an attention module: the scale that it had."""
 
 RUNTIME_FILES = (
+    "version.py",
     "errors.py",
     "buckets.py",
     "bias.py",
@@ -68,6 +74,8 @@ RUNTIME_FILES = (
     "kernels.py",
     "attention.py",
     "families.py",
+    "settings.py",
+    "loading.py",
     "mechanisms.py",
     "interface.py",
     "modeling.py",
@@ -86,6 +94,7 @@ def attach(model: PreTrainedModel) -> dict[str, Any]:
     """
     settings, family = model.config.rpb_retrofit, family_of(model.config)
     modules = attention_modules(model, family)
+    check_against(settings, family, rotary_frequencies(model, family), model.config.name_or_path)
     biases: dict[tuple[int, Bucketing], RelativePositionBias] = {}
     tables = {}
     for name, module in modules.items():
@@ -171,6 +180,16 @@ def attention_modules(model: nn.Module, family: Family) -> dict[str, Any]:
     return modules
 
 
+def rotary_frequencies(model: nn.Module, family: Family) -> dict[str, int]:
+    """How many frequencies each rotary buffer of a model holds, by the buffer's name."""
+    return {
+        name: len(buffer)
+        for holder in (modules_named(model, family.positions) if family.positions else {}).values()
+        for name, buffer in holder.named_buffers()
+        if name.endswith("inv_freq") and "original" not in name
+    }
+
+
 def table_names(model: nn.Module) -> list[str]:
     """Names of the tables' parameters in the model's state dict, a shared table once."""
     return [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, RelativePositionBias)]
@@ -239,6 +258,7 @@ class RetrofitModel:
                 f"{type(self).__name__} needs a retrofit's config; this one, of '{config.name_or_path}', has no "
                 f"'rpb_retrofit': make a retrofit with `rpb retrofit` first"
             )
+        check_settings(config.rpb_retrofit, config.name_or_path)
         family = family_of(config)
         if config._attn_implementation not in (None, LOCK, ATTENTION, "eager" if not family.uses_interface else None):
             raise AttentionImplementationError(would_drop(config._attn_implementation))
@@ -255,18 +275,27 @@ class RetrofitModel:
         ignore_mismatched_sizes: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """`PreTrainedModel.from_pretrained`, which leaves missing tables as uninitialised memory: here an error."""
+        """`PreTrainedModel.from_pretrained`, which leaves missing tables as uninitialised memory: here an error.
+
+        So is whatever else the checkpoint lost, and an adapter beside it: its loading report would hide what is missing.
+        """
+        name = str(getattr(kwargs.get("config"), "name_or_path", "")) if path is None else str(path)
+        if path is not None and (Path(path) / kwargs.get("subfolder", "") / ADAPTER).exists():
+            raise CheckpointError(beside_adapter(name))
         model, info = super().from_pretrained(  # type: ignore[misc]
             path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
+        if getattr(model, "_hf_peft_config_loaded", False):
+            raise CheckpointError(beside_adapter(name))
         if missing := sorted(filter(is_own, info["missing_keys"])):
-            raise MissingTablesError(f"'{path}' lacks {len(missing)} tables of its retrofit: {', '.join(missing)}")
+            raise MissingTablesError(f"'{name}' lacks {len(missing)} tables of its retrofit: {', '.join(missing)}")
         for key, found, expected in sorted(info["mismatched_keys"]):
             if is_own(key) or not ignore_mismatched_sizes:
                 meaning = " (heads, buckets)" if is_table(key) else ""
                 raise ConfigError(
-                    f"'{path}': {key} has shape {tuple(found)}{meaning}, the config asks for {tuple(expected)}"
+                    f"'{name}': {key} has shape {tuple(found)}{meaning}, the config asks for {tuple(expected)}"
                 )
+        check_loaded(model, info, name, retrofit_class)
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
