@@ -14,6 +14,7 @@ from rpb_retrofit.config import RetrofitConfig
 from rpb_retrofit.eligibility import check_eligible
 from rpb_retrofit.errors import ConfigError, NotRetrofittedError, RevertError, UnsupportedModelError
 from rpb_retrofit.filling import fill
+from rpb_retrofit.finite import check_finite
 from rpb_retrofit.report import RetrofitReport, report
 from rpb_retrofit.runtime.families import FACTOR, TABLE, UNSCALED, is_own
 from rpb_retrofit.runtime.modeling import attach, attention_modules, detach, own_names, submodels
@@ -75,8 +76,8 @@ def retrofit(
         polishing: text for ``polish``, likewise: 512 tokens a step; by default ``calibration``'s, again and again.
 
     Raises:
-        AlreadyRetrofittedError, UnsupportedModelError, PartialMatchError, ConfigError, DataError: the model is left as
-            it was.
+        AlreadyRetrofittedError, UnsupportedModelError, PartialMatchError, ConfigError, DataError, and CheckpointError
+            where a weight holds NaN or infinity: the model is left as it was.
     """
     config = config or RetrofitConfig()
     _check_text(config, calibration, polishing)
@@ -97,6 +98,7 @@ def retrofit(
         raise UnsupportedModelError(
             f"{meta[0]} is on the meta device, without a value that could change: load the weights"
         )
+    check_finite(parameters, model.name_or_path or type(model).__name__)
     snapshot = _Snapshot(
         configs=[(config, dict(vars(config))) for config in _distinct(m.config for m in submodels(model))],
         own_tables={name: getattr(module, TABLE) for name, module in attentions.items() if hasattr(module, TABLE)},

@@ -10,20 +10,36 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from transformers.initialization import no_init_weights
 
 from rpb_retrofit.errors import CheckpointError
+from rpb_retrofit.files.source import one_line, shortened
 
 
 def load_gguf(file: Path) -> tuple[PreTrainedModel, Any]:
-    """The model, dequantised to float32, and the tokenizer of a GGUF file."""
-    if not file.is_file():
-        raise CheckpointError(f"'{file}': no such file")
-    arguments: dict[str, Any] = {"gguf_file": file.name}
+    """The model, dequantised to float32, and the tokenizer of a GGUF file.
+
+    Raises CheckpointError where there is none, it is cut, or it lacks weights that a model of its settings has.
+    """
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **arguments)
+        is_file = file.is_file()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"'{shortened(str(file))}' cannot be read: {one_line(error)}") from error
+    if not is_file:
+        raise CheckpointError(f"'{shortened(str(file))}': no such file")
+    arguments: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
+    try:
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            file.parent, dtype=torch.float32, output_loading_info=True, **arguments
+        )
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **arguments)
     except ImportError as error:
         raise CheckpointError("reading a GGUF file needs the package gguf: pip install 'rpb_retrofit[gguf]'") from error
-    except (ValueError, KeyError, OSError) as error:
-        raise CheckpointError(f"'{file}' cannot be read as GGUF: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # whatever a cut or a damaged file causes in its reader
+        raise CheckpointError(
+            f"'{file}' cannot be read as GGUF ({one_line(error) or type(error).__name__}): fetch it again"
+        ) from error
+    if missing := sorted(info["missing_keys"]):
+        raise CheckpointError(
+            f"'{file}' lacks {len(missing)} of its weights ({missing[0]}{', ...' * (len(missing) > 1)}): a damaged file"
+        )
     # What Transformers loaded remembers that it was quantised, and would not be saved as plain weights.
     settings = loaded.config.to_dict()
     settings.pop("quantization_config", None)

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from rpb_retrofit.checkpoint.gguf import load_gguf
 from rpb_retrofit.errors import CheckpointError, DataError, NotRetrofittedError, RetrofitError, UnsupportedModelError
 from rpb_retrofit.files.headers import check_headers
-from rpb_retrofit.files.source import Source, expanded, find, model_class, one_line
+from rpb_retrofit.files.source import Source, expanded, find, is_folder, model_class, one_line
 from rpb_retrofit.runtime.modeling import retrofit_class
 
 
@@ -45,7 +45,7 @@ def load(path: str | os.PathLike[str], auto_class: Any | None = None, **kwargs: 
 def _check_files(path: str | os.PathLike[str], subfolder: str) -> None:
     """CheckpointError for a folder whose files must not be opened: links out of it, pipes, pickles, an adapter."""
     folder = expanded(path) / subfolder
-    if folder.is_dir():
+    if is_folder(folder):
         assert Source(str(path), folder).shards
 
 
@@ -134,6 +134,6 @@ def open_tokenizer(source: Source) -> Any:
         if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
             raise
         raise CheckpointError(
-            f"'{source.name}' has no tokenizer that Transformers can read ({one_line(error)}); only retrofits with --init "
-            "zeros, normal or alibi do without"
+            f"'{source.name}' has no tokenizer that Transformers can read ({one_line(error)}); only retrofits with "
+            "--init zeros, normal or alibi do without"
         ) from error

@@ -44,8 +44,7 @@ _NEVER_PARSED = ("tokenizer.json", "vocab.json", "added_tokens.json", "special_t
 
 
 def members(folder: Path, name: str) -> list[Path]:
-    """The files in a folder and in those inside it, relative to it, but for hidden ones and for pickles and code, which
-    are never opened.
+    """The files in a folder and in those inside it, relative to it, but for hidden ones.
 
     Raises CheckpointError for a link that leads out of the folder (or, in a hub's cache, out of its repository), for
     what is no file, such as a pipe, and for what may not be read.
@@ -55,9 +54,10 @@ def members(folder: Path, name: str) -> list[Path]:
         roots = [root.resolve(strict=True) for root in (folder, *_blobs(folder)) if root.exists()]
         for entry in _walk(folder):
             relative = Path(entry.path).relative_to(folder)
+            unread = stays_behind(relative) and relative.suffix != ".safetensors"
             if entry.is_symlink():
                 target = Path(entry.path).resolve()
-                if not any(target.is_relative_to(root) for root in roots) and not stays_behind(relative):
+                if not any(target.is_relative_to(root) for root in roots) and not unread:
                     raise CheckpointError(
                         f"'{name}': {relative} is a link to '{target}', outside of the folder: copy the file there, or "
                         "remove the link"
@@ -66,7 +66,7 @@ def members(folder: Path, name: str) -> list[Path]:
                 continue
             if entry.is_file():
                 found.append(relative)
-            elif not stays_behind(relative):
+            elif not unread:
                 raise CheckpointError(f"'{name}': {relative} is {_kind(Path(entry.path))}: remove it")
     except OSError as error:
         raise CheckpointError(f"'{error.filename or name}' cannot be read: {error.strerror}") from error

@@ -44,26 +44,30 @@ def check_headers(source: Source, config: Any) -> list[str]:
 def _check_report(source: Source, info: Mapping[str, Any]) -> None:
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(
-            f"'{source.name}' lacks {len(missing)} of its weights ({missing[0]}{', ...' * (len(missing) > 1)}): a damaged "
-            "checkpoint, or a config.json that is not its own"
+            f"'{source.name}' lacks {len(missing)} of its weights ({missing[0]}{', ...' * (len(missing) > 1)}): a "
+            "damaged checkpoint, or a config.json that is not its own"
         )
     for key, found, expected in sorted(info["mismatched_keys"]):
         raise CheckpointError(
-            f"'{source.name}': {key} has shape {tuple(found)}, its config.json asks for {tuple(expected)}: one of the two "
-            "is not this model's"
+            f"'{source.name}': {key} has shape {tuple(found)}, its config.json asks for {tuple(expected)}: one of the "
+            "two is not this model's"
         )
 
 
 def _check_dtypes(source: Source, config: Any, empty: Mapping[str, Tensor], dtypes: Mapping[str, str]) -> None:
     """A weight of integers would be cast without a word: what goes missing without them must be theirs to hold."""
     floating = {name: tensor for name, tensor in empty.items() if dtypes[name] in _FLOATS}
-    model, info = _load(source, config, floating)
-    held = model.state_dict()
-    if wrong := sorted(key for key in info["missing_keys"] if held[key].is_floating_point()):
-        kinds = ", ".join(sorted({*dtypes.values()} - _FLOATS.keys()))
+    kinds = ", ".join(sorted({*dtypes.values()} - _FLOATS.keys()))
+    try:
+        model, info = _load(source, config, floating)
+        held = model.state_dict()
+        wrong = sorted(key for key in info["missing_keys"] if held[key].is_floating_point())
+    except RetrofitError:  # what is missing from a retrofit is an error at once
+        wrong = sorted(empty.keys() - floating.keys())
+    if wrong:
         raise CheckpointError(
-            f"'{source.name}': {wrong[0]} is stored as {kinds}, and the model has floating-point numbers there: take the "
-            "unquantised checkpoint"
+            f"'{source.name}': {wrong[0]} is stored as {kinds}, and the model has floating-point numbers there: take "
+            "the unquantised checkpoint"
         )
 
 
@@ -74,7 +78,7 @@ def _load(source: Source, config: Any, empty: Mapping[str, Tensor]) -> tuple[Any
     plain = model_class(config)
     wanted = plain if getattr(config, "rpb_retrofit", None) is None else retrofit_class(plain)
     try:
-        return wanted.from_pretrained(
+        loaded: Any = wanted.from_pretrained(
             None,
             config=copy.deepcopy(config),
             state_dict=dict(empty),
@@ -82,6 +86,7 @@ def _load(source: Source, config: Any, empty: Mapping[str, Tensor]) -> tuple[Any
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
+        return loaded
     except RetrofitError:
         raise
     except Exception as error:  # whatever a class makes of a config, or a conversion of too few tensors

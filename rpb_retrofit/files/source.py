@@ -31,8 +31,10 @@ _COUNTS = (
     *("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads", "decoder_attention_heads"),
     *("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"),
 )
-_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
-_LAYERS = (*_LAYERS, "num_decoder_layers")
+_LAYERS = (
+    *("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    *("encoder_layers", "decoder_layers", "num_decoder_layers"),
+)
 _MOST_LAYERS = 10_000
 
 
@@ -67,8 +69,8 @@ class Source:
         assert self.settings  # a missing config.json, or an adapter, has its own message
         if explicit := self.settings.get("transformers_weights"):
             raise CheckpointError(
-                f"'{self.name}': its config.json names the file of its weights (transformers_weights={explicit!r}): name "
-                "it model.safetensors, and leave that setting out"
+                f"'{self.name}': its config.json names the file of its weights (transformers_weights={explicit!r}): "
+                "name it model.safetensors, and leave that setting out"
             )
         if (single := self.folder / "model.safetensors").exists():
             return [single]
@@ -145,15 +147,9 @@ class Source:
 def find(name: str) -> Source:
     """A folder as it is; anything else as a hub id, downloaded into the hub's cache (safetensors only)."""
     folder = expanded(name)
-    try:
-        if folder.is_dir():
-            os.listdir(folder)  # whether it may be read
-            return Source(name, folder)
-        is_file = folder.exists()
-    except (OSError, ValueError) as error:  # ValueError: a zero byte
-        reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"'{shortened(name)}' cannot be read: {reason}") from error
-    if is_file:
+    if is_folder(folder):
+        return Source(name, folder)
+    if folder.exists():
         raise CheckpointError(f"'{name}' is a file; SOURCE is a folder, a hub id, or a file ending in .gguf")
     if not may_be_hub_id(name):
         raise CheckpointError(f"'{name}': no such folder")
@@ -176,6 +172,19 @@ def expanded(name: str | os.PathLike[str]) -> Path:
         return Path(name).expanduser()
     except RuntimeError as error:
         raise CheckpointError(f"'{shortened(str(name))}': no such user as in its '~'") from error
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder; CheckpointError for one that may not be read, and for a name that none can have."""
+    try:
+        if path.is_dir():
+            os.listdir(path)
+            return True
+        path.exists()
+    except (OSError, ValueError) as error:  # ValueError: a zero byte
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"'{shortened(str(path))}' cannot be read: {reason}") from error
+    return False
 
 
 def shortened(name: str) -> str:

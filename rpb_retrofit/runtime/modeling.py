@@ -94,7 +94,7 @@ def attach(model: PreTrainedModel) -> dict[str, Any]:
     """
     settings, family = model.config.rpb_retrofit, family_of(model.config)
     modules = attention_modules(model, family)
-    check_against(settings, family, rotary_frequencies(model, family), model.config.name_or_path)
+    check_against(settings, family, rotary_frequencies(model, family), str(model.config.name_or_path))
     biases: dict[tuple[int, Bucketing], RelativePositionBias] = {}
     tables = {}
     for name, module in modules.items():
@@ -277,7 +277,7 @@ class RetrofitModel:
     ) -> Any:
         """`PreTrainedModel.from_pretrained`, which leaves missing tables as uninitialised memory: here an error.
 
-        So is whatever else the checkpoint lost, and an adapter beside it: its loading report would hide what is missing.
+        So is whatever else the checkpoint lost, and an adapter beside it, whose report would hide what is missing.
         """
         name = str(getattr(kwargs.get("config"), "name_or_path", "")) if path is None else str(path)
         if path is not None and (Path(path) / kwargs.get("subfolder", "") / ADAPTER).exists():
