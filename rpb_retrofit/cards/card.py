@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from rpb_retrofit.config import RetrofitConfig
 from rpb_retrofit.errors import CheckpointError, DataError
+from rpb_retrofit.runtime.settings import check_settings
 from rpb_retrofit.training.run import RECIPE
 from rpb_retrofit.training.summary import PICTURE, SUMMARY
 
@@ -34,6 +35,7 @@ def make_card(folder: Path, evaluations: Sequence[Path] = ()) -> ModelCard:
     config = _json(folder / "config.json", f"'{folder}'")
     if not isinstance(settings := config.get("rpb_retrofit"), dict) or "source" not in settings:
         raise CheckpointError(f"'{folder}' is not a retrofit: its config.json has no 'rpb_retrofit'")
+    check_settings(settings, str(folder))
     training = _json(folder / SUMMARY, f"'{folder}'") if (folder / SUMMARY).exists() else None
     results = [_evaluation(file) for file in evaluations]
     source = str(settings["source"])

@@ -18,7 +18,7 @@ from rpb_retrofit.errors import ConfigError
 from rpb_retrofit.files.contents import CODE_KEYS, without_code
 from rpb_retrofit.files.folder import check_absent, whole_folder
 from rpb_retrofit.files.headers import check_headers
-from rpb_retrofit.files.shards import place, place_without, share, tensor_names
+from rpb_retrofit.files.shards import place, place_without, tensor_names
 from rpb_retrofit.files.source import Source, expanded, find, model_class
 from rpb_retrofit.runtime.families import family_of, is_table
 from rpb_retrofit.tables import CALIBRATED
@@ -181,7 +181,7 @@ def _write_all_but_weights(
     model.config.save_pretrained(folder)
     write_runtime(folder)
     save_file(tables, folder / shard, metadata={"format": "pt"})
-    share(folder / shard)
+    shutil.copymode(folder / "config.json", folder / shard)  # safetensors lets nobody but the owner read its files
     if unused:
         more = ", ..." * (len(unused) > 1)
         report.notes.append(

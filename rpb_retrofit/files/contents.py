@@ -36,7 +36,7 @@ _BINARY = (
 )
 """How archives (torch.save writes a zip), arrays and programs begin, whatever they are called."""
 
-_CALLS = {"GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "REDUCE", "BUILD", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
+_CALLS = {"STACK_GLOBAL", "OBJ", "REDUCE", "BUILD", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
 """What a pickle does when it runs code."""
 
 _NEVER_PARSED = ("tokenizer.json", "vocab.json", "added_tokens.json", "special_tokens_map.json")
@@ -111,12 +111,18 @@ def holds_code(path: Path) -> bool:
             return True
         file.seek(0)
         try:
-            opcodes = [opcode.name for opcode, _, _ in pickletools.genops(file)]
+            opcodes = [(opcode.name, argument) for opcode, argument, _ in pickletools.genops(file)]
         except Exception:  # whatever is no pickle
             return False
-        return (
-            opcodes[0] == "PROTO" or not _CALLS.isdisjoint(opcodes) or (len(opcodes) > 1 and not file.read(1).strip())
-        )
+        whole = len(opcodes) > 1 and not file.read(64).strip()
+        return whole or opcodes[0][0] == "PROTO" or any(_calls(*opcode) for opcode in opcodes)
+
+
+def _calls(opcode: str, argument: Any) -> bool:
+    """Whether an instruction of a pickle can run code; some lines of text look like the one that names a function."""
+    if opcode in ("GLOBAL", "INST"):
+        return all(part.isidentifier() for name in str(argument).split(" ") for part in name.split("."))
+    return opcode in _CALLS
 
 
 def without_code(path: Path) -> tuple[dict[str, Any], list[str]] | None:

@@ -73,13 +73,6 @@ def place(source: Path, target: Path, *, link: bool, progress: Progress) -> None
             _copy(reader, writer, source.stat().st_size, progress)
 
 
-def share(file: Path) -> None:
-    """Give a file the mode that new files have: safetensors makes its own readable for their owner only."""
-    mask = os.umask(0)
-    os.umask(mask)
-    file.chmod(0o666 & ~mask)
-
-
 def place_without(source: Path, target: Path, dropped: Container[str], progress: Progress) -> None:
     """Copy a safetensors file without the tensors named in ``dropped``, streaming its bytes."""
     header = read_header(source)

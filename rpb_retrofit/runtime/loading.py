@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from .errors import CheckpointError, ConfigError
-from .families import is_own, is_table
+from .families import is_own
+
+_WHERE = ("cache_dir", "local_files_only", "token", "revision", "subfolder")
 
 
 def check_loaded(model: Any, info: Mapping[str, Any], name: str, build: Callable[[Any], Any]) -> None:
@@ -28,14 +34,28 @@ def check_loaded(model: Any, info: Mapping[str, Any], name: str, build: Callable
     for key in sorted(filter(is_own, info["unexpected_keys"])):
         if _is_saved_class(model) or key.rsplit(".", 2)[0] in modules:  # else it is of a layer that this head has not
             raise ConfigError(f"'{name}' holds {key}, which the settings in its config.json do not ask for")
-    settings, own = model.config.rpb_retrofit, {key: value for key, value in model.named_parameters() if is_own(key)}
-    if settings["shared"] and not model._shared_tables():
-        tables = [key for key in own if is_table(key)]
-        if len(tables) > len(settings["bidirectional"]):
-            raise ConfigError(f"'{name}': shared=true in its config.json, but it holds {len(tables)} different tables")
-    for key, value in own.items():
-        if not value.is_meta and not bool(value.isfinite().all()):
+    for key, value in model.named_parameters():
+        if is_own(key) and not value.is_meta and not bool(value.isfinite().all()):
             raise ConfigError(f"'{name}': {key} holds NaN or infinity: a damaged checkpoint")
+
+
+def check_shared(shared: Mapping[str, str], stored: Iterable[str], name: str) -> None:
+    """ConfigError where a checkpoint holds a table of its own for a layer that shares another's, by its name."""
+    for key in stored:
+        if any(more == key or more.endswith(f".{key}") or key.endswith(f".{more}") for more in shared):
+            raise ConfigError(f"'{name}': shared=true in its config.json, but it holds {key} beside the shared table")
+
+
+def stored_names(path: Any, arguments: Mapping[str, Any]) -> list[str]:
+    """Names of the tensors in a checkpoint that was just loaded with these arguments of ``from_pretrained``."""
+    where = {key: arguments[key] for key in _WHERE if key in arguments} | {
+        "_raise_exceptions_for_missing_entries": False
+    }
+    if (whole := cached_file(path, SAFE_WEIGHTS_NAME, **where)) is not None:
+        with safe_open(whole, framework="pt") as file:
+            return list(file.keys())
+    index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, **where)
+    return [] if index is None else list(json.loads(Path(index).read_text())["weight_map"])
 
 
 def _is_saved_class(model: Any) -> bool:

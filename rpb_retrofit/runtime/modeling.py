@@ -46,7 +46,7 @@ from .interface import (
     plain_attention,
     would_drop,
 )
-from .loading import check_loaded
+from .loading import check_loaded, check_shared, stored_names
 from .mechanisms import modules_named, neutralise, remove_hooks, restore
 from .settings import check_against, check_settings
 
@@ -296,6 +296,10 @@ class RetrofitModel:
                     f"'{name}': {key} has shape {tuple(found)}{meaning}, the config asks for {tuple(expected)}"
                 )
         check_loaded(model, info, name, retrofit_class)
+        if model.config.rpb_retrofit["shared"]:
+            check_shared(
+                model._shared_tables(), kwargs["state_dict"] if path is None else stored_names(path, kwargs), name
+            )
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
@@ -315,6 +319,8 @@ class RetrofitModel:
             kwargs["state_dict"] = {name: tensor for name, tensor in state.items() if name not in shared}
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if kwargs.get("is_main_process", True):
+            for shard in folder.glob("*.safetensors"):  # which safetensors lets nobody but the owner read
+                shutil.copymode(folder / "config.json", shard)
             # One file wins over shards when both are there, whichever is older: only what was just saved may stay.
             whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
             if whole.exists() and index.exists():
