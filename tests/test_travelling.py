@@ -6,8 +6,6 @@ import io
 import json
 import os
 import pickle
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -15,14 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rpb_retrofit as rpb
 from rpb_retrofit.checkpoint.convert import retrofit_checkpoint
-from rpb_retrofit.errors import CheckpointError
+from rpb_retrofit.errors import CheckpointError, RetrofitError
 from rpb_retrofit.runtime.modeling import RUNTIME_FILES
-from tests.families.test_contract import CONFIG
-from tests.test_checkpoint import RPB, edit_config
+from tests.families.test_contract import CONFIG, build
+from tests.test_checkpoint import edit_config
+from tests.test_sources import BY_NAME, refusal
 from tests.test_sources import source as source  # the fixture
 
 MARK = "code of the source ran"
@@ -72,7 +71,7 @@ BEHIND: dict[str, bytes] = {
 }
 
 
-def test_neither_code_nor_pickles_travel(source: Path, tmp_path: Path) -> None:
+def test_neither_code_nor_pickles_travel(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, content in BEHIND.items():
         (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_bytes(content)
@@ -91,20 +90,10 @@ def test_neither_code_nor_pickles_travel(source: Path, tmp_path: Path) -> None:
     for file in (tmp_path / "out").glob("*.json"):
         text = file.read_text()
         assert "own.Own" not in text and "custom_pipelines" not in text
-    answer = subprocess.run(
-        [sys.executable, "-c", LOADING, str(tmp_path / "out")], capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
-    assert answer.returncode == 0, answer.stderr
-    assert MARK not in answer.stdout
-
-
-LOADING = """
-import sys
-from transformers import AutoModelForCausalLM, AutoTokenizer
-AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-assert type(model).__name__ == "RpbLlamaForCausalLM"
-"""
+    AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert type(model).__name__ == "RpbLlamaForCausalLM"
+    assert MARK not in capsys.readouterr().out
 
 
 def test_what_holds_no_code_travels_as_it_is(source: Path, tmp_path: Path) -> None:
@@ -155,10 +144,20 @@ def test_files_are_for_others_too(source: Path, tmp_path: Path) -> None:
             assert {path.stat().st_mode & 0o777 for path in folder.iterdir() if path.is_file()} == {mode}
 
 
-@pytest.mark.parametrize("command", ["retrofit", "evaluate", "load"])
+@pytest.mark.parametrize("command", ["retrofit", "evaluate", "load", "from"])
 @pytest.mark.parametrize("where", ["config", "tokenizer"])
-def test_code_is_never_offered(where: str, command: str, source: Path, tmp_path: Path) -> None:
-    """Whoever answers every question with yes is not asked, and no code of the source runs."""
+def test_code_is_never_offered(
+    where: str,
+    command: str,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Whoever would answer every question with yes is not asked, and no code of the source runs."""
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda question="": asked.append(question) or "y")
+    monkeypatch.setattr("transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE", 1)
     for name in ("configuration_own.py", "tokenization_own.py", "modeling_own.py"):
         (source / name).write_text(f"print({MARK!r}, flush=True)\nclass Own: pass\n")
     if where == "config":
@@ -169,14 +168,16 @@ def test_code_is_never_offered(where: str, command: str, source: Path, tmp_path:
             '{"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["tokenization_own.Own", null]}}'
         )
         (source / "tokenizer.json").unlink()
+    build(BY_NAME["llama"]).save_pretrained(tmp_path / "other")
     commands: dict[str, list[Any]] = {
-        "retrofit": [*RPB, "retrofit", source, tmp_path / "out"],
-        "evaluate": [*RPB, "evaluate", source, "--lengths", "32"],
-        "load": [sys.executable, "-c", f"import rpb_retrofit; rpb_retrofit.load({str(source)!r})"],
+        "retrofit": ["retrofit", source, tmp_path / "out"],
+        "evaluate": ["evaluate", source, "--lengths", "32"],
+        "from": ["retrofit", tmp_path / "other", tmp_path / "out", "--init", f"from:{source}"],
     }
-    done = subprocess.run(commands[command], input="y\n" * 9, capture_output=True, text=True, timeout=100)
-    assert MARK not in done.stdout and "[y/N]" not in done.stdout + done.stderr
-    assert done.returncode == (1 if command == "load" else 2)
-    if command != "load":
-        assert done.stderr.strip().splitlines()[-1].startswith("rpb: ")
+    if command == "load":
+        with pytest.raises((ValueError, RetrofitError)):
+            rpb.load(source)
+    else:
+        assert len(refusal(monkeypatch, capsys, *commands[command])) < 1000
+    assert not asked and MARK not in capsys.readouterr().out
     assert not (tmp_path / "out").exists()

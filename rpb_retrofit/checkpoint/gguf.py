@@ -26,7 +26,7 @@ def load_gguf(file: Path) -> tuple[PreTrainedModel, Any]:
         raise CheckpointError(f"'{shortened(str(file))}': no such file")
     arguments: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
     try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(
+        opened: Any = AutoModelForCausalLM.from_pretrained(
             file.parent, dtype=torch.float32, output_loading_info=True, **arguments
         )
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **arguments)
@@ -36,6 +36,7 @@ def load_gguf(file: Path) -> tuple[PreTrainedModel, Any]:
         raise CheckpointError(
             f"'{file}' cannot be read as GGUF ({one_line(error) or type(error).__name__}): fetch it again"
         ) from error
+    loaded, info = opened
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(
             f"'{file}' lacks {len(missing)} of its weights ({missing[0]}{', ...' * (len(missing) > 1)}): a damaged file"

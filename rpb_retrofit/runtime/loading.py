@@ -48,9 +48,8 @@ def check_shared(shared: Mapping[str, str], stored: Iterable[str], name: str) ->
 
 def stored_names(path: Any, arguments: Mapping[str, Any]) -> list[str]:
     """Names of the tensors in a checkpoint that was just loaded with these arguments of ``from_pretrained``."""
-    where = {key: arguments[key] for key in _WHERE if key in arguments} | {
-        "_raise_exceptions_for_missing_entries": False
-    }
+    where = {key: arguments[key] for key in _WHERE if key in arguments}
+    where["_raise_exceptions_for_missing_entries"] = False
     if (whole := cached_file(path, SAFE_WEIGHTS_NAME, **where)) is not None:
         with safe_open(whole, framework="pt") as file:
             return list(file.keys())

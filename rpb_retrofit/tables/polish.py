@@ -81,8 +81,8 @@ class Polish:
         before = self._held_out(model, len(lessons))
         if not math.isfinite(before):
             raise ConfigError(
-                f"polish={self.steps}: the source's predictions, or the retrofit's, are not finite: does the source give "
-                "numbers on this text, in a dtype that holds them?"
+                f"polish={self.steps}: the source's predictions, or the retrofit's, are not finite: does the source "
+                "give numbers on this text, in a dtype that holds them?"
             )
         tokens = 0
         with _only(model, parameters), _evaluating(model):
