@@ -204,6 +204,14 @@ def test_unused_tensors_are_named(source: Path, tmp_path: Path) -> None:
     assert done.report.notes == ["1 tensors that RpbLlamaForCausalLM has no use for travel along: model.mtp.weight"]
 
 
+def test_tensors_named_as_a_retrofits_own_make_way(source: Path, tmp_path: Path) -> None:
+    """A plain model has no use for them; beside the retrofit's tables they would keep it from loading."""
+    stray = "model.layers.0.self_attn.relative_attention_bias"
+    change_tensors(source, lambda t: t.update({f"{stray}.tail": torch.ones(4, 1), f"{stray}.weight": torch.ones(2)}))
+    retrofit_checkpoint(str(source), tmp_path / "out", CONFIG)
+    assert not rpb.load(tmp_path / "out").get_parameter(f"{stray}.weight").any()
+
+
 # --- a retrofit that lost something ------------------------------------------------------------------------------
 
 
@@ -343,6 +351,15 @@ def test_a_gguf_file_without_a_tensor(
     assert not (tmp_path / "no").exists()
 
 
+def test_what_lies_beside_a_gguf_file_is_not_read(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "model.gguf")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    os.mkfifo(tmp_path / "tokenizer_config.json")
+    os.mkfifo(tmp_path / "generation_config.json")
+    retrofit_checkpoint(str(file), tmp_path / "out", CONFIG)
+    assert rpb.load(tmp_path / "out").config.rpb_retrofit["source"] == str(file)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.01, 0.1, 0.5, 0.99])
 def test_a_gguf_file_that_is_cut(
     share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -417,6 +434,11 @@ def unreadable_tokenizer(folder: Path) -> None:
         (lambda s: indexed(s, "../x.safetensors"), "names '../x.safetensors'"),
         (lambda s: indexed(s, str(s.parent / "x.safetensors")), "x.safetensors', which is no safetensors file of this"),
         (lambda s: indexed(s, "x.bin"), "names 'x.bin', which is no safetensors file"),
+        (lambda s: (s / "shard-00000-model-00000-of-00001.safetensors").touch(), "holds a distributed checkpoint"),
+        (lambda s: (s / "loop").symlink_to("loop"), "cannot be read"),
+        (lambda s: (s / "generation_config.json").write_text("[1]"), "generation_config.json"),
+        (lambda s: (s / "generation_config.json").write_text("[" * 100_000), "generation_config.json"),
+        (lambda s: edit_config(s, dtype="banana"), "banana"),
         (lambda s: (s / "model.safetensors").rename(s / "PYTORCH_MODEL.BIN"), "as pickle only (PYTORCH_MODEL.BIN)"),
     ],
 )
@@ -501,13 +523,16 @@ def test_a_folder_that_may_not_be_read(
 ) -> None:
     """The system's refusal is played, since a test that runs as root may read everything."""
     (source / "more").mkdir()
-    for name in ("listdir", "scandir"):
 
-        def refuse(path: Any = ".", real: Any = getattr(os, name)) -> Any:
+    def refusing(real: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def listing(path: Any = ".") -> Any:
             if Path(path).name == hidden:
                 raise PermissionError(errno.EACCES, "Permission denied", str(path))
             return real(path)
 
-        monkeypatch.setattr(os, name, refuse)
+        return listing
+
+    for name in ("listdir", "scandir"):
+        monkeypatch.setattr(os, name, refusing(getattr(os, name)))
     for arguments in (("retrofit", source, tmp_path / "out", "--init", "zeros"), ("evaluate", source)):
         assert f"{hidden}' cannot be read: Permission denied" in refusal(monkeypatch, capsys, *arguments)

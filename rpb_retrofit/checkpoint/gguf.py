@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -26,10 +27,12 @@ def load_gguf(file: Path) -> tuple[PreTrainedModel, Any]:
         raise CheckpointError(f"'{shortened(str(file))}': no such file")
     arguments: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
     try:
-        opened: Any = AutoModelForCausalLM.from_pretrained(
-            file.parent, dtype=torch.float32, output_loading_info=True, **arguments
-        )
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, **arguments)
+        with TemporaryDirectory() as alone:  # an adapter or a config that lies beside the file is not part of it
+            (Path(alone) / file.name).symlink_to(file.resolve())
+            opened: Any = AutoModelForCausalLM.from_pretrained(
+                alone, dtype=torch.float32, output_loading_info=True, **arguments
+            )
+            tokenizer: Any = AutoTokenizer.from_pretrained(alone, **arguments)
     except ImportError as error:
         raise CheckpointError("reading a GGUF file needs the package gguf: pip install 'rpb_retrofit[gguf]'") from error
     except Exception as error:  # whatever a cut or a damaged file causes in its reader
@@ -49,5 +52,5 @@ def load_gguf(file: Path) -> tuple[PreTrainedModel, Any]:
     model.load_state_dict(loaded.state_dict(), assign=True)
     model.tie_weights()
     model.generation_config = GenerationConfig.from_dict(loaded.generation_config.to_dict())
-    model.name_or_path = model.config.name_or_path = str(file)
+    model.name_or_path = model.config.name_or_path = tokenizer.name_or_path = str(file)
     return model.eval(), tokenizer

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers.utils import cached_file
 
 from rpb_retrofit.checkpoint.gguf import load_gguf
 from rpb_retrofit.errors import CheckpointError, DataError, NotRetrofittedError, RetrofitError, UnsupportedModelError
 from rpb_retrofit.files.headers import check_headers
-from rpb_retrofit.files.source import Source, expanded, find, is_folder, model_class, one_line
+from rpb_retrofit.files.source import INDEX, Source, expanded, find, is_folder, model_class, one_line, read_index
 from rpb_retrofit.runtime.modeling import retrofit_class
 
 
@@ -30,7 +33,7 @@ def load(path: str | os.PathLike[str], auto_class: Any | None = None, **kwargs: 
     """
     config = kwargs.pop("config", None)
     hub = {name: value for name, value in kwargs.items() if name in _HUB_ARGUMENTS}
-    _check_files(path, hub.get("subfolder", ""))
+    _check_files(path, hub)
     if config is None:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, **hub)
     if getattr(config, "rpb_retrofit", None) is None:
@@ -42,11 +45,16 @@ def load(path: str | os.PathLike[str], auto_class: Any | None = None, **kwargs: 
     return retrofit_class(source).from_pretrained(path, config=config, **given)
 
 
-def _check_files(path: str | os.PathLike[str], subfolder: str) -> None:
-    """CheckpointError for a folder whose files must not be opened: links out of it, pipes, pickles, an adapter."""
-    folder = expanded(path) / subfolder
+def _check_files(path: str | os.PathLike[str], hub: Mapping[str, Any]) -> None:
+    """CheckpointError for files that must not be opened: links out of a folder, pipes, pickles, an adapter."""
+    folder = expanded(path) / hub.get("subfolder", "")
     if is_folder(folder):
         assert Source(str(path), folder).shards
+        return
+    quiet = ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")
+    index = cached_file(path, INDEX, **dict.fromkeys(quiet, False), **hub)
+    if index is not None:
+        read_index(Path(index), str(path))
 
 
 _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "subfolder")

@@ -70,6 +70,8 @@ def members(folder: Path, name: str) -> list[Path]:
                 raise CheckpointError(f"'{name}': {relative} is {_kind(Path(entry.path))}: remove it")
     except OSError as error:
         raise CheckpointError(f"'{error.filename or name}' cannot be read: {error.strerror}") from error
+    except RuntimeError as error:  # links that lead to one another
+        raise CheckpointError(f"'{name}' cannot be read: {error}") from error
     return sorted(found)
 
 
@@ -80,13 +82,12 @@ def _blobs(folder: Path) -> list[Path]:
 
 
 def _walk(folder: Path) -> Iterator[os.DirEntry[str]]:
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            yield entry
-            if entry.is_dir(follow_symlinks=False):
-                yield from _walk(Path(entry.path))
+    ahead = [str(folder)]
+    while ahead:
+        with os.scandir(ahead.pop()) as entries:
+            shown = [entry for entry in entries if not entry.name.startswith(".")]
+        yield from shown
+        ahead += [entry.path for entry in shown if entry.is_dir(follow_symlinks=False)]
 
 
 def _kind(path: Path) -> str:
@@ -99,8 +100,7 @@ def _kind(path: Path) -> str:
 
 def stays_behind(file: Path) -> bool:
     """Whether a file's name alone says that it does not travel: other weights, pickles, code."""
-    suffixes = {suffix.lower() for suffix in file.suffixes}
-    return bool(suffixes & {*WEIGHT_SUFFIXES, *CODE_SUFFIXES}) or "__pycache__" in file.parts
+    return file.suffix.lower() in (*WEIGHT_SUFFIXES, *CODE_SUFFIXES) or "__pycache__" in file.parts
 
 
 def holds_code(path: Path) -> bool:
@@ -110,12 +110,14 @@ def holds_code(path: Path) -> bool:
         if head.startswith(_BINARY):
             return True
         file.seek(0)
+        count, runs = 0, False
         try:
-            opcodes = [(opcode.name, argument) for opcode, argument, _ in pickletools.genops(file)]
+            for opcode, argument, _ in pickletools.genops(file):
+                runs = runs or opcode.name == "PROTO" or _calls(opcode.name, argument)
+                count += 1
         except Exception:  # whatever is no pickle
             return False
-        whole = len(opcodes) > 1 and not file.read(64).strip()
-        return whole or opcodes[0][0] == "PROTO" or any(_calls(*opcode) for opcode in opcodes)
+        return runs or (count > 1 and not file.read(64).strip())
 
 
 def _calls(opcode: str, argument: Any) -> bool:

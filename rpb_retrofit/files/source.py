@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +25,7 @@ from rpb_retrofit.runtime.errors import ADAPTER, beside_adapter
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 
 _COUNTS = (
     *("hidden_size", "n_embd", "d_model", "dim", "head_dim", "d_kv", "vocab_size", "num_key_value_heads"),
@@ -36,6 +37,8 @@ _LAYERS = (
     *("encoder_layers", "decoder_layers", "num_decoder_layers"),
 )
 _MOST_LAYERS = 10_000
+
+_DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -72,28 +75,25 @@ class Source:
                 f"'{self.name}': its config.json names the file of its weights (transformers_weights={explicit!r}): "
                 "name it model.safetensors, and leave that setting out"
             )
+        if odd := [file.name for file in self.files if _DISTRIBUTED.fullmatch(str(file))]:
+            raise CheckpointError(
+                f"'{self.name}' holds a distributed checkpoint ({odd[0]}), which Transformers would take for the "
+                "model: save the model as one"
+            )
         if (single := self.folder / "model.safetensors").exists():
             return [single]
-        if (index := self.folder / _INDEX).exists():
+        if (index := self.folder / INDEX).exists():
             return self._indexed(_read_json(index).get("weight_map"))
         if pickles := [file.name for file in self.files if _may_be_pickled_weights(file)]:
             raise CheckpointError(
                 f"'{self.name}' holds its weights as pickle only ({pickles[0]}), which can run code when read: convert "
                 "it to safetensors first (if you trust it: load it in Transformers, then save_pretrained)"
             )
-        raise CheckpointError(f"'{self.name}' has no model.safetensors and no {_INDEX}")
+        raise CheckpointError(f"'{self.name}' has no model.safetensors and no {INDEX}")
 
     def _indexed(self, weight_map: Any) -> list[Path]:
         """The shards that an index names, all of which lie in the folder."""
-        named = set(weight_map.values()) if _is_texts(weight_map) else set()
-        if not named:
-            raise CheckpointError(f"'{self.name}': its {_INDEX} has no weight_map from tensors to files")
-        for file in sorted(named):
-            if Path(file).is_absolute() or ".." in Path(file).parts or not file.endswith(".safetensors"):
-                raise CheckpointError(
-                    f"'{self.name}': its {_INDEX} names '{file}', which is no safetensors file of this folder"
-                )
-        shards = [self.folder / file for file in sorted(named)]
+        shards = [self.folder / file for file in files_of_index(weight_map, self.name)]
         if missing := [shard.name for shard in shards if not shard.exists()]:
             raise CheckpointError(f"'{self.name}' lacks {len(missing)} of {len(shards)} shards: {', '.join(missing)}")
         return shards
@@ -164,6 +164,22 @@ def find(name: str) -> Source:
         raise CheckpointError(f"'{name}': no such folder, and no such model on the hub") from error
     except Exception as error:  # anything that a network can do
         raise CheckpointError(f"'{name}': no such folder, and the hub did not answer: {one_line(error)}") from error
+
+
+def read_index(file: Path, name: str) -> list[str]:
+    """The files that an index names, for a checkpoint called ``name`` in messages; CheckpointError as of its shards."""
+    return files_of_index(_read_json(file).get("weight_map"), name)
+
+
+def files_of_index(weight_map: Any, name: str) -> list[str]:
+    """The files of a weight_map in order. CheckpointError where they are no safetensors files of the same folder."""
+    named = set(weight_map.values()) if _is_texts(weight_map) else set()
+    if not named:
+        raise CheckpointError(f"'{name}': its {INDEX} has no weight_map from tensors to files")
+    for file in sorted(named):
+        if Path(file).is_absolute() or ".." in Path(file).parts or not file.endswith(".safetensors"):
+            raise CheckpointError(f"'{name}': its {INDEX} names '{file}', which is no safetensors file of this folder")
+    return sorted(named)
 
 
 def expanded(name: str | os.PathLike[str]) -> Path:
