@@ -14,12 +14,12 @@ from tqdm import tqdm
 
 from rpb_retrofit.config import RetrofitConfig
 from rpb_retrofit.eligibility import check_eligible
-from rpb_retrofit.errors import CheckpointError, ConfigError
+from rpb_retrofit.errors import ConfigError
 from rpb_retrofit.files.contents import CODE_KEYS, without_code
 from rpb_retrofit.files.folder import check_absent, whole_folder
 from rpb_retrofit.files.headers import check_headers
 from rpb_retrofit.files.shards import place, place_without, tensor_names
-from rpb_retrofit.files.source import Source, expanded, find, model_class, one_line
+from rpb_retrofit.files.source import Source, expanded, find, model_class
 from rpb_retrofit.runtime.families import family_of, is_own
 from rpb_retrofit.tables import CALIBRATED
 
@@ -156,7 +156,7 @@ def _write_all_but_weights(
     from safetensors.torch import save_file
     from transformers.initialization import no_init_weights
 
-    from rpb_retrofit.checkpoint.load import on_gpu, open_tokenizer, open_weights
+    from rpb_retrofit.checkpoint.load import check_generation, on_gpu, open_tokenizer, open_weights
     from rpb_retrofit.checkpoint.rewrite import Change
     from rpb_retrofit.filling import first_tables, parameters_of, places
     from rpb_retrofit.inplace import folded, retrofit
@@ -164,7 +164,7 @@ def _write_all_but_weights(
 
     settings = source.config()
     unused = check_headers(source, settings)
-    _check_generation(source)
+    check_generation(source)
     for name in CODE_KEYS:
         vars(settings).pop(name, None)
     if calibration is not None or config.changes_weights:
@@ -189,19 +189,6 @@ def _write_all_but_weights(
             f"{len(unused)} tensors that {type(model).__name__} has no use for travel along: {unused[0]}{more}"
         )
     return report, dict.fromkeys(tables, shard), changes
-
-
-def _check_generation(source: Source) -> None:
-    """CheckpointError for a generation_config.json with which no model could be loaded, the retrofit neither."""
-    from transformers import GenerationConfig
-
-    if Path("generation_config.json") in source.files:
-        try:
-            GenerationConfig.from_pretrained(source.folder)
-        except Exception as error:  # whatever it makes of its content
-            raise CheckpointError(
-                f"'{source.name}': its generation_config.json cannot be read: {one_line(error)}"
-            ) from error
 
 
 def _texts(config: RetrofitConfig, text: CalibrationText | None, tokenizer: Any, model: PreTrainedModel) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from rpb_retrofit.checkpoint.gguf import load_gguf
@@ -121,6 +121,7 @@ def open_weights(source: Source, opener: Any) -> Any:
     """The model of a folder by a ``from_pretrained``, in evaluation mode; CheckpointError where weights are missing."""
     name = source.name
     check_headers(source, source.config())
+    check_generation(source)
     try:
         model, info = opener(source.folder, output_loading_info=True, use_safetensors=True, trust_remote_code=False)
     except RetrofitError:
@@ -131,6 +132,16 @@ def open_weights(source: Source, opener: Any) -> Any:
         raise CheckpointError(f"'{name}' lacks {len(missing)} of its weights ({missing[0]}, ...): a damaged checkpoint")
     model.name_or_path = name
     return model.eval()
+
+
+def check_generation(source: Source) -> None:
+    """CheckpointError for a generation_config.json with which no model can be loaded, a retrofit of it neither."""
+    if Path("generation_config.json") in source.files:
+        try:
+            GenerationConfig.from_pretrained(source.folder)
+        except Exception as error:  # whatever its content makes of it
+            what = f"'{source.name}': its generation_config.json cannot be read"
+            raise CheckpointError(f"{what}: {one_line(error)}") from error
 
 
 def open_tokenizer(source: Source) -> Any:
