@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ def load(path: str | os.PathLike[str], auto_class: Any | None = None, **kwargs: 
         kwargs: passed to ``from_pretrained``: ``dtype``, ``device_map``, ``revision``, ...
 
     Raises:
-        NotRetrofittedError for any other checkpoint, MissingTablesError and ConfigError for a damaged one.
+        NotRetrofittedError for any other checkpoint; MissingTablesError, CheckpointError and ConfigError for a damaged
+        one, for one with an adapter beside it, and for one that a newer version wrote.
     """
     config = kwargs.pop("config", None)
     hub = {name: value for name, value in kwargs.items() if name in _HUB_ARGUMENTS}
@@ -75,9 +77,9 @@ def _source_class(path: str | os.PathLike[str], config: Any, auto_class: Any | N
     return served[0] if isinstance(served, tuple | list) else served
 
 
-def open_causal_lm(name: str) -> tuple[Any, Any]:
+def open_causal_lm(name: str, examined: bool = False) -> tuple[Any, Any]:
     """The model (a retrofit, a plain checkpoint or a GGUF file), in evaluation mode and on the accelerator where there
-    is one, and its tokenizer.
+    is one, and its tokenizer. Who has it ``examined`` also gets tables that hold NaN or infinity.
 
     Raises CheckpointError for what cannot be found, DataError for a model that does not predict next tokens.
     """
@@ -85,7 +87,7 @@ def open_causal_lm(name: str) -> tuple[Any, Any]:
         architecture = (find(name).config().architectures or ["(none)"])[0]
         if not architecture.endswith(("ForCausalLM", "LMHeadModel")):
             raise DataError(f"'{name}' is a {architecture}: only models that predict the next token can be scored")
-    model, tokenizer = open_model(name)
+    model, tokenizer = open_model(name, examined)
     return on_accelerator(model), tokenizer
 
 
@@ -103,7 +105,7 @@ def on_accelerator(model: Any) -> Any:
     return model if device is None else model.to(device)
 
 
-def open_model(name: str) -> tuple[Any, Any]:
+def open_model(name: str, examined: bool = False) -> tuple[Any, Any]:
     """A retrofit, a plain checkpoint or a GGUF file as the class that was saved, in evaluation mode, and its tokenizer.
 
     Raises CheckpointError for what cannot be found or is damaged.
@@ -113,7 +115,7 @@ def open_model(name: str) -> tuple[Any, Any]:
     source = find(name)
     config = source.config()
     retrofitted = getattr(config, "rpb_retrofit", None) is not None
-    opener: Any = load if retrofitted else model_class(config).from_pretrained
+    opener: Any = partial(load, examined=examined) if retrofitted else model_class(config).from_pretrained
     return open_weights(source, opener), open_tokenizer(source)
 
 

@@ -23,8 +23,7 @@ def check_loaded(model: Any, info: Mapping[str, Any], name: str, build: Callable
     """Whether a retrofit was loaded whole; ``info`` is Transformers' loading report without missing tables.
 
     ``build`` gives the retrofitted class of a class of Transformers. Raises CheckpointError where weights are missing
-    that the saved class has, and ConfigError for tables, tails and factors that the settings do not ask for, or that
-    hold no numbers.
+    that the saved class has, and ConfigError for tables, tails and factors that the settings do not ask for.
     """
     if lost := _lost(model, info["missing_keys"], build):
         raise CheckpointError(
@@ -34,6 +33,10 @@ def check_loaded(model: Any, info: Mapping[str, Any], name: str, build: Callable
     for key in sorted(filter(is_own, info["unexpected_keys"])):
         if _is_saved_class(model) or key.rsplit(".", 2)[0] in modules:  # else it is of a layer that this head has not
             raise ConfigError(f"'{name}' holds {key}, which the settings in its config.json do not ask for")
+
+
+def check_numbers(model: Any, name: str) -> None:
+    """ConfigError where a table, tail or factor holds NaN or infinity."""
     for key, value in model.named_parameters():
         if is_own(key) and not value.is_meta and not bool(value.isfinite().all()):
             raise ConfigError(f"'{name}': {key} holds NaN or infinity: a damaged checkpoint")

@@ -46,7 +46,7 @@ from .interface import (
     plain_attention,
     would_drop,
 )
-from .loading import check_loaded, check_shared, stored_names
+from .loading import check_loaded, check_numbers, check_shared, stored_names
 from .mechanisms import modules_named, neutralise, remove_hooks, restore
 from .settings import check_against, check_settings
 
@@ -273,11 +273,13 @@ class RetrofitModel:
         *args: Any,
         output_loading_info: bool = False,
         ignore_mismatched_sizes: bool = False,
+        examined: bool = False,
         **kwargs: Any,
     ) -> Any:
         """`PreTrainedModel.from_pretrained`, which leaves missing tables as uninitialised memory: here an error.
 
         So is whatever else the checkpoint lost, and an adapter beside it, whose report would hide what is missing.
+        Tables that hold NaN or infinity are let through to be ``examined`` only.
         """
         name = str(getattr(kwargs.get("config"), "name_or_path", "")) if path is None else str(path)
         if path is not None and (Path(path) / kwargs.get("subfolder", "") / ADAPTER).exists():
@@ -296,6 +298,8 @@ class RetrofitModel:
                     f"'{name}': {key} has shape {tuple(found)}{meaning}, the config asks for {tuple(expected)}"
                 )
         check_loaded(model, info, name, retrofit_class)
+        if not examined:
+            check_numbers(model, name)
         if model.config.rpb_retrofit["shared"]:
             check_shared(
                 model._shared_tables(), kwargs["state_dict"] if path is None else stored_names(path, kwargs), name
