@@ -16,6 +16,7 @@ from rpb_retrofit.config import RetrofitConfig
 from rpb_retrofit.eligibility import check_eligible
 from rpb_retrofit.errors import ConfigError, NotRetrofittedError, RevertError, UnsupportedModelError
 from rpb_retrofit.filling import fill
+from rpb_retrofit.finite import check_finite
 from rpb_retrofit.report import RetrofitReport, report
 from rpb_retrofit.runtime.families import FACTOR, TABLE, UNSCALED, is_own
 from rpb_retrofit.runtime.modeling import UNSAVED, attach, attention_modules, detach, on, own_names, submodels
@@ -78,8 +79,8 @@ def retrofit(
         polishing: text for ``polish``, likewise: 512 tokens a step; by default ``calibration``'s, again and again.
 
     Raises:
-        AlreadyRetrofittedError, UnsupportedModelError, PartialMatchError, ConfigError, DataError: the model is left as
-            it was.
+        AlreadyRetrofittedError, UnsupportedModelError, PartialMatchError, ConfigError, DataError, and CheckpointError
+            where a weight holds NaN or infinity: the model is left as it was.
     """
     config = config or RetrofitConfig()
     _check_text(config, calibration, polishing)
@@ -93,6 +94,9 @@ def retrofit(
         )
     attentions = attention_modules(model, family)
     _check_values(model, config.changes_weights or calibration is not None or config.polish > 0)
+    check_finite(
+        {name: p for name, p in model.named_parameters() if _has_values(p)}, model.name_or_path or type(model).__name__
+    )
     snapshot = _Snapshot(
         configs=[(config, dict(vars(config))) for config in _distinct(m.config for m in submodels(model))],
         names=[(m, m.name_or_path) for m in submodels(model)],

@@ -1,3 +1,5 @@
-"""The version, alone in its file so that everything may import it."""
+"""The version of the package, which is its runtime's."""
 
-__version__ = "0.1.0"
+from rpb_retrofit.runtime.version import __version__
+
+__all__ = ["__version__"]

@@ -19,6 +19,7 @@ from rpb_retrofit.errors import CheckpointError, DataError
 from rpb_retrofit.files.checked import Written, check
 from rpb_retrofit.runtime.families import family_of
 from rpb_retrofit.runtime.releases import OLDEST
+from rpb_retrofit.runtime.settings import check_settings
 from rpb_retrofit.training.run import RECIPE
 from rpb_retrofit.training.summary import PICTURE, SUMMARY, read_summary
 
@@ -40,6 +41,7 @@ def make_card(folder: Path, evaluations: Sequence[Path] = ()) -> ModelCard:
     config = _json(folder / "config.json", f"'{folder}'")
     if not isinstance(settings := config.get("rpb_retrofit"), dict) or "source" not in settings:
         raise CheckpointError(f"'{folder}' is not a retrofit: its config.json has no 'rpb_retrofit'")
+    check_settings(settings, str(folder))
     training = asdict(read_summary(folder)) if (folder / SUMMARY).exists() else None
     results = [_evaluation(file) for file in evaluations]
     source = str(settings["source"])

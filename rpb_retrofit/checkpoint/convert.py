@@ -16,10 +16,12 @@ from rpb_retrofit.checkpoint.limits import lift_limits
 from rpb_retrofit.config import RetrofitConfig
 from rpb_retrofit.eligibility import check_eligible
 from rpb_retrofit.errors import ConfigError
+from rpb_retrofit.files.contents import CODE_KEYS, without_code
 from rpb_retrofit.files.folder import check_absent, whole_folder
+from rpb_retrofit.files.headers import check_headers
 from rpb_retrofit.files.shards import place, place_without, tensor_names
-from rpb_retrofit.files.source import Source, find, model_class
-from rpb_retrofit.runtime.families import family_of, is_table
+from rpb_retrofit.files.source import Source, expanded, find, model_class
+from rpb_retrofit.runtime.families import family_of, is_own
 from rpb_retrofit.tables import CALIBRATED
 
 if TYPE_CHECKING:
@@ -63,7 +65,7 @@ def retrofit_checkpoint(
 
     Raises CheckpointError, UnsupportedModelError, AlreadyRetrofittedError, PartialMatchError, ConfigError or DataError.
     """
-    out = Path(out).expanduser()
+    out = expanded(out)
     check_absent(out)
     if config.init != CALIBRATED and not config.polish:
         if calibration is not None and not config.takes_text:
@@ -73,7 +75,7 @@ def retrofit_checkpoint(
 
         calibration = CalibrationText.of(None)
     if source.endswith(".gguf"):
-        return _convert_gguf(Path(source).expanduser(), out, config, calibration)
+        return _convert_gguf(expanded(source), out, config, calibration)
     found = find(source)
     check_eligible(found.settings, source)
     return _convert_folder(found, out, config, link, calibration)
@@ -82,17 +84,15 @@ def retrofit_checkpoint(
 def _convert_folder(
     source: Source, out: Path, config: RetrofitConfig, link: bool, calibration: CalibrationText | None
 ) -> Conversion:
-    shards, companions, stop = source.shards, source.companions, threading.Event()
+    shards, stop = source.shards, threading.Event()
     with whole_folder(out) as folder, ThreadPoolExecutor(1) as pool:
         placing = pool.submit(_place_weights, shards, folder, link, stop)
         try:
-            for file in companions:
-                target = folder / RENAMED.get(str(file), file)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source.folder / file, target)
+            notes = _copy_companions(source, folder)
             shard = f"model-{_of(len(shards) + 1, shards)}"
             report, tables, changes = _write_all_but_weights(source, config, folder, shard, calibration)
             report.notes.extend(lift_limits(folder, report.mechanism, source.folder))
+            report.notes.extend(notes)
         except BaseException:
             stop.set()
             raise
@@ -108,6 +108,25 @@ def _convert_folder(
     return Conversion(report, out, len(shards) + 1, "linked" if linked else "copied")
 
 
+def _copy_companions(source: Source, folder: Path) -> list[str]:
+    """Copy what travels as it is, but for names of code in it; notes on what was left behind."""
+    notes = []
+    for file in source.companions:
+        target = folder / RENAMED.get(str(file), file)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if found := without_code(source.folder / file):
+            content, names = found
+            target.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            notes.append(f"left behind: {', '.join(sorted(set(names)))} of {file}, which name code of the source's")
+        else:
+            shutil.copyfile(source.folder / file, target)
+    if left := source.left_behind:
+        notes.append(f"left behind, being code, pickles or other weights: {', '.join(map(str, left))}")
+    if any(name in source.settings for name in CODE_KEYS):
+        notes.append("left behind: what config.json names of the source's own code")
+    return notes
+
+
 def _place_weights(shards: list[Path], folder: Path, link: bool, stop: threading.Event) -> tuple[dict[str, str], bool]:
     """Place the shards as the first of ``len(shards) + 1``; which tensor is in which, and whether all are links."""
     weight_map: dict[str, str] = {}
@@ -121,7 +140,7 @@ def _place_weights(shards: list[Path], folder: Path, link: bool, stop: threading
 
         for number, shard in enumerate(shards, 1):
             name, tensors = f"model-{_of(number, shards)}", tensor_names(shard)
-            own = [tensor for tensor in tensors if is_table(tensor)]
+            own = [tensor for tensor in tensors if is_own(tensor)]
             if own:  # T5's tables make way
                 linked = False
                 place_without(shard, folder / name, own, progress)
@@ -139,13 +158,17 @@ def _write_all_but_weights(
     from safetensors.torch import save_file
     from transformers.initialization import no_init_weights
 
-    from rpb_retrofit.checkpoint.load import on_gpu, open_tokenizer, open_weights
+    from rpb_retrofit.checkpoint.load import check_generation, on_gpu, open_tokenizer, open_weights
     from rpb_retrofit.checkpoint.rewrite import Change
     from rpb_retrofit.filling import first_tables, parameters_of, places
     from rpb_retrofit.inplace import folded, retrofit
     from rpb_retrofit.runtime.modeling import own_names, save_config, write_runtime
 
     settings = source.config()
+    unused = check_headers(source, settings)
+    check_generation(source)
+    for name in CODE_KEYS:
+        vars(settings).pop(name, None)
     if calibration is not None or config.changes_weights:
         model = on_gpu(open_weights(source, model_class(settings).from_pretrained))
         tokenizer = None if calibration is None else open_tokenizer(source)
@@ -161,6 +184,12 @@ def _write_all_but_weights(
     save_config(model.config, folder)
     write_runtime(folder)
     save_file(tables, folder / shard, metadata={"format": "pt"})
+    shutil.copymode(folder / "config.json", folder / shard)  # safetensors lets nobody but the owner read its files
+    if unused:
+        more = ", ..." * (len(unused) > 1)
+        report.notes.append(
+            f"{len(unused)} tensors that {type(model).__name__} has no use for travel along: {unused[0]}{more}"
+        )
     return report, dict.fromkeys(tables, shard), changes
 
 

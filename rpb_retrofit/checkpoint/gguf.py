@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -10,20 +11,39 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from transformers.initialization import no_init_weights
 
 from rpb_retrofit.errors import CheckpointError
+from rpb_retrofit.files.source import one_line, shortened
 
 
 def load_gguf(file: Path) -> tuple[PreTrainedModel, Any]:
-    """The model, dequantised to float32, and the tokenizer of a GGUF file."""
-    if not file.is_file():
-        raise CheckpointError(f"'{file}': no such file")
-    arguments: dict[str, Any] = {"gguf_file": file.name}
+    """The model, dequantised to float32, and the tokenizer of a GGUF file.
+
+    Raises CheckpointError where there is none, it is cut, or it lacks weights that a model of its settings has.
+    """
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **arguments)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, **arguments)
+        is_file = file.is_file()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"'{shortened(str(file))}' cannot be read: {one_line(error)}") from error
+    if not is_file:
+        raise CheckpointError(f"'{shortened(str(file))}': no such file")
+    arguments: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
+    try:
+        with TemporaryDirectory() as alone:  # an adapter or a config that lies beside the file is not part of it
+            (Path(alone) / file.name).symlink_to(file.resolve())
+            opened: Any = AutoModelForCausalLM.from_pretrained(
+                alone, dtype=torch.float32, output_loading_info=True, **arguments
+            )
+            tokenizer: Any = AutoTokenizer.from_pretrained(alone, **arguments)
     except ImportError as error:
         raise CheckpointError("reading a GGUF file needs the package gguf: pip install 'rpb_retrofit[gguf]'") from error
-    except (ValueError, KeyError, OSError) as error:
-        raise CheckpointError(f"'{file}' cannot be read as GGUF: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # whatever a cut or a damaged file causes in its reader
+        raise CheckpointError(
+            f"'{file}' cannot be read as GGUF ({one_line(error) or type(error).__name__}): fetch it again"
+        ) from error
+    loaded, info = opened
+    if missing := sorted(info["missing_keys"]):
+        raise CheckpointError(
+            f"'{file}' lacks {len(missing)} of its weights ({missing[0]}{', ...' * (len(missing) > 1)}): a damaged file"
+        )
     # What Transformers loaded remembers that it was quantised, and would not be saved as plain weights.
     settings = loaded.config.to_dict()
     settings.pop("quantization_config", None)
@@ -32,5 +52,5 @@ def load_gguf(file: Path) -> tuple[PreTrainedModel, Any]:
     model.load_state_dict(loaded.state_dict(), assign=True)
     model.tie_weights()
     model.generation_config = GenerationConfig.from_dict(loaded.generation_config.to_dict())
-    model.name_or_path = model.config.name_or_path = str(file)
+    model.name_or_path = model.config.name_or_path = tokenizer.name_or_path = str(file)
     return model.eval(), tokenizer

@@ -22,7 +22,7 @@ def open_arms(names: Mapping[str, str], sample: str) -> tuple[Arms, Any]:
 
     Raises what `open_causal_lm` raises, and DataError where two arms read the text as different tokens.
     """
-    opened = {role: open_causal_lm(name) for role, name in names.items()}
+    opened = {role: open_causal_lm(name, examined=True) for role, name in names.items()}
     tokenizer = opened[RETROFIT][1]
     own = tokenizer(sample[:SAMPLE], add_special_tokens=False)["input_ids"]
     for role, (_, other) in opened.items():

@@ -14,6 +14,8 @@ from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from safetensors import SafetensorError, safe_open
+
 from rpb_retrofit.errors import CheckpointError
 
 Progress = Callable[[int], object]
@@ -34,10 +36,14 @@ def read_header(path: Path) -> dict[str, Any]:
                 raise ValueError("its header does not fit the file")
             header = json.loads(file.read(length))
             end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"'{path}' is not a safetensors file ({error}): fetch it again") from error
     if path.stat().st_size < 8 + length + end:
         raise CheckpointError(f"'{path}' is shorter than its header says: fetch it again")
+    try:  # the format's own reader knows whether dtypes, shapes and offsets agree, and what stands behind the last one
+        safe_open(path, framework="np").__exit__(None, None, None)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"'{path}' is not a safetensors file ({error}): fetch it again") from error
     return header
 
 

@@ -57,3 +57,15 @@ class TrainingError(RetrofitError):
 
 class InterruptedRunError(TrainingError):
     """A run that was asked to stop (SIGTERM, Ctrl-C), saved what it had, and can go on."""
+
+
+ADAPTER = "adapter_config.json"
+"""The file that makes Transformers apply an adapter, whose loading report then replaces the model's."""
+
+
+def beside_adapter(name: str) -> str:
+    """The message for a checkpoint with an adapter in its folder."""
+    return (
+        f"'{name}' holds an adapter ({ADAPTER}), which would be applied unasked: give it a folder of its own, load the "
+        "model without it, then PeftModel.from_pretrained(model, folder)"
+    )

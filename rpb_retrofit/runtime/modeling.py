@@ -32,11 +32,14 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 from .bias import RelativePositionBias
 from .buckets import Bucketing
 from .errors import (
+    ADAPTER,
     AttentionImplementationError,
+    CheckpointError,
     ConfigError,
     MissingTablesError,
     NotRetrofittedError,
     PartialMatchError,
+    beside_adapter,
 )
 from .factor import ContentFactor, Pairs
 from .families import FACTOR, TABLE, UNSCALED, Family, family_of, is_own, is_table
@@ -51,6 +54,7 @@ from .interface import (
     plain_attention,
     would_drop,
 )
+from .loading import check_loaded, check_numbers, check_shared, stored_names
 from .mechanisms import modules_named, neutralise, remove_hooks, restore
 from .positions import (
     generation_step,
@@ -60,6 +64,7 @@ from .positions import (
     tag_position_ids,
     takes_positions,
 )
+from .settings import check_against, check_settings
 
 if TYPE_CHECKING:  # Transformers before 5.10 copies those files of a folder only that this one names by an import.
     from .attention import attention  # noqa: F401
@@ -68,6 +73,7 @@ if TYPE_CHECKING:  # Transformers before 5.10 copies those files of a folder onl
     from .gradients import differentiate  # noqa: F401
     from .kernels import forward_kernel  # noqa: F401
     from .tracing import traced  # noqa: F401
+    from .version import __version__  # noqa: F401
     from .visibility import runs_of  # noqa: F401
 
 LOCK = (
@@ -93,6 +99,7 @@ SCALING = "rpb_scaling"
 """Attribute of an attention module: the scale that it had."""
 
 RUNTIME_FILES = (
+    "version.py",
     "errors.py",
     "releases.py",
     "buckets.py",
@@ -107,6 +114,8 @@ RUNTIME_FILES = (
     "families.py",
     "tracing.py",
     "positions.py",
+    "settings.py",
+    "loading.py",
     "mechanisms.py",
     "interface.py",
     "modeling.py",
@@ -126,6 +135,7 @@ def attach(model: PreTrainedModel) -> dict[str, Any]:
     settings, family = model.config.rpb_retrofit, family_of(model.config)
     check_release(transformers.__version__, family.since or OLDEST)
     modules = attention_modules(model, family)
+    check_against(settings, family, rotary_frequencies(model, family), str(model.config.name_or_path))
     biases: dict[tuple[int, Bucketing], RelativePositionBias] = {}
     tables = {}
     for name, module in modules.items():
@@ -231,6 +241,16 @@ def attention_modules(model: nn.Module, family: Family) -> dict[str, Any]:
     return modules
 
 
+def rotary_frequencies(model: nn.Module, family: Family) -> dict[str, int]:
+    """How many frequencies each rotary buffer of a model holds, by the buffer's name."""
+    return {
+        name: len(buffer)
+        for holder in (modules_named(model, family.positions) if family.positions else {}).values()
+        for name, buffer in holder.named_buffers()
+        if name.endswith("inv_freq") and "original" not in name
+    }
+
+
 def table_names(model: nn.Module) -> list[str]:
     """Names of the tables' parameters in the model's state dict, a shared table once."""
     return [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, RelativePositionBias)]
@@ -305,6 +325,7 @@ class RetrofitModel:
                 f"{type(self).__name__} needs a retrofit's config; this one, of '{config.name_or_path}', has no "
                 f"'rpb_retrofit': make a retrofit with `rpb retrofit` first"
             )
+        check_settings(config.rpb_retrofit, config.name_or_path)
         family = family_of(config)
         if config._attn_implementation not in (None, LOCK, ATTENTION, "eager" if not family.uses_interface else None):
             raise AttentionImplementationError(would_drop(config._attn_implementation))
@@ -319,21 +340,38 @@ class RetrofitModel:
         *args: Any,
         output_loading_info: bool = False,
         ignore_mismatched_sizes: bool = False,
+        examined: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """`PreTrainedModel.from_pretrained`, which leaves missing tables as uninitialised memory: here an error."""
+        """`PreTrainedModel.from_pretrained`, which leaves missing tables as uninitialised memory: here an error.
+
+        So is whatever else the checkpoint lost, and an adapter beside it, whose report would hide what is missing.
+        Tables that hold NaN or infinity are let through to be ``examined`` only.
+        """
         config = _without_file_locks(cls, path, kwargs)
+        name = str(config.name_or_path if path is None else path)
+        if path is not None and (Path(path) / kwargs.get("subfolder", "") / ADAPTER).exists():
+            raise CheckpointError(beside_adapter(name))
         model, info = super().from_pretrained(  # type: ignore[misc]
             path, *args, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
+        if getattr(model, "_hf_peft_config_loaded", False):
+            raise CheckpointError(beside_adapter(name))
         if missing := sorted(filter(is_own, info["missing_keys"])):
-            raise MissingTablesError(f"'{path}' lacks {len(missing)} tables of its retrofit: {', '.join(missing)}")
+            raise MissingTablesError(f"'{name}' lacks {len(missing)} tables of its retrofit: {', '.join(missing)}")
         for key, found, expected in sorted(info["mismatched_keys"]):
             if is_own(key) or not ignore_mismatched_sizes:
                 meaning = " (heads, buckets)" if is_table(key) else ""
                 raise ConfigError(
-                    f"'{path}': {key} has shape {tuple(found)}{meaning}, the config asks for {tuple(expected)}"
+                    f"'{name}': {key} has shape {tuple(found)}{meaning}, the config asks for {tuple(expected)}"
                 )
+        check_loaded(model, info, name, retrofit_class)
+        if not examined:
+            check_numbers(model, name)
+        if model.config.rpb_retrofit["shared"]:
+            check_shared(
+                model._shared_tables(), kwargs["state_dict"] if path is None else stored_names(path, kwargs), name
+            )
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
@@ -354,6 +392,8 @@ class RetrofitModel:
         with _writing_file_locks(self.config):  # type: ignore[attr-defined]
             super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if kwargs.get("is_main_process", True):
+            for shard in folder.glob("*.safetensors"):  # which safetensors lets nobody but the owner read
+                shutil.copymode(folder / "config.json", shard)
             # One file wins over shards when both are there, whichever is older: only what was just saved may stay.
             whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
             if whole.exists() and index.exists():

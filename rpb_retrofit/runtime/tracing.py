@@ -8,8 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 
 def traced(tensor: Tensor) -> bool:
-    """Whether torch.compile, torch.export, torch.jit.trace, a FakeTensorMode or the meta device is at work: no branch on
-    values."""
+    """Whether torch.compile, torch.export, torch.jit.trace, a FakeTensorMode or the meta device is at work: then no
+    branch can go by values."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or tensor.is_meta or isinstance(tensor, FakeTensor)
 
 

@@ -273,8 +273,11 @@ def _positions(length: int, every: int, generator: torch.Generator) -> range:
 
 
 def _describe(name: str, found: Fit, form: Form, heads: list[int] | None) -> LayerFit:
-    if not found.numbers.isfinite().all():
-        raise ConfigError(f"{name}: its attention could not be fitted, the scores are not finite; take init='zeros'")
+    if not all(bool(values.isfinite().all()) for values in (found.numbers, found.before, found.after)):
+        raise ConfigError(
+            f"{name}: its attention could not be fitted, its scores on the calibration text are not finite: does the "
+            "source give numbers on it, in a dtype that holds them?"
+        )
     before, after, visits = (x.tolist() for x in (found.before, found.after, found.visits))
     by_attention, missed = (None, None) if found.missed is None else (x.tolist() for x in found.missed)
     return LayerFit(name, before, after, visits, found.steps, heads, missed, by_attention)

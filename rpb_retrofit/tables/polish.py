@@ -7,6 +7,7 @@ nothing else, follow the gradient of the divergence from them (Hinton et al. 201
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,6 +79,11 @@ class Polish:
         start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         lessons = self.lessons[: self.steps]
         before = self._held_out(model, len(lessons))
+        if not math.isfinite(before):
+            raise ConfigError(
+                f"polish={self.steps}: the source's predictions, or the retrofit's, are not finite: does the source "
+                "give numbers on this text, in a dtype that holds them?"
+            )
         tokens = 0
         with _only(model, parameters), _evaluating(model):
             optimizer = torch.optim.Adam(parameters.values(), lr=RATE, betas=(0.9, 0.98))

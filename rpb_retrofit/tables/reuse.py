@@ -15,9 +15,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from rpb_retrofit.errors import ConfigError
+from rpb_retrofit.files.headers import check_headers
 from rpb_retrofit.files.source import Source, find
 from rpb_retrofit.runtime.buckets import Bucketing
 from rpb_retrofit.runtime.families import TABLE
+from rpb_retrofit.runtime.settings import check_settings
 from rpb_retrofit.tables import FROM
 from rpb_retrofit.tables.place import Place, Start
 from rpb_retrofit.tables.rebucket import rebucket
@@ -104,6 +106,10 @@ def read_tables(checkpoint: str) -> list[Found]:
     """The tables of a retrofit or of a model of the T5 family, by layer; no other weight is read."""
     source = find(checkpoint)
     retrofit = source.settings.get("rpb_retrofit")
+    if retrofit is not None:
+        check_settings(retrofit, checkpoint)
+    config = source.config()
+    check_headers(source, config)
     stored, tails = _tensors(source, f"{TABLE}.weight"), _tensors(source, f"{TABLE}.tail")
     if retrofit is not None:
         buckets, distance = retrofit["relative_attention_num_buckets"], retrofit["relative_attention_max_distance"]
@@ -122,7 +128,6 @@ def read_tables(checkpoint: str) -> list[Found]:
             f"init='{FROM}{checkpoint}': a '{source.settings.get('model_type')}' without tables of relative positions; "
             "take a retrofit or a model of the T5 family"
         )
-    config = source.config()
     buckets, distance = config.relative_attention_num_buckets, config.relative_attention_max_distance
     return [
         Found(name, table.T.contiguous(), Bucketing(buckets, distance, _is_encoder(name)))
@@ -139,6 +144,9 @@ def _tensors(source: Source, ending: str) -> dict[str, Tensor]:
     for shard in source.shards:
         with safe_open(shard, framework="pt") as file:
             found |= {name: file.get_tensor(name).float() for name in file.keys() if name.endswith(ending)}
+    for name, tensor in found.items():
+        if not bool(tensor.isfinite().all()):
+            raise ConfigError(f"init='{FROM}{source.name}': {name} holds NaN or infinity: a damaged checkpoint")
 
     def layer(name: str) -> list[tuple[int, str]]:
         return [(int(part), "") if part.isdigit() else (0, part) for part in name.split(".")]
