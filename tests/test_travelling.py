@@ -103,7 +103,7 @@ def test_what_holds_no_code_travels_as_it_is(source: Path, tmp_path: Path) -> No
         "vocab.txt": b"c\nN\n.\n(\n]\n",
         "logo.png": b"\x89PNG\r\n",
         "empty.txt": b"",
-        "modules.json": b'[{"type": "sentence_transformers.models.Transformer", "path": ""}]',
+        "modules.json": b'[{"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}]',
         "odd.json": b"{",
     }
     for name, content in files.items():

@@ -45,7 +45,7 @@ def _use_module(folder: Path, source: Path) -> list[str]:
     modules = _read(folder / MODULES)
     if not isinstance(modules, list):
         return []
-    notes = []
+    notes, changed = [], False
     for module in modules:
         kind = module.get("type") if isinstance(module, dict) else None
         if not isinstance(kind, str):
@@ -53,9 +53,10 @@ def _use_module(folder: Path, source: Path) -> list[str]:
         if not kind.startswith("sentence_transformers."):
             notes.append(f"{MODULES} names code of the source's, '{kind}', which does not travel: write it anew")
         elif kind.endswith(".Transformer") and not module.get("path"):
-            module["type"] = f"{Path(CODE).stem}.Transformer"
+            module["type"], changed = f"{Path(CODE).stem}.Transformer", True
             shutil.copyfile(Path(__file__).parent / CODE, folder / CODE)
-    _write(folder / MODULES, modules)
+    if changed:
+        _write(folder / MODULES, modules)
     copy_sentence_files(source, folder)  # the weights of a layer behind the model, say
     return notes
 
