@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rpb_retrofit.cli.options import Buckets, Json, MaxDistance, check_writable, show
+from rpb_retrofit.cli.options import Buckets, Json, MaxDistance
+from rpb_retrofit.cli.outputs import PICTURES, check_outputs, show
 from rpb_retrofit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,12 +28,13 @@ def command(
     """Say which bucket an offset is in; without --query and --key, print and draw the whole map."""
     from rpb_retrofit.runtime.buckets import Bucketing
 
-    check_writable("--plot", plot, (".png", ".pdf", ".svg"))
-    check_writable("--json", json)
+    check_outputs({"--plot": plot, "--json": json}, endings={"--plot": PICTURES})
     if plot and query is not None:
         raise ConfigError("--plot draws the whole map: leave --query and --key out")
     if (query is None) != (key is None):
         raise ConfigError(f"--{'key' if key is None else 'query'} is missing: give both, or none for the whole map")
+    if query is not None and bidirectional:
+        raise ConfigError("--bidirectional: an offset is looked up in both kinds of table anyway: leave it out")
     if query is not None and key is not None:
         text, result = explain_pair(query, key, buckets, max_distance)
     else:
