@@ -1,7 +1,7 @@
 """A checkpoint's chat template, rendered where it can do no harm.
 
-A template is a program that came with the model. Transformers' sandbox keeps it from files and from Python's inside, but
-not from loops without end or from text without end; so it runs in a process of its own, with little memory and time.
+A template is a program that came with the model. Transformers' sandbox keeps it from files and from Python's inside,
+but not from loops without end or from text without end; so it runs in a process with little memory and time.
 """
 
 from __future__ import annotations

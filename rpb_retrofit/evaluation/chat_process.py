@@ -1,10 +1,11 @@
-"""The process that renders chat templates: a line of JSON in, a line of JSON out. See `rpb_retrofit.evaluation.chat`."""
+"""The process that renders chat templates for `rpb_retrofit.evaluation.chat`: a line of JSON in, one out."""
 
 from __future__ import annotations
 
 import json
 import resource
 import sys
+from typing import Any
 
 READY = b"ready"
 
@@ -35,9 +36,10 @@ def main() -> None:
         asked = json.loads(line)
         try:
             turn = {"role": "user", "content": asked["message"]}
-            (text,), _ = render_jinja_template(
+            rendered: Any = render_jinja_template(
                 [[turn]], chat_template=asked["template"], add_generation_prompt=True, **asked["special"]
             )
+            text = rendered[0][0]
             if len(text) > LONGEST:
                 raise ValueError(f"it makes {len(text):,} characters of a short question")
             answer = {"text": text}

@@ -51,10 +51,10 @@ def write(tokenizer: Any, task: Task) -> Prompt:
     else:
         special = []  # the template writes them out
         text = render(tokenizer, message)
-        if text.count(_CONTEXT) != 1:
+        if (times := text.count(_CONTEXT)) != 1:
             raise DataError(
-                f"the chat template of '{tokenizer.name_or_path}' writes a user's message {text.count(_CONTEXT)} times, "
-                "not once: take chat_template out of the tokenizer's files, and plain prompts are asked"
+                f"the chat template of '{tokenizer.name_or_path}' writes a user's message {times} times, not once: "
+                "take chat_template out of the tokenizer's files, and plain prompts are asked"
             )
     before, _, after = f"{text}{task.opening}".partition(_CONTEXT)
     # Together, as in running text, where a space belongs to the word after it; what the answer changes is the answer.

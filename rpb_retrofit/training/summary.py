@@ -11,6 +11,8 @@ import torch
 from transformers import PreTrainedModel
 
 from rpb_retrofit.evaluation.plots import training_curves
+from rpb_retrofit.files.strict_json import json_text
+from rpb_retrofit.pages.words import number
 from rpb_retrofit.runtime.buckets import bucket_of
 from rpb_retrofit.training.batches import bucketing_of, pairs_by_bucket
 from rpb_retrofit.training.recipe import Stage
@@ -57,10 +59,11 @@ class Summary:
         for before, after in zip(first[:1], last[-1:], strict=True):
             pairs = zip(before["by_length"], after["by_length"], strict=True)
             lines += [
-                f"held-out loss at {a['length']}: {b['nll']:.3f} -> {a['nll']:.3f} nats a token" for b, a in pairs
+                f"held-out loss at {a['length']}: {number(b['nll'])} -> {number(a['nll'])} nats a token"
+                for b, a in pairs
             ]
             if not after["by_length"]:
-                lines.append(f"held-out objective: {before['loss']:.4f} -> {after['loss']:.4f}")
+                lines.append(f"held-out objective: {number(before['loss'], '.4f')} -> {number(after['loss'], '.4f')}")
         skipped = [said for stage in self.stages for said in stage.skipped]
         lines += [f"{len(skipped)} steps skipped; the first: {skipped[0]}"] if skipped else []
         if untrained := set.intersection(*(set(stage.untrained_buckets) for stage in self.stages)):
@@ -91,5 +94,5 @@ def stage_summary(stage: Stage, progress: Progress, model: PreTrainedModel) -> S
 
 def write_summary(summary: Summary, folder: Path) -> None:
     """Figures and picture, into a folder."""
-    (folder / SUMMARY).write_text(json.dumps(asdict(summary), indent=2) + "\n")
+    (folder / SUMMARY).write_text(json_text(asdict(summary)))
     training_curves(asdict(summary)["stages"], folder / PICTURE)
