@@ -133,7 +133,7 @@ def command(
     if budget is None:
         unused(given, ["train_data", "recipe", "rates", "seeds"], "they say how to train, which --heal asks for")
     if not (kinds and items):
-        unused(given, ["asked", "retrieval"], "--items and --retrieval ask nothing")
+        unused(given, ["asked", "retrieval"] if kinds else ["asked"], "nothing is asked")
     if not rounds:
         unused(given, ["timed"], "--rounds 0 times nothing")
     check_absent(out)

@@ -100,7 +100,7 @@ def _failed(error: Exception) -> int:
     if isinstance(error, typer.BadParameter.__base__):  # type: ignore[arg-type]
         say(error.format_message())  # type: ignore[attr-defined]
         return MISTAKE
-    say(_bug(error))
+    say(_unforeseen(error))
     return MISTAKE
 
 
@@ -112,8 +112,8 @@ def _unread(error: Exception) -> int:
     return MISTAKE
 
 
-def _bug(error: Exception) -> str:
-    """An exception that nobody foresaw."""
+def _unforeseen(error: Exception) -> str:
+    """An exception that is none of ours: the machine's, or a bug."""
     from rpb_retrofit.version import __version__
 
     try:
@@ -122,6 +122,9 @@ def _bug(error: Exception) -> str:
         what = type(error).__name__
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return f"out of memory ({what}): give less text, shorter windows or a smaller model"
+    if isinstance(error, OSError) and error.strerror:
+        where = f": '{error.filename}'" if error.filename else ""
+        return f"the system refused: {error.strerror}{where}; {TRACEBACK}=1 shows where"
     return (
         f"a bug of rpb_retrofit {__version__}, in answer to an input that it does not foresee: {what}; "
         f"{TRACEBACK}=1 shows where; please report it"
