@@ -114,7 +114,7 @@ def command(
 
     start = time.perf_counter()
     constraints = Constraints(max_slowdown, count("--train-tokens", train_tokens, least=0), must_keep)
-    budget = count("--heal", heal)
+    budget, tried = count("--heal", heal), _rates(rates)
     check_bos(bos)
     if budget is not None and constraints.train_tokens is not None and budget > constraints.train_tokens:
         raise ConfigError(
@@ -173,7 +173,7 @@ def command(
         )
     healing = None
     if budget is not None:
-        healing = _healing(budget, train_data, recipe, rates, seeds, seed, tokenizer, min(context or 512, 512), model)
+        healing = _healing(budget, train_data, recipe, tried, seeds, seed, tokenizer, min(context or 512, 512), model)
     windows = CalibrationText(fitted, read, window).windows(tokenizer, context)
     identity = {
         "source": source,
@@ -243,7 +243,7 @@ def _healing(
     budget: int,
     train_data: str | None,
     recipe: Path | None,
-    rates: str,
+    rates: list[float],
     seeds: int,
     seed: int,
     tokenizer: Any,
@@ -265,7 +265,7 @@ def _healing(
         stage.model_copy(update={"tokens": max(1, round(stage.tokens * budget / read.tokens))}) for stage in read.stages
     ]
     read = read.model_copy(update={"stages": stages})
-    return Healing(read, _rates(rates), seeds, tokenizer, model if read.objective == "distillation" else None)
+    return Healing(read, rates, seeds, tokenizer, model if read.objective == "distillation" else None)
 
 
 def _rates(rates: str) -> list[float]:
