@@ -128,6 +128,7 @@ def test_harmless_text_stays_as_it_is(text: str) -> None:
         ({"config": '{"a":' * 100_000}, "config.json is not JSON"),
         ({"config": '{"a": ' + "9" * 5000 + "}"}, "config.json is not JSON"),
         ({"config": {"rpb_retrofit": {"source": "x", "kept_frequencies": 3}}}, "kept_frequencies=3"),
+        ({"evaluation": {**EVALUATION, "lengths": [{"length": 3, "tokens": 3}]}}, "evaluate --json` writes"),
         ({"evaluation": {**EVALUATION, "lengths": [3]}}, "is not what `rpb evaluate --json` writes"),
         ({"evaluation": {**EVALUATION, "lengths": [{"length": 3, "nll": "low", "tokens": 3}]}}, "evaluate --json"),
     ],

@@ -447,6 +447,8 @@ def test_streams(command: str, environment: dict[str, str], status: int, error: 
     assert done.returncode in ({status, 0} if status == 141 else {status}), done.stderr
     assert done.stderr.startswith(error) and len(done.stderr.splitlines()) <= 1
     assert "Traceback" not in done.stdout + done.stderr
+    if environment.get("PYTHONIOENCODING") == "ascii" and status == 0:
+        assert "#" in done.stdout and "\\u" not in done.stdout
 
 
 def test_an_early_interrupt() -> None:

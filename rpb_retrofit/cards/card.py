@@ -150,7 +150,7 @@ def _evaluation(file: Path) -> dict[str, Any]:
         raise DataError(f"--evaluation '{file}' is not what `rpb evaluate --json` writes")
     for length in found["lengths"]:
         counts = [length.get("length"), length.get("tokens")] if isinstance(length, dict) else [None]
-        if not all(type(count) is int for count in counts) or not _is_number(length.get("nll")):
+        if not all(type(count) is int for count in counts) or not _is_number(length.get("nll", "")):
             raise DataError(f"--evaluation '{file}' is not what `rpb evaluate --json` writes: {one_line(length)[:200]}")
     return found
 

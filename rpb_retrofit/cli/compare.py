@@ -15,6 +15,7 @@ from rpb_retrofit.cli.evaluate import parse_kinds, parse_lengths
 from rpb_retrofit.cli.options import Bos, CalibrationTokens, Json, Seed, check_bos, count, unused
 from rpb_retrofit.cli.outputs import check_outputs, check_scratch, command_line, say, write_json
 from rpb_retrofit.errors import ConfigError
+from rpb_retrofit.files.printable import one_line
 
 if TYPE_CHECKING:
     from rpb_retrofit.comparison.healing import Healing
@@ -201,7 +202,7 @@ def command(
         write_page(found, folder / "report.html")
         write_json(folder / "report.json", found)
     journal.remove()
-    print(f"\nreport: {out / 'report.html'}")
+    print(f"\nreport: {one_line(out / 'report.html')}")
     if card is not None:
         write_card(found, card, f"Positional mechanisms for {source}, to read {target:,} tokens")
     if json is not None:

@@ -111,7 +111,7 @@ def command(
             write_report(found.to_dict(), result["command"], folder / "report.html")
             write_json(folder / "report.json", result)
         journal.remove()
-        print(f"\nreport: {out / 'report.html'}")
+        print(f"\nreport: {one_line(out / 'report.html')}")
     if json is not None:
         write_json(json, result)
     if fail_on_regression is not None and _regressed(found, fail_on_regression):

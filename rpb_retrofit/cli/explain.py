@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rpb_retrofit.cli.options import Buckets, Json, MaxDistance
-from rpb_retrofit.cli.outputs import PICTURES, check_outputs, show
+from rpb_retrofit.cli.outputs import PICTURES, check_outputs, show, writable
 from rpb_retrofit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ def explain_map(bucketing: Bucketing) -> tuple[str, dict[str, Any]]:
 
     kind = "bidirectional" if bucketing.bidirectional else "causal"
     exact, lines, rows = bucketing.num_exact, [], []
+    block, line, end = "█─▶" if writable("█─▶") else "#->"
     lines.append(f"{kind} table, {bucketing.num_buckets} buckets, maximum distance {bucketing.max_distance}")
     for bucket in range(bucketing.num_buckets):
         held = offsets_of(bucket, bucketing)
@@ -90,9 +91,9 @@ def explain_map(bucketing: Bucketing) -> tuple[str, dict[str, Any]]:
             rows.append({"bucket": bucket, "first": None, "last": None, "part": "empty"})
             continue
         if held.first is None or held.last is None:
-            part, bar = "constant tail", "─" * 24 + "▶"
+            part, bar = "constant tail", line * 24 + end
         else:
-            bar = "█" * (1 + round(4 * math.log2(held.last - held.first + 1)))
+            bar = block * (1 + round(4 * math.log2(held.last - held.first + 1)))
         lines.append(f"{bucket:4}  {describe(held):<24}{part:<15}{bar}")
         rows.append({"bucket": bucket, "first": held.first, "last": held.last, "part": part})
     return "\n".join(lines), {"kind": kind, "max_distance": bucketing.max_distance, "buckets": rows}

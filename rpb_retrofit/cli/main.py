@@ -15,7 +15,7 @@ from rpb_retrofit.cli.standard_streams import say
 TRACEBACK = "RPB_TRACEBACK"
 """The environment variable that shows where an error comes from."""
 
-MISTAKE, INTERRUPTED, TERMINATED = 2, 130, 143
+MISTAKE, INTERRUPTED, UNREAD, TERMINATED = 2, 130, 141, 143
 
 
 class _Interrupt:
@@ -70,6 +70,10 @@ def _run(interrupt: _Interrupt, ours: bool) -> int:
         return int(app(standalone_mode=False) or 0)
     except KeyboardInterrupt:
         return _interrupted()
+    except SystemExit as stop:
+        if stop.code != 1:
+            raise
+        return UNREAD  # click's answer to a reader that is gone; but 1 is what a regression says
     except Exception as error:
         return _interrupted() if interrupt.noted else _failed(error)
 
@@ -107,7 +111,7 @@ def _failed(error: Exception) -> int:
 def _unread(error: Exception) -> int:
     """Say why the result could not be printed; the exit status."""
     if isinstance(error, BrokenPipeError):
-        return 128 + signal.SIGPIPE  # whoever read it (head, say) has seen enough
+        return UNREAD  # whoever read it (head, say) has seen enough
     say(f"the result could not be written to the standard output: {getattr(error, 'strerror', None) or error}")
     return MISTAKE
 

@@ -112,6 +112,15 @@ def show(text: str, result: Any, json_file: Path | None) -> None:
         write_json(json_file, {"command": command_line(), **result})
 
 
+def writable(text: str) -> bool:
+    """Whether the standard output's encoding has these characters; else they would come out as escapes."""
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
+
+
 def command_line() -> str:
     """The command that was given."""
     return shlex.join(["rpb", *sys.argv[1:]])
