@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import reprlib
 import shlex
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Annotated, Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
+from pydantic import Field
 
 from rpb_retrofit.config import RetrofitConfig
 from rpb_retrofit.errors import CheckpointError, DataError
+from rpb_retrofit.files.checked import Written, check
 from rpb_retrofit.files.printable import one_line
 from rpb_retrofit.files.small_file import read_small
 from rpb_retrofit.pages.markdown import FILTERS
 from rpb_retrofit.pages.words import number
+from rpb_retrofit.runtime.families import family_of
+from rpb_retrofit.runtime.releases import OLDEST
 from rpb_retrofit.training.run import RECIPE
-from rpb_retrofit.training.summary import PICTURE, SUMMARY
+from rpb_retrofit.training.summary import PICTURE, SUMMARY, read_summary
 from rpb_retrofit.training.yaml_text import read_yaml
 
 TEMPLATE = Path(__file__).parent / "template.md"
@@ -47,7 +52,7 @@ def make_card(folder: Path, evaluations: Sequence[Path] = ()) -> ModelCard:
         raise CheckpointError(f"'{folder}' is not a retrofit: its config.json has no 'rpb_retrofit'")
     if not isinstance(kept := settings.get("kept_frequencies", {}), dict):
         raise CheckpointError(f"'{folder}': kept_frequencies={one_line(kept)} in its config.json is no table of counts")
-    training = _training(folder) if (folder / SUMMARY).exists() else None
+    training = asdict(read_summary(folder)) if (folder / SUMMARY).exists() else None
     results = [_evaluation(file) for file in evaluations]
     source, name = str(settings["source"]), folder.resolve().name
     environment = Environment(undefined=StrictUndefined)
@@ -59,12 +64,14 @@ def make_card(folder: Path, evaluations: Sequence[Path] = ()) -> ModelCard:
         settings={**dict.fromkeys(SETTINGS, "not known"), **settings},
         kept=kept,
         retrofit_command=_command(settings) if training is None else None,
-        training=training,
+        training=training and _training(training),
         recipe=_text(folder / RECIPE, f"'{folder}'").strip() if (folder / RECIPE).exists() else None,
         picture=PICTURE if (folder / PICTURE).exists() else None,
         results=results,
         commands="\n".join(one_line(result["command"]) for result in results),
         loading=_loading(name, _auto_class(config)),
+        locked_since="4.50" if "transformers_weights" in config else "5.4",
+        needed=_release(config) if (folder / "releases.py").exists() else None,
     )
     return ModelCard(card)
 
@@ -91,6 +98,11 @@ def _auto_class(config: dict[str, Any]) -> str:
     return next(served, "AutoModel")
 
 
+def _release(config: dict[str, Any]) -> str:
+    """The release of Transformers that the code beside the config needs."""
+    return ".".join(map(str, family_of(SimpleNamespace(**config)).since or OLDEST))
+
+
 def _command(settings: dict[str, Any]) -> str:
     """The `rpb retrofit` that a config's settings come from; the text it was calibrated on is not among them."""
     words = ["rpb", "retrofit", str(settings["source"]), "OUT"]
@@ -101,29 +113,9 @@ def _command(settings: dict[str, Any]) -> str:
     return one_line(shlex.join(words))
 
 
-def _training(folder: Path) -> dict[str, Any]:
-    """What the card says of a training.json. DataError where it is not what `rpb finetune` writes."""
-    summary = _json(folder / SUMMARY, f"'{folder}'")
-    try:
-        return _of_summary(summary)
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise DataError(
-            f"'{folder}': {SUMMARY} is not what `rpb finetune` writes ({type(error).__name__}: {error}): restore it, "
-            "or take it away for a card without the training"
-        ) from error
-
-
-def _of_summary(summary: dict[str, Any]) -> dict[str, Any]:
-    identity = summary["identity"]
-    stages = [
-        {
-            **stage,
-            "steps": int(stage["steps"]),
-            "scored_tokens": int(stage["scored_tokens"]),
-            "losses": [None if loss is None else float(loss) for loss in stage["losses"]],
-        }
-        for stage in summary["stages"]
-    ]
+def _training(summary: dict[str, Any]) -> dict[str, Any]:
+    """What the card says of a training.json."""
+    identity, stages = summary["identity"], summary["stages"]
     first = stages[0]["evaluations"][0]["by_length"] if stages[0]["evaluations"] else []
     last = stages[-1]["evaluations"][-1]["by_length"] if stages[-1]["evaluations"] else []
     words = ["rpb", "finetune", identity["model"], "OUT", "--recipe", RECIPE]
@@ -134,30 +126,32 @@ def _of_summary(summary: dict[str, Any]) -> dict[str, Any]:
         "texts": [data["name"] for data in identity["recipe"]["data"]],
         "stages": stages,
         "where": f"{summary['processes']} x {summary['device']} ({summary['mode']})",
-        "seconds": sum(float(stage["seconds"]) for stage in stages),
+        "seconds": sum(stage["seconds"] for stage in stages),
         "tokens": sum(stage["scored_tokens"] for stage in stages),
-        "held_out": [(int(b["length"]), b["nll"], a["nll"]) for b, a in zip(first, last, strict=False)],
+        "held_out": [(b["length"], b["nll"], a["nll"]) for b, a in zip(first, last, strict=False)],
         "untrained": sorted(set.intersection(*(set(stage["untrained_buckets"]) for stage in stages))),
         "skipped": sum(len(stage["skipped"]) for stage in stages),
     }
 
 
 def _evaluation(file: Path) -> dict[str, Any]:
-    found = _json(file, f"--evaluation '{file}'")
-    if not isinstance(found.get("lengths"), list) or not all(
-        isinstance(found.get(name), str) for name in ("model", "data", "command")
-    ):
-        raise DataError(f"--evaluation '{file}' is not what `rpb evaluate --json` writes")
-    for length in found["lengths"]:
-        counts = [length.get("length"), length.get("tokens")] if isinstance(length, dict) else [None]
-        if not all(type(count) is int for count in counts) or not _is_number(length.get("nll", "")):
-            raise DataError(f"--evaluation '{file}' is not what `rpb evaluate --json` writes: {one_line(length)[:200]}")
-    return found
+    try:
+        return check(_json(file, f"--evaluation '{file}'"), file, _Evaluation, "rpb evaluate --json")
+    except CheckpointError as error:
+        raise DataError(f"{error}") from error
 
 
-def _is_number(value: Any) -> bool:
-    """Whether it is a figure, or the null that stands for one which is not finite."""
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+class _Length(Written):
+    length: int
+    nll: Annotated[float, Field(allow_inf_nan=False)] | None  # null: it was not finite
+    tokens: int
+
+
+class _Evaluation(Written):
+    model: str
+    data: str
+    command: str
+    lengths: list[_Length]
 
 
 def _metadata(folder: Path, source: str, config: dict[str, Any], results: Sequence[dict[str, Any]]) -> ModelCardData:
@@ -180,7 +174,7 @@ def _metadata(folder: Path, source: str, config: dict[str, Any], results: Sequen
         for result in results
         if _exists(result["model"]) and Path(result["model"]).expanduser().resolve() == folder.resolve()
         for length in result["lengths"]
-        if length["nll"] is not None and math.isfinite(length["nll"])
+        if length["nll"] is not None
     ]
     if figures:
         given |= {"eval_results": figures, "model_name": folder.resolve().name, "metrics": ["nll"]}

@@ -126,6 +126,10 @@ def _unforeseen(error: Exception) -> str:
         what = type(error).__name__
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return f"out of memory ({what}): give less text, shorter windows or a smaller model"
+    if isinstance(error, FileNotFoundError) and "temporary directory" in str(error):
+        from rpb_retrofit.files.temporary import REMEDY
+
+        return f"no temporary files can be written: {REMEDY}"  # PyTorch looks for a folder when it is imported
     if isinstance(error, OSError) and error.strerror:
         where = f": '{error.filename}'" if error.filename else ""
         return f"the system refused: {error.strerror}{where}; {TRACEBACK}=1 shows where"
