@@ -30,16 +30,23 @@ STAGE: dict[str, Any] = {
     "seconds": 1.0,
     "losses": [math.nan, 2.0],
     "skipped": [],
+    "pairs_by_bucket": [],
     "untrained_buckets": [],
     "evaluations": [],
 }
-IDENTITY: dict[str, Any] = {"model": EVIL, "recipe": {"objective": "next-token", "data": [{"name": EVIL}]}}
+IDENTITY: dict[str, Any] = {
+    "model": EVIL,
+    "source": EVIL,
+    "control": False,
+    "recipe": {"objective": "next-token", "data": [{"name": EVIL}]},
+}
 TRAINING: dict[str, Any] = {
     "identity": IDENTITY,
     "stages": [STAGE],
     "processes": 1,
     "device": EVIL,
     "mode": "no",
+    "version": "1",
 }
 EVALUATION: dict[str, Any] = {
     "model": EVIL,
@@ -121,8 +128,8 @@ def test_harmless_text_stays_as_it_is(text: str) -> None:
         ({"source": "---\na: &a [x, x]\n" + "".join(
             f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join([f'*{chr(97 + i)}'] * 9)}]\n" for i in range(20)) + "---\n"},
          "aliases that stand for too much"),
-        ({"training": "[]"}, "training.json is not a JSON object"),
-        ({"training": {}}, "training.json is not what `rpb finetune` writes (KeyError: 'identity')"),
+        ({"training": "[]"}, "is not a JSON object"),
+        ({"training": {}}, "is not what `rpb finetune` writes: identity"),
         ({"training": {**TRAINING, "stages": [{**STAGE, "steps": "many"}]}}, "is not what `rpb finetune` writes"),
         ({"training": {**TRAINING, "stages": []}}, "is not what `rpb finetune` writes"),
         ({"config": '{"a":' * 100_000}, "config.json is not JSON"),

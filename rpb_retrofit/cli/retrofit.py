@@ -84,8 +84,6 @@ def command(
     check_scratch()
     read = count("--calibration-tokens", calibration_tokens)
     length = count("--calibration-length", calibration_length, thousand=1024, least=SHORTEST)
-    if buckets == "auto":
-        unused(given, ["max_distance"], "--buckets auto also chooses how far they reach")
     config = RetrofitConfig(
         relative_attention_num_buckets=buckets,
         relative_attention_max_distance=max_distance,
@@ -98,6 +96,8 @@ def command(
         shared=shared,
         seed=seed,
     )
+    if buckets == "auto":
+        unused(given, ["max_distance"], "--buckets auto also chooses how far they reach")
     text = None
     if init == CALIBRATED or polish or (calibration is not None and config.takes_text):
         from rpb_retrofit.text import CalibrationText
