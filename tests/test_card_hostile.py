@@ -34,6 +34,7 @@ STAGE: dict[str, Any] = {
     "untrained_buckets": [],
     "evaluations": [],
 }
+RECIPE: dict[str, Any] = {"objective": "next-token", "data": [{"name": EVIL}]}
 IDENTITY: dict[str, Any] = {
     "model": EVIL,
     "source": EVIL,
