@@ -16,7 +16,6 @@ Peak memory is that of a fresh process on a CPU, PyTorch's own count on a GPU, a
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -304,7 +303,9 @@ def main() -> None:
                     {"length": length, "pass": way, "arm": case.arm, **timing._asdict(), "ratio": ratio, "peak": peak}
                 )
         if options.json:
-            options.json.write_text(json.dumps({"title": title, "rows": rows}, indent=1))
+            from rpb_retrofit.files.strict_json import json_text
+
+            options.json.write_text(json_text({"title": title, "rows": rows}, indent=1))
         if options.plot:
             plot(rows, title, options.plot)
 

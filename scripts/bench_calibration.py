@@ -10,7 +10,6 @@ which runs the source once on a window of calibration's length.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -114,7 +113,9 @@ def main() -> None:
         costs = "  ".join(f"{at}: {loss:.3f} ({loss - source[at]:+.3f})" for at, loss in row["losses"].items())
         print(f"{row['arm']:24s} {row.get('seconds', 0):6.0f} s  {row['gigabytes']:.2f} GB  {costs}", flush=True)
         if options.json:
-            options.json.write_text(json.dumps(rows, indent=2) + "\n")
+            from rpb_retrofit.files.strict_json import json_text
+
+            options.json.write_text(json_text(rows))
 
 
 if __name__ == "__main__":

@@ -402,7 +402,9 @@ def main() -> None:
         "seconds": time.perf_counter() - start,
     }
     found = result(comparison, Constraints(), about)
-    (options.out / "study.json").write_text(json.dumps(found, indent=2) + "\n")
+    from rpb_retrofit.files.strict_json import json_text
+
+    (options.out / "study.json").write_text(json_text(found))
     write_page(found, options.out / "study.html")
     if options.card:
         about = (__doc__ or "").partition("\n\n    python")[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,16 +13,22 @@ from types import SimpleNamespace
 from typing import Annotated, Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Environment, StrictUndefined
 from pydantic import Field
 
 from rpb_retrofit.config import RetrofitConfig
 from rpb_retrofit.errors import CheckpointError, DataError
 from rpb_retrofit.files.checked import Written, check
+from rpb_retrofit.files.printable import one_line
+from rpb_retrofit.files.small_file import read_small
+from rpb_retrofit.pages.markdown import FILTERS
+from rpb_retrofit.pages.words import number
 from rpb_retrofit.runtime.families import family_of
 from rpb_retrofit.runtime.releases import OLDEST
 from rpb_retrofit.runtime.settings import check_settings
 from rpb_retrofit.training.run import RECIPE
 from rpb_retrofit.training.summary import PICTURE, SUMMARY, read_summary
+from rpb_retrofit.training.yaml_text import read_yaml
 
 TEMPLATE = Path(__file__).parent / "template.md"
 CARD, SOURCE_CARD = "README.md", "README.source.md"
@@ -30,6 +37,9 @@ OPTIONS = {"relative_attention_num_buckets": "buckets", "relative_attention_max_
 """The command line's names of settings where they are not the settings' own."""
 
 FLAGS = ("shared",)
+
+SETTINGS = ("version", "mechanism", *RetrofitConfig().__dict__)
+"""What the card shows of a config's settings; other versions may lack some."""
 
 
 def make_card(folder: Path, evaluations: Sequence[Path] = ()) -> ModelCard:
@@ -42,31 +52,50 @@ def make_card(folder: Path, evaluations: Sequence[Path] = ()) -> ModelCard:
     if not isinstance(settings := config.get("rpb_retrofit"), dict) or "source" not in settings:
         raise CheckpointError(f"'{folder}' is not a retrofit: its config.json has no 'rpb_retrofit'")
     check_settings(settings, str(folder))
+    kept = settings.get("kept_frequencies", {})
     training = asdict(read_summary(folder)) if (folder / SUMMARY).exists() else None
     results = [_evaluation(file) for file in evaluations]
-    source = str(settings["source"])
-    return ModelCard.from_template(
-        _metadata(folder, source, config, results),
-        template_path=str(TEMPLATE),
-        name=folder.resolve().name,
+    source, name = str(settings["source"]), folder.resolve().name
+    environment = Environment(undefined=StrictUndefined)
+    environment.filters.update(FILTERS, value=number)
+    card = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        card_data=_metadata(folder, source, config, results).to_yaml(),
+        name=name,
         source=source,
-        settings=settings,
-        kept=settings.get("kept_frequencies"),
+        settings={**dict.fromkeys(SETTINGS, "not known"), **settings},
+        kept=kept,
         retrofit_command=_command(settings) if training is None else None,
         training=training and _training(training),
-        recipe=(folder / RECIPE).read_text().strip() if (folder / RECIPE).exists() else None,
+        recipe=_text(folder / RECIPE, f"'{folder}'").strip() if (folder / RECIPE).exists() else None,
         picture=PICTURE if (folder / PICTURE).exists() else None,
         results=results,
-        auto=_auto_class(config),
+        commands="\n".join(one_line(result["command"]) for result in results),
+        loading=_loading(name, _auto_class(config)),
         locked_since="4.50" if "transformers_weights" in config else "5.4",
         needed=_release(config) if (folder / "releases.py").exists() else None,
     )
+    return ModelCard(card)
+
+
+def _loading(name: str, auto: str) -> str:
+    path = json.dumps(one_line(name), ensure_ascii=False)
+    return (
+        f"import rpb_retrofit as rpb\n\nmodel = rpb.load({path})\n# or, where rpb_retrofit is not installed:\n"
+        f"# {one_line(auto)}.from_pretrained({path}, trust_remote_code=True)"
+    )
+
+
+def _architectures(config: dict[str, Any]) -> list[str]:
+    found = config.get("architectures")
+    return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
 
 
 def _auto_class(config: dict[str, Any]) -> str:
     """The Auto class that serves the class which was saved."""
-    (architecture, *_) = config.get("architectures") or [""]
-    served = (name for name, reference in config.get("auto_map", {}).items() if reference.endswith(f".{architecture}"))
+    auto_map, saved = config.get("auto_map"), _architectures(config)[:1]
+    if not isinstance(auto_map, dict) or not saved:
+        return "AutoModel"
+    served = (name for name, reference in auto_map.items() if str(reference).endswith(f".{saved[0]}"))
     return next(served, "AutoModel")
 
 
@@ -82,7 +111,7 @@ def _command(settings: dict[str, Any]) -> str:
         value, option = settings.get(name, default), OPTIONS.get(name, name.replace("_", "-"))
         if value != default:
             words += [f"--{option}"] if name in FLAGS else [f"--{option}", str(value)]
-    return shlex.join(words)
+    return one_line(shlex.join(words))
 
 
 def _training(summary: dict[str, Any]) -> dict[str, Any]:
@@ -92,7 +121,7 @@ def _training(summary: dict[str, Any]) -> dict[str, Any]:
     last = stages[-1]["evaluations"][-1]["by_length"] if stages[-1]["evaluations"] else []
     words = ["rpb", "finetune", identity["model"], "OUT", "--recipe", RECIPE]
     return {
-        "command": shlex.join(words),
+        "command": one_line(shlex.join(words)),
         "model": identity["model"],
         "objective": identity["recipe"]["objective"],
         "texts": [data["name"] for data in identity["recipe"]["data"]],
@@ -115,7 +144,7 @@ def _evaluation(file: Path) -> dict[str, Any]:
 
 class _Length(Written):
     length: int
-    nll: Annotated[float, Field(allow_inf_nan=False)]
+    nll: Annotated[float, Field(allow_inf_nan=False)] | None  # null: it was not finite
     tokens: int
 
 
@@ -128,14 +157,11 @@ class _Evaluation(Written):
 
 def _metadata(folder: Path, source: str, config: dict[str, Any], results: Sequence[dict[str, Any]]) -> ModelCardData:
     given: dict[str, Any] = {"library_name": "transformers", "tags": ["rpb_retrofit", "t5-relative-position-bias"]}
-    if not Path(source).expanduser().exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+    if not _exists(source) and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         given["base_model"] = source
     if (card := folder / SOURCE_CARD).exists():
-        known = ModelCard.load(card, ignore_metadata_errors=True).data
-        for name in ("license", "license_name", "license_link", "language", "pipeline_tag"):
-            if (value := getattr(known, name, None)) is not None:
-                given[name] = value
-    if any(name.endswith("ForCausalLM") for name in config.get("architectures") or []):
+        given |= _of_source_card(card)
+    if any(name.endswith("ForCausalLM") for name in _architectures(config)):
         given.setdefault("pipeline_tag", "text-generation")
     figures = [
         EvalResult(
@@ -147,20 +173,55 @@ def _metadata(folder: Path, source: str, config: dict[str, Any], results: Sequen
             metric_value=round(length["nll"], 4),
         )
         for result in results
-        if Path(result["model"]).expanduser().resolve() == folder.resolve()
+        if _exists(result["model"]) and Path(result["model"]).expanduser().resolve() == folder.resolve()
         for length in result["lengths"]
+        if length["nll"] is not None
     ]
     if figures:
         given |= {"eval_results": figures, "model_name": folder.resolve().name, "metrics": ["nll"]}
     return ModelCardData(**given)
 
 
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # no path at all: too long a name, an unknown user's home
+        return False
+
+
+def _of_source_card(card: Path) -> dict[str, Any]:
+    """What a source's card says of its licence and kind. DataError where its metadata are not YAML, or no text."""
+    what = f"'{card}'"
+    found = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", _text(card, what).lstrip("\ufeff"), re.DOTALL)
+    known = read_yaml(found[1], f"the metadata of {what}") if found else {}
+    if not isinstance(known, dict):
+        raise DataError(
+            f"the metadata of {what} are a {type(known).__name__}, not keys with values: repair or remove it"
+        )
+    given: dict[str, Any] = {}
+    for name in ("license", "license_name", "license_link", "language", "pipeline_tag"):
+        value = known.get(name)
+        texts = value if isinstance(value, list) else [value]
+        if value is None:
+            continue
+        if not all(isinstance(text, str) for text in texts):
+            raise DataError(f"the metadata of {what}: {name}={reprlib.repr(value)} is no text: repair or remove it")
+        cleaned = [one_line(text) for text in texts]
+        given[name] = cleaned if isinstance(value, list) else cleaned[0]
+    return given
+
+
+def _text(file: Path, what: str) -> str:
+    try:
+        return read_small(file)
+    except ValueError as error:
+        raise CheckpointError(f"{what}: {file.name} cannot be read: {error}") from error
+
+
 def _json(file: Path, what: str) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text())
-    except OSError as error:
-        raise CheckpointError(f"{what}: {file.name} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+        found = json.loads(_text(file, what))
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{what}: {file.name} is not JSON") from error
     if not isinstance(found, dict):
         raise DataError(f"{what}: {file.name} is not a JSON object")

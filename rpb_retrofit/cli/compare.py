@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -11,8 +12,10 @@ import typer
 
 from rpb_retrofit.cli.compared import print_answer
 from rpb_retrofit.cli.evaluate import parse_kinds, parse_lengths
-from rpb_retrofit.cli.options import Json, check_bos, check_writable, command_line, count, say, write_json
+from rpb_retrofit.cli.options import Bos, CalibrationTokens, Json, Seed, check_bos, count, unused
+from rpb_retrofit.cli.outputs import check_outputs, check_scratch, command_line, say, write_json
 from rpb_retrofit.errors import ConfigError
+from rpb_retrofit.files.printable import one_line
 
 if TYPE_CHECKING:
     from rpb_retrofit.comparison.healing import Healing
@@ -23,6 +26,7 @@ LONGEST_PROBED = 2048
 
 
 def command(
+    given: typer.Context,
     source: Annotated[str, typer.Argument(help="The model to choose for: a folder, a hub id, or a GGUF file.")],
     target_length: Annotated[
         str | None, typer.Option(metavar="N", help="Tokens that it is to read, as 32k. [default: twice its context]")
@@ -53,9 +57,9 @@ def command(
     calibration: Annotated[
         str | None, typer.Option(metavar="FILE", help="Text that T5 arms are fitted to. [default: Python's help texts]")
     ] = None,
-    calibration_tokens: Annotated[int, typer.Option(min=1, help="Tokens of it that are read.")] = 8192,
+    calibration_tokens: CalibrationTokens = "8192",
     calibration_length: Annotated[
-        int | None, typer.Option(min=32, help="Tokens of a window of it. [default: the context, at most 2048]")
+        str | None, typer.Option(metavar="N", help="Tokens of a window of it. [default: the context, at most 2048]")
     ] = None,
     heal: Annotated[
         str | None, typer.Option(metavar="N", help="Also train every arm on so many tokens, as 1M, and measure again.")
@@ -81,8 +85,8 @@ def command(
         str | None, typer.Option(metavar="LENGTHS", help="Prompts to time. [default: lengths up to 2048]")
     ] = None,
     rounds: Annotated[int, typer.Option(min=0, help="Rounds of timing; 0 for none.")] = 3,
-    bos: Annotated[str, typer.Option(help="Begin every window with the BOS token: auto, always or never.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Of the questions and of training.")] = 0,
+    bos: Bos = "auto",
+    seed: Seed = 0,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where report.html and report.json go.")] = Path(
         "comparison"
     ),
@@ -101,15 +105,17 @@ def command(
     from rpb_retrofit.comparison.result import result
     from rpb_retrofit.comparison.run import MEASURED, Compare
     from rpb_retrofit.evaluation.journal import Journal
+    from rpb_retrofit.evaluation.nll import check_ids
     from rpb_retrofit.files.folder import check_absent, whole_folder
     from rpb_retrofit.runtime.families import family_of
     from rpb_retrofit.runtime.mechanisms import trained_context
+    from rpb_retrofit.tables.calibrate import SHORTEST
     from rpb_retrofit.text import CalibrationText, bos_policy, tokenise
     from rpb_retrofit.training.identity import checksum, fingerprint, texts_of
 
     start = time.perf_counter()
-    constraints = Constraints(max_slowdown, count("--train-tokens", train_tokens), must_keep)
-    budget = count("--heal", heal)
+    constraints = Constraints(max_slowdown, count("--train-tokens", train_tokens, least=0), must_keep)
+    budget, tried = count("--heal", heal), _rates(rates)
     check_bos(bos)
     if budget is not None and constraints.train_tokens is not None and budget > constraints.train_tokens:
         raise ConfigError(
@@ -122,13 +128,23 @@ def command(
     if max_slowdown is not None and not rounds:
         raise ConfigError(f"--max-slowdown {max_slowdown} and --rounds 0 contradict each other: nothing would be timed")
     kinds = parse_kinds(retrieval)
+    wanted_target = count("--target-length", target_length, thousand=1024, least=2)
+    read = count("--calibration-tokens", calibration_tokens)
+    window = count("--calibration-length", calibration_length, thousand=1024, least=SHORTEST)
+    if budget is None:
+        unused(given, ["train_data", "recipe", "rates", "seeds"], "they say how to train, which --heal asks for")
+    if not (kinds and items):
+        unused(given, ["asked", "retrieval"] if kinds else ["asked"], "nothing is asked")
+    if not rounds:
+        unused(given, ["timed"], "--rounds 0 times nothing")
     check_absent(out)
-    check_writable("--card", card, (".md",))
-    check_writable("--json", json)
+    files = [source, data, calibration, train_data, recipe]
+    check_outputs({"--card": card, "--json": json}, files, {"--card": (".md",)}, out)
+    check_scratch()
     scored, fitted = _texts(data, calibration, train_data)
     model, tokenizer = open_causal_lm(source)
     context = trained_context(model, family_of(model.config))
-    target = count("--target-length", target_length, thousand=1024) or 2 * (context or 0)
+    target = wanted_target or 2 * (context or 0)
     if target < 2:
         raise ConfigError(f"'{source}' does not say for how many tokens it was trained: give --target-length")
     wanted = sorted({*(parse_lengths(lengths) if lengths else _lengths(context, target)), target})
@@ -141,14 +157,15 @@ def command(
         target,
         tuple(wanted),
         count("--tokens", tokens) or max(8192, target),
-        _some(asked, wanted),
+        _some(asked, wanted, "--asked"),
         tuple(kinds),
         items,
-        _some(timed, wanted),
+        _some(timed, wanted, "--timed"),
         rounds,
         seed,
     )
     documents = tokenise(tokenizer, scored.documents)
+    check_ids(model, documents)
     longest = max(map(len, documents))
     if min(longest, plan.tokens) < target:
         raise ConfigError(
@@ -157,14 +174,14 @@ def command(
         )
     healing = None
     if budget is not None:
-        healing = _healing(budget, train_data, recipe, rates, seeds, seed, tokenizer, min(context or 512, 512), model)
-    windows = CalibrationText(fitted, calibration_tokens, calibration_length).windows(tokenizer, context)
+        healing = _healing(budget, train_data, recipe, tried, seeds, seed, tokenizer, min(context or 512, 512), model)
+    windows = CalibrationText(fitted, read, window).windows(tokenizer, context)
     identity = {
         "source": source,
         "weights": fingerprint(source),
         "plan": asdict(plan),
         "text": scored.checksum,
-        "calibration": [fitted.checksum, calibration_tokens, calibration_length],
+        "calibration": [fitted.checksum, read, window],
         "healing": None if healing is None else [healing.recipe.model_dump(mode="json"), list(healing.rates)],
         "training texts": {n: checksum(Path(n)) for n in texts_of(healing.recipe)} if healing is not None else {},
         "bos": bos,
@@ -187,7 +204,7 @@ def command(
             write_page(found, folder / "report.html")
             write_json(folder / "report.json", found)
         journal.remove()
-    print(f"\nreport: {out / 'report.html'}")
+    print(f"\nreport: {one_line(out / 'report.html')}")
     if card is not None:
         write_card(found, card, f"Positional mechanisms for {source}, to read {target:,} tokens")
     if json is not None:
@@ -218,10 +235,10 @@ def _lengths(context: int | None, target: int) -> list[int]:
     return [n for n in ((context or target) // 4, context or target) if 2 <= n < target]
 
 
-def _some(asked: str | None, lengths: list[int]) -> tuple[int, ...]:
+def _some(asked: str | None, lengths: list[int], option: str) -> tuple[int, ...]:
     """The lengths that a user named, or those that are not too slow."""
     if asked is not None:
-        return tuple(parse_lengths(asked))
+        return tuple(parse_lengths(asked, option))
     return tuple(n for n in lengths if n <= LONGEST_PROBED) or (min(LONGEST_PROBED, lengths[0]),)
 
 
@@ -229,7 +246,7 @@ def _healing(
     budget: int,
     train_data: str | None,
     recipe: Path | None,
-    rates: str,
+    rates: list[float],
     seeds: int,
     seed: int,
     tokenizer: Any,
@@ -251,8 +268,18 @@ def _healing(
         stage.model_copy(update={"tokens": max(1, round(stage.tokens * budget / read.tokens))}) for stage in read.stages
     ]
     read = read.model_copy(update={"stages": stages})
-    try:
-        tried = [float(rate) for rate in rates.split(",")]
-    except ValueError as error:
-        raise ConfigError(f"--rates {rates}: give numbers, separated by commas") from error
-    return Healing(read, tried, seeds, tokenizer, model if read.objective == "distillation" else None)
+    return Healing(read, rates, seeds, tokenizer, model if read.objective == "distillation" else None)
+
+
+def _rates(rates: str) -> list[float]:
+    """Learning rates. ConfigError names what is none."""
+    found = []
+    for item in rates.split(","):
+        try:
+            rate = float(item)
+        except ValueError as error:
+            raise ConfigError(f"--rates {rates}: give numbers, separated by commas") from error
+        if not 0 < rate < math.inf:
+            raise ConfigError(f"--rates {rates}: '{item}' is no learning rate: give finite numbers above 0")
+        found.append(rate)
+    return found

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rpb_retrofit.files.printable import one_line
+
 
 def print_answer(found: Mapping[str, Any]) -> None:
     """The answer and the table for the terminal."""
@@ -14,7 +16,7 @@ def print_answer(found: Mapping[str, Any]) -> None:
 
     console = Console(highlight=False)
     answer = found["recommendation"]
-    console.print(Text(f"\n{found['headline']}", style="bold"))
+    console.print(Text(f"\n{one_line(found['headline'])}", style="bold"))
     for title, key in (
         ("Why", "reasons"),
         ("What the constraints cost", "costs"),
@@ -24,7 +26,7 @@ def print_answer(found: Mapping[str, Any]) -> None:
         if answer[key]:
             console.print(Text(f"{title}:"))
             for sentence in answer[key]:
-                console.print(Text(f"  {sentence}"))
+                console.print(Text(f"  {one_line(sentence)}"))
     inside = next((row["inside"]["length"] for row in found["rows"] if row["inside"]), None)
     table = Table(caption="loss in nats a token; below it, that above the source (trained as the row is)")
     for column in (
@@ -41,16 +43,16 @@ def print_answer(found: Mapping[str, Any]) -> None:
         timed = [speed for speed in row["speed"] if "skipped" not in speed]
         cost = row["cost"]["calibration_s"] + row["cost"]["training_s"]
         table.add_row(
-            row["id"],
+            Text(one_line(row["id"])),
             _loss(row["inside"]),
-            row["broken"] or _loss(row["beyond"]),
+            Text(one_line(row["broken"])) if row["broken"] else _loss(row["beyond"]),
             *(_times(timed[-1][key] if timed else None) for key in ("prefill_over", "decode_over")),
             f"{row['tokens']:,}" if row["tokens"] else "",
             f"{cost:.0f} s",
         )
     console.print(table)
     for what, reason in found["skipped"].items():
-        console.print(Text(f"skipped: {what}: {reason}"))
+        console.print(Text(one_line(f"skipped: {what}: {reason}")))
 
 
 def _loss(found: Mapping[str, Any] | None) -> str:

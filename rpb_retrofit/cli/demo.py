@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from rpb_retrofit.cli.options import Buckets, Json, MaxDistance, check_writable, show, table
+from rpb_retrofit.cli.options import Buckets, Json, MaxDistance
+from rpb_retrofit.cli.outputs import check_outputs, check_scratch, show, table
 from rpb_retrofit.config import RetrofitConfig
 
 
@@ -21,7 +22,8 @@ def command(
     """Fetch a small real model, retrofit it, and report what that cost."""
     from rpb_retrofit.demo.run import BEGINNINGS, run_demo
 
-    check_writable("--json", json)
+    check_outputs({"--json": json}, folder=out)
+    check_scratch()
     config = RetrofitConfig(relative_attention_num_buckets=buckets, relative_attention_max_distance=max_distance)
     demo = run_demo(out, config, lambda line: print(line, flush=True))
     source, *retrofits = demo.arms

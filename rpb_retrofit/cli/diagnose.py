@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,14 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rpb_retrofit.cli.evaluate import parse_lengths
-from rpb_retrofit.cli.options import Json, check_bos, check_writable, command_line, say, write_json
+from rpb_retrofit.cli.options import Bos, Json, Seed, check_bos, count, unused
+from rpb_retrofit.cli.outputs import check_outputs, check_scratch, command_line, say, write_json
 from rpb_retrofit.errors import ConfigError
+from rpb_retrofit.files.printable import one_line
 
 if TYPE_CHECKING:
     from rpb_retrofit.diagnosis.run import Diagnosis
 
 
 def command(
+    given: typer.Context,
     retrofit: Annotated[str, typer.Argument(help="The retrofit that is examined: a folder or a hub id.")],
     source: Annotated[
         str | None,
@@ -30,11 +34,11 @@ def command(
         str | None, typer.Option(metavar="FILE", help="Text, JSONL or Parquet (column 'text'). Default: Python's help.")
     ] = None,
     lengths: Annotated[str, typer.Option(help="Context lengths, separated by commas.")] = "128,512,2048",
-    tokens: Annotated[int, typer.Option(help="Tokens of text, the same ones at every length.")] = 4096,
-    probed: Annotated[int, typer.Option(help="Tokens on which a suspected cause is undone.")] = 1024,
+    tokens: Annotated[str, typer.Option(metavar="N", help="Tokens of text, the same ones at every length.")] = "4096",
+    probed: Annotated[str, typer.Option(metavar="N", help="Tokens on which a suspected cause is undone.")] = "1024",
     items: Annotated[int, typer.Option(help="Questions of each kind, length and depth; 0 for none.")] = 2,
     rounds: Annotated[int, typer.Option(help="Rounds of timing; 0 for none.")] = 2,
-    bos: Annotated[str, typer.Option(help="Begin every window with the BOS token: auto, always or never.")] = "auto",
+    bos: Bos = "auto",
     only: Annotated[
         str | None, typer.Option(metavar="NAMES", help="Test these hypotheses only, and draw no report.")
     ] = None,
@@ -48,7 +52,7 @@ def command(
             help="Exit with status 1 where the retrofit loses more, does not run as it should, or that is not known.",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the questions and of what else is drawn.")] = 0,
+    seed: Seed = 0,
     json: Json = None,
 ) -> None:
     """What regressed after a retrofit, where, and why."""
@@ -63,15 +67,11 @@ def command(
 
     wanted = parse_lengths(lengths)
     check_bos(bos)
-    for option, value, least in (
-        ("tokens", tokens, 2),
-        ("probed", probed, 2),
-        ("items", items, 0),
-        ("rounds", rounds, 0),
-    ):
-        if value < least:
-            raise ConfigError(f"--{option} {value}: at least {least}")
-    if fail_on_regression is not None and fail_on_regression < 0:
+    scored, undone = count("--tokens", tokens, least=2), count("--probed", probed, least=2)
+    for option, value in (("items", items), ("rounds", rounds)):
+        if value < 0:
+            raise ConfigError(f"--{option} {value}: at least 0")
+    if fail_on_regression is not None and not 0 <= fail_on_regression < math.inf:
         raise ConfigError(f"--fail-on-regression {fail_on_regression}: a number of nats a token, 0 or more")
     if fail_on_regression is not None and only is not None:
         raise ConfigError(
@@ -84,14 +84,17 @@ def command(
             if name not in chosen:
                 raise ConfigError(f"--only {name}: no such hypothesis; choose from {', '.join(chosen)}")
         chosen = {name: chosen[name] for name in names}
+        unused(given, ["out"], "--only draws no report")
     else:
         check_absent(out)
-    check_writable("--json", json)
+    named = source or known_source(retrofit)
+    check_outputs({"--json": json}, [retrofit, named, untrained, control, data], folder=out)
+    check_scratch()
     text = read_text(data)
-    given = {"source": source or known_source(retrofit), "untrained": untrained, "control": control}
-    arms_by_name = {"retrofit": retrofit, **{role: name for role, name in given.items() if name is not None}}
+    roles = {"source": named, "untrained": untrained, "control": control}
+    arms_by_name = {"retrofit": retrofit, **{role: name for role, name in roles.items() if name is not None}}
     arms, tokenizer = open_arms(arms_by_name, text.documents[0])
-    plan = Plan(tuple(wanted), tokens, probed, items, rounds, seed)
+    plan = Plan(tuple(wanted), scored, undone, items, rounds, seed)
     journal = Journal()
     if only is None:
         wanted_of = identity(arms_by_name, text.checksum, {**asdict(plan), "bos": bos})
@@ -114,7 +117,7 @@ def command(
                 write_report(found.to_dict(), result["command"], folder / "report.html")
                 write_json(folder / "report.json", result)
             journal.remove()
-            print(f"\nreport: {out / 'report.html'}")
+            print(f"\nreport: {one_line(out / 'report.html')}")
     if json is not None:
         write_json(json, result)
     if fail_on_regression is not None and _regressed(found, fail_on_regression):
@@ -133,7 +136,7 @@ def _regressed(found: Diagnosis, tolerance: float) -> bool:
         print(f"regression: {cause.cause}")
     unknown = found.unmeasured()
     for what, why in unknown.items():
-        print(f"not measured: {what}: {why}")
+        print(one_line(f"not measured: {what}: {why}"))
     for cost in found.blind(tolerance):
         print(
             f"note: at {cost['length']} tokens this sample could see differences of {cost['detectable']:.3f} nats "
@@ -149,9 +152,9 @@ def _print(found: Diagnosis) -> None:
     from rich.text import Text
 
     console = Console(highlight=False)
-    console.print(Text(f"\n{found.headline}", style="bold"))
+    console.print(Text(f"\n{one_line(found.headline)}", style="bold"))
     for name, why in found.failed.items():
-        console.print(Text(f"measuring {name} failed, so this says nothing of it: {why}"))
+        console.print(Text(one_line(f"measuring {name} failed, so this says nothing of it: {why}")))
     table = Table(show_lines=True)
     for column in ("", "hypothesis", "verdict", "evidence", "remedy"):
         table.add_column(column)
@@ -160,7 +163,7 @@ def _print(found: Diagnosis) -> None:
         finding = outcome.finding
         gain = "" if finding.gain is None else f" (undone: {-finding.gain:+.3f} nats a token)"
         row: list[Any] = [str(order.get(outcome.name, "")), outcome.cause, str(finding.verdict)]
-        table.add_row(*map(Text, [*row, finding.because + gain, finding.remedy]))
+        table.add_row(*(Text(one_line(cell)) for cell in [*row, finding.because + gain, finding.remedy]))
     console.print(table)
     losses = found.figures.get("loss") or {"costs": []}
     for cost in losses["costs"]:
@@ -172,6 +175,6 @@ def _print(found: Diagnosis) -> None:
             )
         )
     for role, what in found.missing.items():
-        console.print(Text(f"without {role}, not told: {what}"))
+        console.print(Text(one_line(f"without {role}, not told: {what}")))
     for what, reason in found.skipped.items():
-        console.print(Text(f"skipped: {what}: {reason}"))
+        console.print(Text(one_line(f"skipped: {what}: {reason}")))

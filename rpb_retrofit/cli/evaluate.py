@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rpb_retrofit.cli.options import Json, check_bos, check_writable, show, table
+from rpb_retrofit.cli.options import Bos, Json, check_bos, count, unused
+from rpb_retrofit.cli.outputs import PICTURES, check_outputs, check_scratch, show, table
+from rpb_retrofit.counts import parse_count
 from rpb_retrofit.errors import ConfigError
+from rpb_retrofit.files.printable import one_line
 
 if TYPE_CHECKING:
     from rpb_retrofit.evaluation.retrieval import Cell
@@ -18,16 +21,20 @@ if TYPE_CHECKING:
 
 
 def command(
+    given: typer.Context,
     model: Annotated[str, typer.Argument(help="A retrofit, any causal model's folder or hub id, or a GGUF file.")],
     data: Annotated[
         str | None, typer.Option(metavar="FILE", help="Text, JSONL or Parquet (column 'text'). Default: Python's help.")
     ] = None,
     lengths: Annotated[str, typer.Option(help="Context lengths, separated by commas.")] = "512,2048",
-    tokens: Annotated[int, typer.Option(help="Tokens of text, the same ones at every length.")] = 8192,
+    tokens: Annotated[str, typer.Option(metavar="N", help="Tokens of text, the same ones at every length.")] = "8192",
     stride: Annotated[
-        int, typer.Option(help="Tokens from one window to the next; 0: the length, so that windows do not overlap.")
-    ] = 0,
-    bos: Annotated[str, typer.Option(help="Begin every window with the BOS token: auto, always or never.")] = "auto",
+        str,
+        typer.Option(
+            metavar="N", help="Tokens from one window to the next; 0: the length, so that windows do not overlap."
+        ),
+    ] = "0",
+    bos: Bos = "auto",
     retrieval: Annotated[
         str, typer.Option(metavar="KINDS", help="Ask about long contexts: kinds separated by commas, or all.")
     ] = "",
@@ -41,23 +48,27 @@ def command(
 ) -> None:
     """Mean loss by context length and by position, what the model finds in a long context, and how fast it is."""
     from rpb_retrofit.checkpoint.load import open_causal_lm
-    from rpb_retrofit.evaluation.nll import Windows, nll_at_length
+    from rpb_retrofit.evaluation.nll import Windows, check_ids, nll_at_length
     from rpb_retrofit.evaluation.retrieval import cells, make_items, measure
     from rpb_retrofit.evaluation.speed import speed
     from rpb_retrofit.text import bos_policy, read_text, tokenise
 
     wanted, kinds, places = parse_lengths(lengths), parse_kinds(retrieval), parse_depths(depths)
     check_bos(bos)
-    if stride < 0 or stride > min(wanted):
+    budget, every = count("--tokens", tokens, least=2), count("--stride", stride, thousand=1024, least=0)
+    if every > min(wanted):
         raise ConfigError(f"--stride {stride}: it must lie between 1 and the shortest length, {min(wanted)}")
-    check_writable("--plot", plot, (".png", ".pdf", ".svg"))
-    check_writable("--json", json)
+    if not kinds:
+        unused(given, ["depths", "items"], "they belong to --retrieval, and nothing is asked")
+    check_outputs({"--plot": plot, "--json": json}, [model, data], {"--plot": PICTURES})
+    check_scratch()
     text = read_text(data)
     network, tokenizer = open_causal_lm(model)
     documents, first = tokenise(tokenizer, text.documents), bos_policy(tokenizer, bos)
+    check_ids(network, documents)
     asked = [item for kind in kinds for item in make_items(kind, tokenizer, documents, wanted, places, items)]
     results = [
-        nll_at_length(network, documents, Windows(length, stride or length - (first is not None), first), tokens)
+        nll_at_length(network, documents, Windows(length, every or length - (first is not None), first), budget)
         for length in wanted
     ]
     answers = measure(network, asked)
@@ -66,8 +77,12 @@ def command(
 
         save(loss_by_position({Path(model).name: results}), plot)
     policy = "no BOS" if first is None else f"BOS ({tokenizer.bos_token!r}) first in every window"
-    cut = f"stride {stride}" if stride else "windows do not overlap"
-    lines = [f"{model}", f"text: {text.name}; {cut}; {policy}; loss in nats a token, each token counting the same", ""]
+    cut = f"stride {every}" if every else "windows do not overlap"
+    lines = [
+        one_line(model),
+        f"text: {one_line(text.name)}; {cut}; {policy}; loss in nats a token, each token counting the same",
+        "",
+    ]
     rows = [[str(r.length), f"{r.nll:.4f}", str(r.tokens), str(r.windows)] for r in results]
     lines += [table(["length", "loss", "tokens", "windows"], rows), "", "by position in the window:"]
     edges = [f"{b.first}-{b.last}" for b in max(results, key=lambda r: r.length).by_position]
@@ -83,7 +98,7 @@ def command(
     timed = speed({"model": network}, wanted, rounds=rounds)["model"] if rounds else []
     if timed:
         lines += ["", f"medians of {rounds} rounds; memory is what a run holds beside the weights:", speed_table(timed)]
-    settings = {"model": model, "data": text.name, "stride": stride or "length", "bos": policy, "tokens": tokens}
+    settings = {"model": model, "data": text.name, "stride": every or "length", "bos": policy, "tokens": budget}
     measured = {"lengths": [asdict(r) for r in results], "retrieval": [asdict(c) for c in found], "answers": answers}
     measured["speed"] = [asdict(result) for result in timed]
     show("\n".join(lines), {**settings, **measured}, json)
@@ -113,14 +128,15 @@ def speed_table(results: Sequence[SpeedResult | Skipped]) -> str:
     return table(["length", "prefill tokens/s", "first token s", "decoding tokens/s", "memory"], rows)
 
 
-def parse_lengths(lengths: str) -> list[int]:
-    """``512,2048`` as numbers, ascending. ConfigError names what is no length."""
-    found = []
+def parse_lengths(lengths: str, option: str = "--lengths") -> list[int]:
+    """``512,2k`` as numbers, ascending. ConfigError names what is no length."""
+    found = set()
     for item in lengths.split(","):
-        if not item.strip().isdecimal() or int(item) < 2:
-            raise ConfigError(f"--lengths {lengths}: '{item}' is not a length of at least 2 tokens")
-        found.append(int(item))
-    return sorted(set(found))
+        length = parse_count(item, thousand=1024)
+        if length is None or length < 2:
+            raise ConfigError(f"{option} {lengths}: '{item}' is not a length of at least 2 tokens")
+        found.add(length)
+    return sorted(found)
 
 
 def parse_kinds(kinds: str) -> list[str]:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rpb_retrofit.cli.options import Buckets, Json, MaxDistance, check_writable, show
+from rpb_retrofit.cli.options import Buckets, Json, MaxDistance
+from rpb_retrofit.cli.outputs import PICTURES, check_outputs, show, writable
 from rpb_retrofit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,12 +28,13 @@ def command(
     """Say which bucket an offset is in; without --query and --key, print and draw the whole map."""
     from rpb_retrofit.runtime.buckets import Bucketing
 
-    check_writable("--plot", plot, (".png", ".pdf", ".svg"))
-    check_writable("--json", json)
+    check_outputs({"--plot": plot, "--json": json}, endings={"--plot": PICTURES})
     if plot and query is not None:
         raise ConfigError("--plot draws the whole map: leave --query and --key out")
     if (query is None) != (key is None):
         raise ConfigError(f"--{'key' if key is None else 'query'} is missing: give both, or none for the whole map")
+    if query is not None and bidirectional:
+        raise ConfigError("--bidirectional: an offset is looked up in both kinds of table anyway: leave it out")
     if query is not None and key is not None:
         text, result = explain_pair(query, key, buckets, max_distance)
     else:
@@ -78,6 +80,7 @@ def explain_map(bucketing: Bucketing) -> tuple[str, dict[str, Any]]:
 
     kind = "bidirectional" if bucketing.bidirectional else "causal"
     exact, lines, rows = bucketing.num_exact, [], []
+    block, line, end = "█─▶" if writable("█─▶") else "#->"
     lines.append(f"{kind} table, {bucketing.num_buckets} buckets, maximum distance {bucketing.max_distance}")
     for bucket in range(bucketing.num_buckets):
         held = offsets_of(bucket, bucketing)
@@ -88,9 +91,9 @@ def explain_map(bucketing: Bucketing) -> tuple[str, dict[str, Any]]:
             rows.append({"bucket": bucket, "first": None, "last": None, "part": "empty"})
             continue
         if held.first is None or held.last is None:
-            part, bar = "constant tail", "─" * 24 + "▶"
+            part, bar = "constant tail", line * 24 + end
         else:
-            bar = "█" * (1 + round(4 * math.log2(held.last - held.first + 1)))
+            bar = block * (1 + round(4 * math.log2(held.last - held.first + 1)))
         lines.append(f"{bucket:4}  {describe(held):<24}{part:<15}{bar}")
         rows.append({"bucket": bucket, "first": held.first, "last": held.last, "part": part})
     return "\n".join(lines), {"kind": kind, "max_distance": bucketing.max_distance, "buckets": rows}

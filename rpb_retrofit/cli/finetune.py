@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
-from rpb_retrofit.cli.options import Json, check_writable, show
+from rpb_retrofit.cli.options import Json
+from rpb_retrofit.cli.outputs import check_outputs, check_scratch, say, show
 from rpb_retrofit.errors import ConfigError
 
 
@@ -44,35 +43,51 @@ def command(
     """Heal a retrofit by fine-tuning, on one process or, under accelerate launch, on many. Goes on where it stopped."""
     from rpb_retrofit.training.recipe import read_recipe
 
-    check_writable("--json", json)
     if control and arms:
         raise ConfigError(f"--control and --arms {arms}: give one of the two")
-    settings = dict(map(_change, changes or []))
+    settings = _changes(changes or [])
     if data:
+        if key := next((key for key in settings if key.split(".")[0] == "data"), None):
+            raise ConfigError(f"--data {data[0]} and --set {key}=... both say what to train on: give one of the two")
         settings["data"] = [{"name": name} for name in data]
     resolved = read_recipe(recipe, settings)
+    read = [retrofit, source, recipe, resolved.held_out, *(text.name for text in resolved.data)]
+    if not show_recipe:
+        from rpb_retrofit.diagnosis.opening import known_source
+
+        read.append(known_source(retrofit))
+    check_outputs({"--json": json}, read, folder=out)
     if show_recipe:
         show(resolved.to_yaml().rstrip(), resolved.model_dump(mode="json"), json)
         return
+    check_scratch()
     from accelerate import PartialState
 
     from rpb_retrofit.training.run import finetune_arms
 
     wanted = [arm.strip() for arm in arms.split(",")] if arms else ["control" if control else "retrofit"]
-    done = finetune_arms(
-        retrofit, out, resolved, wanted, source=source, restart=restart, say=lambda text: print(text, file=sys.stderr)
-    )
+    done = finetune_arms(retrofit, out, resolved, wanted, source=source, restart=restart, say=say)
     if PartialState().is_main_process:
         result = {arm: asdict(summary) for arm, summary in done.items()}
         show("\n\n".join(f"{summary}" for summary in done.values()) + f"\nwritten to {out}", result, json)
     PartialState().destroy_process_group()
 
 
+def _changes(texts: list[str]) -> dict[str, Any]:
+    """What ``--set`` says. ConfigError where one of them undoes another."""
+    found: dict[str, Any] = {}
+    for text in texts:
+        key, value = _change(text)
+        if before := next((other for other in found if f"{other}.".startswith(f"{key}.")), None):
+            raise ConfigError(f"--set {text}: an earlier --set {before}=... would be lost; give one of the two")
+        found[key] = value
+    return found
+
+
 def _change(text: str) -> tuple[str, Any]:
+    from rpb_retrofit.training.yaml_text import read_yaml
+
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ConfigError(f"--set {text}: give KEY=VALUE")
-    try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {text}: the value is not YAML") from error
+    return key, read_yaml(value, f"--set {text}")

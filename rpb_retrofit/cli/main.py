@@ -1,60 +1,139 @@
-"""The commands, and how a mistake is answered: one line, exit status 2."""
+"""How a command ends: done, a mistake in one line, interrupted, or a bug that says that it is one."""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
+import signal
 import sys
-from typing import Any
+from types import FrameType
 
-import typer
+from rpb_retrofit.cli import standard_streams
+from rpb_retrofit.cli.standard_streams import say
 
-from rpb_retrofit.cli import card, compare, demo, diagnose, evaluate, explain, finetune, retrofit
-from rpb_retrofit.errors import InterruptedRunError, RetrofitError
-from rpb_retrofit.files.temporary import REMEDY
-from rpb_retrofit.version import __version__
+TRACEBACK = "RPB_TRACEBACK"
+"""The environment variable that shows where an error comes from."""
 
-# Typer carries its own copy of click and exports of its errors only this one: BadParameter, a UsageError.
-UsageError: Any = typer.BadParameter.__base__
-
-app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
-for module in (retrofit, finetune, evaluate, diagnose, compare, card, explain, demo):
-    app.command(module.__name__.rpartition(".")[2])(module.command)
+MISTAKE, INTERRUPTED, UNREAD, TERMINATED = 2, 130, 141, 143
 
 
-@app.callback(invoke_without_command=True)
-def about(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
-    """Swap the positional mechanism of a pretrained model for T5's relative position bias, and see what it cost."""
-    if version:
-        print(__version__)
-        raise typer.Exit
+class _Interrupt:
+    """Ctrl-C. Libraries turn the exception into others (a failed import), so that it is also noted."""
+
+    noted = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.noted = True
+        raise KeyboardInterrupt
+
+    @staticmethod
+    def at_once(number: int, frame: FrameType | None) -> None:
+        """While the program is being read there is nothing to clear up, and nothing that could catch an exception."""
+        os.write(2, b"interrupted\n")
+        os._exit(INTERRUPTED)
 
 
 def main() -> None:
     """Run ``rpb``. Exit status 0: done; 1: a regression found (``diagnose --fail-on-regression``); 2: a mistake of
-    the user's, named in one line; 130: interrupted; 143: stopped by SIGTERM after saving."""
+    the user's, named in one line, or a bug, which says so; 130: interrupted; 143: stopped by SIGTERM after saving."""
+    standard_streams.open_all()
+    interrupt = _Interrupt()
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if ours:  # else whoever started it ignores the signal (nohup), or has a handler of their own
+        _on_interrupt(_Interrupt.at_once)
+        atexit.register(_on_interrupt, signal.SIG_DFL)
+    try:
+        status = _run(interrupt, ours)
+    finally:
+        if ours:
+            _on_interrupt(signal.default_int_handler)
+    if (why := standard_streams.end(sys.stdout)) is not None and status == 0:
+        status = _unread(why)
+    standard_streams.end(sys.stderr)
+    sys.exit(status)
+
+
+def _on_interrupt(handler: object) -> None:
+    with contextlib.suppress(ValueError):  # only the main thread of a process may
+        signal.signal(signal.SIGINT, handler)  # type: ignore[arg-type]
+
+
+def _run(interrupt: _Interrupt, ours: bool) -> int:
+    """Run the command and say what went wrong; the exit status."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        sys.exit(app(standalone_mode=False) or 0)
-    except InterruptedRunError as error:
-        _say(str(error))
-        sys.exit(143)
-    except RetrofitError as error:
-        _say(str(error))
-        sys.exit(2)
-    except FileNotFoundError as error:  # PyTorch looks for a folder for temporary files when it is imported
-        if "temporary directory" not in str(error):
+        from rpb_retrofit.cli.app import app
+
+        if ours:
+            _on_interrupt(interrupt)
+        return int(app(standalone_mode=False) or 0)
+    except KeyboardInterrupt:
+        return _interrupted()
+    except SystemExit as stop:
+        if stop.code != 1:
             raise
-        _say(f"no temporary files can be written: {REMEDY}")
-        sys.exit(2)
-    except UsageError as error:
-        _say(error.format_message())
-        sys.exit(2)
-    except (typer.Abort, KeyboardInterrupt):
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        return UNREAD  # click's answer to a reader that is gone; but 1 is what a regression says
+    except Exception as error:
+        return _interrupted() if interrupt.noted else _failed(error)
 
 
-def _say(message: str) -> None:
-    """One line, from the first process of a launcher's: what a user did wrong is wrong on all of them."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"rpb: {message}", file=sys.stderr)
+def _interrupted() -> int:
+    print("interrupted", file=sys.stderr)
+    return INTERRUPTED
+
+
+def _failed(error: Exception) -> int:
+    """Say in one line what went wrong, and with `TRACEBACK` where; the exit status."""
+    import typer
+
+    from rpb_retrofit.errors import InterruptedRunError, RetrofitError
+
+    if isinstance(error, typer.Abort):
+        return _interrupted()
+    if isinstance(error, BrokenPipeError):
+        return _unread(error)
+    if os.environ.get(TRACEBACK, "0") not in ("", "0"):
+        import traceback
+
+        traceback.print_exception(error)
+    if isinstance(error, RetrofitError):
+        say(str(error))
+        return TERMINATED if isinstance(error, InterruptedRunError) else MISTAKE
+    # Typer carries its own copy of click and exports of its errors only this one: BadParameter, a UsageError.
+    if isinstance(error, typer.BadParameter.__base__):  # type: ignore[arg-type]
+        say(error.format_message())  # type: ignore[attr-defined]
+        return MISTAKE
+    say(_unforeseen(error))
+    return MISTAKE
+
+
+def _unread(error: Exception) -> int:
+    """Say why the result could not be printed; the exit status."""
+    if isinstance(error, BrokenPipeError):
+        return UNREAD  # whoever read it (head, say) has seen enough
+    say(f"the result could not be written to the standard output: {getattr(error, 'strerror', None) or error}")
+    return MISTAKE
+
+
+def _unforeseen(error: Exception) -> str:
+    """An exception that is none of ours: the machine's, or a bug."""
+    from rpb_retrofit.version import __version__
+
+    try:
+        what = f"{type(error).__name__}: {error}"
+    except Exception:  # its own words can fail too: a number of more digits than Python writes
+        what = type(error).__name__
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return f"out of memory ({what}): give less text, shorter windows or a smaller model"
+    if isinstance(error, FileNotFoundError) and "temporary directory" in str(error):
+        from rpb_retrofit.files.temporary import REMEDY
+
+        return f"no temporary files can be written: {REMEDY}"  # PyTorch looks for a folder when it is imported
+    if isinstance(error, OSError) and error.strerror:
+        where = f": '{error.filename}'" if error.filename else ""
+        return f"the system refused: {error.strerror}{where}; {TRACEBACK}=1 shows where"
+    return (
+        f"a bug of rpb_retrofit {__version__}, in answer to an input that it does not foresee: {what}; "
+        f"{TRACEBACK}=1 shows where; please report it"
+    )

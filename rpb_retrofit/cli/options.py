@@ -1,18 +1,20 @@
-"""Options that several commands share, and how their results are shown."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
-import json
-import shlex
-import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, overload
 
 import typer
 
+from rpb_retrofit.counts import parse_count
 from rpb_retrofit.errors import ConfigError
 
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write what is printed, as JSON.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**31 - 1, help="Of whatever is drawn.")]
+CalibrationTokens = Annotated[str, typer.Option(metavar="N", help="Tokens of it that are read.")]
+Bos = Annotated[str, typer.Option(help="Begin every window with the BOS token: auto, always or never.")]
 Buckets = Annotated[
     int,
     typer.Option(
@@ -40,26 +42,34 @@ def whole_or_auto(text: str) -> int | Literal["auto"]:
         raise typer.BadParameter(f"'{text}' is neither a whole number nor 'auto'") from error
 
 
-_SUFFIXES = {"k": 1, "m": 2, "g": 3}
+@overload
+def count(option: str, text: str, thousand: int = 1000, least: int = 1) -> int: ...
+@overload
+def count(option: str, text: None, thousand: int = 1000, least: int = 1) -> None: ...
+@overload
+def count(option: str, text: str | None, thousand: int = 1000, least: int = 1) -> int | None: ...
+def count(option: str, text: str | None, thousand: int = 1000, least: int = 1) -> int | None:
+    """An option that counts tokens, as `parse_count` reads it; None where it was not given.
 
-
-def count(option: str, text: str | None, thousand: int = 1000) -> int | None:
-    """``5M``, ``32k`` or ``4096`` as a number; None where the option was not given. ConfigError for anything else.
-
-    A length's ``k`` is 1,024 tokens, as contexts are counted; elsewhere it is a ``thousand``.
+    A length's ``k`` is 1,024 tokens, as contexts are counted; elsewhere it is a ``thousand``. ConfigError for what is
+    no count, or less than ``least``.
     """
     if text is None:
         return None
-    digits, power = text.strip(), 0
-    if digits[-1:].lower() in _SUFFIXES:
-        digits, power = digits[:-1], _SUFFIXES[digits[-1].lower()]
-    try:
-        value = float(digits) * thousand**power
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 2**63 or value != int(value):
+    found = parse_count(text, thousand)
+    if found is None:
         raise ConfigError(f"{option} {text}: give a whole number of tokens, such as 4096, 32k or 5M")
-    return int(value)
+    if found < least:
+        raise ConfigError(f"{option} {text}: at least {least}")
+    return found
+
+
+def unused(context: typer.Context, options: Iterable[str], why: str) -> None:
+    """ConfigError where one of these options (by the names of their variables) was given, and nothing reads it."""
+    for name in options:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise ConfigError(f"--{name.replace('_', '-')} would go unused: {why}; leave one of the two out")
 
 
 AutoBuckets = Annotated[
@@ -74,46 +84,7 @@ AutoBuckets = Annotated[
 ]
 
 
-def check_writable(option: str, file: Path | None, suffixes: tuple[str, ...] = ()) -> None:
-    """ConfigError where a file cannot be written, before hours of work end in it."""
-    if file is None:
-        return
-    if suffixes and file.suffix not in suffixes:
-        raise ConfigError(f"{option} '{file}': its ending is none of {', '.join(suffixes)}")
-    if file.is_dir() or not file.absolute().parent.is_dir():
-        raise ConfigError(f"{option} '{file}' is a folder, or lies in none that exists")
-
-
 def check_bos(bos: str) -> None:
     """ConfigError for what is no policy of `rpb_retrofit.text.bos_policy`."""
     if bos not in ("auto", "always", "never"):
         raise ConfigError(f"--bos {bos}: choose auto, always or never")
-
-
-def say(line: str) -> None:
-    """What is going on, apart from the result."""
-    print(line, file=sys.stderr, flush=True)
-
-
-def show(text: str, result: Any, json_file: Path | None) -> None:
-    """Print a result, and write it as JSON where asked, with the command that gave it."""
-    print(text)
-    if json_file is not None:
-        write_json(json_file, {"command": command_line(), **result})
-
-
-def command_line() -> str:
-    """The command that was given."""
-    return shlex.join(["rpb", *sys.argv[1:]])
-
-
-def write_json(file: Path, result: Any) -> None:
-    """A result as JSON."""
-    file.write_text(json.dumps(result, indent=2) + "\n")
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """Columns of text, numbers to the right."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from rpb_retrofit.cli.options import AutoBuckets, Json, MaxDistance, check_writable, show, whole_or_auto
+from rpb_retrofit.cli.options import (
+    AutoBuckets,
+    CalibrationTokens,
+    Json,
+    MaxDistance,
+    Seed,
+    count,
+    unused,
+    whole_or_auto,
+)
+from rpb_retrofit.cli.outputs import check_outputs, check_scratch, say, show
 from rpb_retrofit.config import RetrofitConfig
 from rpb_retrofit.errors import ConfigError
-from rpb_retrofit.tables import CALIBRATED
+from rpb_retrofit.tables import CALIBRATED, FROM
 
 
 def command(
+    given: typer.Context,
     source: Annotated[str, typer.Argument(help="A folder, a hub id, or a GGUF file.", metavar="SOURCE")],
     out: Annotated[Path, typer.Argument(help="A folder that does not exist yet.", metavar="OUT")],
     buckets: AutoBuckets = 32,
@@ -50,15 +60,15 @@ def command(
         str | None,
         typer.Option(metavar="FILE", help="Text to calibrate on. [default: Python's help texts]"),
     ] = None,
-    calibration_tokens: Annotated[int, typer.Option(min=1, help="Tokens of it that are read.")] = 8192,
+    calibration_tokens: CalibrationTokens = "8192",
     calibration_length: Annotated[
-        int | None,
+        str | None,
         typer.Option(
-            min=32,
+            metavar="N",
             help="Tokens of a window of it; half come in shorter ones. [default: the context, at most 2048]",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of whatever is drawn.")] = 0,
+    seed: Seed = 0,
     shared: Annotated[bool, typer.Option("--shared", help="One table for all layers.")] = False,
     link: Annotated[
         bool, typer.Option("--link", help="Hard-link the source's shards: instant, and no space is used.")
@@ -67,8 +77,13 @@ def command(
 ) -> None:
     """Swap the positional mechanism of a checkpoint; write a checkpoint that plain Transformers can load."""
     from rpb_retrofit.checkpoint.convert import retrofit_checkpoint
+    from rpb_retrofit.tables.calibrate import SHORTEST
 
-    check_writable("--json", json)
+    checkpoint = init.removeprefix(FROM) if init.startswith(FROM) else None
+    check_outputs({"--json": json}, [source, calibration, checkpoint], folder=out)
+    check_scratch()
+    read = count("--calibration-tokens", calibration_tokens)
+    length = count("--calibration-length", calibration_length, thousand=1024, least=SHORTEST)
     config = RetrofitConfig(
         relative_attention_num_buckets=buckets,
         relative_attention_max_distance=max_distance,
@@ -81,14 +96,18 @@ def command(
         shared=shared,
         seed=seed,
     )
+    if buckets == "auto":
+        unused(given, ["max_distance"], "--buckets auto also chooses how far they reach")
     text = None
     if init == CALIBRATED or polish or (calibration is not None and config.takes_text):
         from rpb_retrofit.text import CalibrationText
 
-        text = CalibrationText.of(calibration, tokens=calibration_tokens, length=calibration_length)
-        print(f"calibrating on {text.text.name}", file=sys.stderr)
+        text = CalibrationText.of(calibration, tokens=read, length=length)
+        say(f"calibrating on {text.text.name}")
     elif calibration is not None:
         raise ConfigError(f"--calibration '{calibration}': --init {init} uses no text; leave one of the two out")
+    else:
+        unused(given, ["calibration_tokens", "calibration_length"], f"--init {init} uses no text")
     done = retrofit_checkpoint(source, out, config, link=link, calibration=text)
     result = {"out": str(done.out), "weights": done.weights, "shards": done.shards, **asdict(done.report)}
     if text is not None:

@@ -13,6 +13,8 @@ from rpb_retrofit.comparison.arms import ARMS
 from rpb_retrofit.comparison.exhibits import exhibits
 from rpb_retrofit.comparison.figures import as_difference
 from rpb_retrofit.comparison.standing import Standing
+from rpb_retrofit.files.whole_file import write_whole
+from rpb_retrofit.pages.markdown import FILTERS
 
 Row = Mapping[str, Any]
 SHOWN = ("quality", "inside", "lengths", "positions", "induction")
@@ -31,7 +33,7 @@ def write_card(result: Mapping[str, Any], file: Path, title: str, about: str = "
             head, _, data = exhibit.picture.partition(",")
             suffix = "svg" if "svg" in head else "png"
             picture = file.with_name(f"{file.stem}-{exhibit.name}.{suffix}")
-            picture.write_bytes(base64.b64decode(data))
+            write_whole(picture, base64.b64decode(data))
             pictures[exhibit.title] = (picture.name, exhibit.alt)
     environment = Environment(
         loader=PackageLoader("rpb_retrofit.comparison", "templates"),
@@ -40,7 +42,7 @@ def write_card(result: Mapping[str, Any], file: Path, title: str, about: str = "
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(loss=loss, gap=gap, times=times)
+    environment.filters.update(FILTERS, loss=loss, gap=gap, times=times)
     card = environment.get_template("card.md").render(
         title=title,
         about=about,
@@ -50,7 +52,7 @@ def write_card(result: Mapping[str, Any], file: Path, title: str, about: str = "
         worse=list(where_t5_loses(result)),
         pictures=pictures,
     )
-    file.write_text(card, encoding="utf-8")
+    write_whole(file, card)
 
 
 def where_t5_loses(result: Mapping[str, Any]) -> Iterator[str]:

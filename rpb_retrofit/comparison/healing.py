@@ -5,6 +5,7 @@ The loop is that of `rpb finetune`; only nothing is saved, since an arm is train
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,8 +48,8 @@ class Healing:
     teacher: PreTrainedModel | None = None
 
     def __post_init__(self) -> None:
-        if not self.rates or min(self.rates) <= 0:
-            raise ConfigError(f"rates {list(self.rates)}: give at least one, above 0")
+        if not self.rates or not all(0 < rate < math.inf for rate in self.rates):
+            raise ConfigError(f"rates {list(self.rates)}: give at least one, above 0 and finite")
         if self.seeds < 1:
             raise ConfigError(f"seeds {self.seeds}: at least 1")
 

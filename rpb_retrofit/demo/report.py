@@ -21,4 +21,4 @@ def write_report(demo: Demo, beginnings: Sequence[str], folder: Path) -> None:
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     page = environment.get_template("report.html").render(demo=demo, beginnings=beginnings, version=__version__)
-    (folder / "report.html").write_text(page)
+    (folder / "report.html").write_text(page, encoding="utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from rpb_retrofit.demo.report import write_report
 from rpb_retrofit.evaluation.nll import LengthResult, Windows, nll_at_length
 from rpb_retrofit.evaluation.plots import bias_by_offset, loss_by_position, save
 from rpb_retrofit.files.folder import whole_folder
+from rpb_retrofit.files.strict_json import json_text
 from rpb_retrofit.report import RetrofitReport
 from rpb_retrofit.tables import CONTENT
 from rpb_retrofit.text import CalibrationText, Text, bos_policy, read_text, tokenise
@@ -112,7 +112,7 @@ def run_demo(out: Path, config: RetrofitConfig, say: Callable[[str], None]) -> D
         save(loss_by_position({arm.name: arm.results for arm in arms}), folder / "loss_by_position.png")
         demo = Demo("SmolLM2-135M-Instruct (4-bit weights, dequantised)", whole.name, policy, arms, seconds)
         write_report(demo, BEGINNINGS, folder)
-        (folder / "report.json").write_text(json.dumps({**asdict(demo), "costs": demo.costs}, indent=2) + "\n")
+        (folder / "report.json").write_text(json_text({**asdict(demo), "costs": demo.costs}))
     return demo
 
 

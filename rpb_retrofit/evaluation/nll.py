@@ -130,6 +130,21 @@ def losses_at(model: PreTrainedModel, ids: Tensor, at: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(logits_at(model, ids, at), ids[at + 1], reduction="none")
 
 
+def check_ids(model: PreTrainedModel, documents: Sequence[Tensor]) -> None:
+    """DataError where the text has token ids that the model has no row for: a tokenizer that is not its own.
+
+    On a GPU such an id ends the process, on a CPU it is an IndexError without a name.
+    """
+    embedding: Any = model.get_input_embeddings()
+    rows = embedding.weight.shape[0]
+    highest = max((int(ids.max()) for ids in documents if len(ids)), default=-1)
+    if highest >= rows:
+        raise DataError(
+            f"'{model.name_or_path}': its tokenizer makes token {highest}, and the model knows {rows} tokens, 0 to "
+            f"{rows - 1}: the tokenizer beside it is another model's, or tokens were added without resizing the model"
+        )
+
+
 def check_length(model: PreTrainedModel, length: int) -> None:
     """DataError where a source's position table ends before ``length``."""
     config = model.config

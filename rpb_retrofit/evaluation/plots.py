@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -12,6 +13,8 @@ import torch
 from transformers import PreTrainedModel
 
 from rpb_retrofit.evaluation.nll import LengthResult
+from rpb_retrofit.files.printable import one_line
+from rpb_retrofit.files.whole_file import write_whole
 from rpb_retrofit.runtime.bias import RelativePositionBias
 from rpb_retrofit.runtime.buckets import Bucketing, bucket_of
 
@@ -31,9 +34,16 @@ STYLE: Any = {
 
 
 def save(figure: Any, file: Path) -> None:
-    """Write a figure and forget it."""
-    figure.savefig(file)
+    """Write a figure, whole or not at all, and forget it."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=file.suffix.removeprefix("."))
     plt.close(figure)
+    write_whole(file, drawn.getvalue())
+
+
+def legible(name: str) -> str:
+    """A name from outside as a picture shows it: a dollar would begin a formula, and a wrong one ends the drawing."""
+    return one_line(name).replace("$", r"\$")
 
 
 def log2_positions(axes: Any) -> None:
@@ -50,7 +60,7 @@ def loss_by_position(results: Mapping[str, Sequence[LengthResult]]) -> Any:
             for shade, result in enumerate(lengths):
                 centre = [(b.first * b.last) ** 0.5 for b in result.by_position]
                 fade = 0.35 + 0.65 * (shade + 1) / len(lengths)
-                label = f"{name}, windows of {result.length}"
+                label = f"{legible(name)}, windows of {result.length}"
                 axes.plot(
                     centre, [b.nll for b in result.by_position], "o-", ms=3, color=f"C{number}", alpha=fade, label=label
                 )

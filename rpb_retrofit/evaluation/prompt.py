@@ -8,6 +8,7 @@ from itertools import chain, islice
 from typing import Any
 
 from rpb_retrofit.errors import DataError
+from rpb_retrofit.evaluation.chat import render
 from rpb_retrofit.evaluation.tasks.task import Task
 from rpb_retrofit.text import special_tokens
 
@@ -41,7 +42,7 @@ class Prompt:
 def write(tokenizer: Any, task: Task) -> Prompt:
     """A user's message and the beginning of the assistant's where the tokenizer has a chat template, else plain text.
 
-    Raises DataError where the tokenizer cannot spell the answer.
+    Raises DataError where the chat template cannot be rendered, or the tokenizer cannot spell the answer.
     """
     message = f"{task.introduction}\n{_CONTEXT}\n\n{task.question}"
     if tokenizer.chat_template is None:
@@ -49,8 +50,12 @@ def write(tokenizer: Any, task: Task) -> Prompt:
         text = f"{message}\n"
     else:
         special = []  # the template writes them out
-        turn = [{"role": "user", "content": message}]
-        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        text = render(tokenizer, message)
+        if (times := text.count(_CONTEXT)) != 1:
+            raise DataError(
+                f"the chat template of '{tokenizer.name_or_path}' writes a user's message {times} times, not once: "
+                "take chat_template out of the tokenizer's files, and plain prompts are asked"
+            )
     before, _, after = f"{text}{task.opening}".partition(_CONTEXT)
     # Together, as in running text, where a space belongs to the word after it; what the answer changes is the answer.
     (prompt, whole), end = _inside(tokenizer, [after, after + task.answer]), 0

@@ -56,4 +56,4 @@ def write(file: Path, package: str, template: str, title: str, contents: Mapping
     )
     environment.filters.update(value=number, begun=begun)
     page = environment.get_template(template).render(title=title, contents=contents, **about)
-    file.write_text(page, encoding="utf-8")
+    file.write_text(page, encoding="utf-8", errors="backslashreplace")

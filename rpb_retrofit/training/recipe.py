@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from rpb_retrofit.counts import parse_count
 from rpb_retrofit.errors import ConfigError
+from rpb_retrofit.files.small_file import read_small
+from rpb_retrofit.training.yaml_text import LARGEST, read_yaml
+
+
+def _count(value: Any) -> Any:
+    """``5M`` as a number; what is no text as it is."""
+    return value if not isinstance(value, str) or (found := parse_count(value)) is None else found
+
 
 Positive = Annotated[int, Field(gt=0)]
+Tokens = Annotated[int, BeforeValidator(_count), Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -43,7 +54,7 @@ class Stage(_Strict):
     """
 
     train: Literal["tables", "lora", "all"] = "all"
-    tokens: Positive
+    tokens: Tokens
     rate: Rate = 2e-4
     table_rate: Rate = 1e-2
     lengths: dict[Annotated[int, Field(ge=2)], Rate] = Field(default={512: 1.0}, min_length=1)
@@ -71,8 +82,8 @@ class Recipe(_Strict):
     distillation_share: Share = 1.0
     relations: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     mask_share: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    batch_tokens: Positive = 512
-    micro_tokens: Positive | None = None
+    batch_tokens: Tokens = 512
+    micro_tokens: Tokens | None = None
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     clip: Rate = 1.0
     dropout: bool = False
@@ -124,11 +135,10 @@ def read_recipe(file: Path | None, changes: Mapping[str, Any] | None = None) -> 
     settings: Any = {}
     if file is not None:
         try:
-            settings = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"recipe '{file}' cannot be read: {getattr(error, 'strerror', None) or error}") from error
-        except yaml.YAMLError as error:
-            raise ConfigError(f"recipe '{file}' is not YAML: {' '.join(str(error).split())}") from error
+            text = read_small(file, LARGEST)
+        except ValueError as error:
+            raise ConfigError(f"recipe '{file}' cannot be read: {error}") from error
+        settings = read_yaml(text, f"recipe '{file}'") or {}
         if not isinstance(settings, dict):
             raise ConfigError(f"recipe '{file}' holds a {type(settings).__name__}, not keys with values")
     for key, value in (changes or {}).items():
@@ -174,7 +184,7 @@ def _explain(error: ValidationError) -> str:
     elif not path:
         said = first["msg"].removeprefix("Value error, ")
     else:
-        said = f"{path}={first['input']!r}: {first['msg'][:1].lower()}{first['msg'][1:]}"
+        said = f"{path}={reprlib.repr(first['input'])}: {first['msg'][:1].lower()}{first['msg'][1:]}"
     return said + (f" (and {len(rest)} more)" if rest else "")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +12,8 @@ from transformers import PreTrainedModel
 
 from rpb_retrofit.evaluation.plots import training_curves
 from rpb_retrofit.files.checked import Written, checked
+from rpb_retrofit.files.strict_json import json_text
+from rpb_retrofit.pages.words import number
 from rpb_retrofit.runtime.buckets import bucket_of
 from rpb_retrofit.training.batches import bucketing_of, pairs_by_bucket
 from rpb_retrofit.training.recipe import Stage
@@ -59,10 +60,11 @@ class Summary:
         for before, after in zip(first[:1], last[-1:], strict=True):
             pairs = zip(before["by_length"], after["by_length"], strict=True)
             lines += [
-                f"held-out loss at {a['length']}: {b['nll']:.3f} -> {a['nll']:.3f} nats a token" for b, a in pairs
+                f"held-out loss at {a['length']}: {number(b['nll'])} -> {number(a['nll'])} nats a token"
+                for b, a in pairs
             ]
             if not after["by_length"]:
-                lines.append(f"held-out objective: {before['loss']:.4f} -> {after['loss']:.4f}")
+                lines.append(f"held-out objective: {number(before['loss'], '.4f')} -> {number(after['loss'], '.4f')}")
         skipped = [said for stage in self.stages for said in stage.skipped]
         lines += [f"{len(skipped)} steps skipped; the first: {skipped[0]}"] if skipped else []
         if untrained := set.intersection(*(set(stage.untrained_buckets) for stage in self.stages)):
@@ -81,11 +83,11 @@ def read_summary(folder: Path) -> Summary:
 
 class _Length(Written):
     length: int
-    nll: float
+    nll: float | None  # null: it was not finite
 
 
 class _Evaluation(Written):
-    loss: float
+    loss: float | None
     by_length: list[_Length]
 
 
@@ -94,7 +96,7 @@ class _Stage(Written):
     steps: int
     scored_tokens: int
     seconds: float
-    losses: list[float]
+    losses: list[float | None]
     skipped: list[str]
     pairs_by_bucket: list[int]
     untrained_buckets: list[int]
@@ -142,5 +144,5 @@ def stage_summary(stage: Stage, progress: Progress, model: PreTrainedModel) -> S
 
 def write_summary(summary: Summary, folder: Path) -> None:
     """Figures and picture, into a folder."""
-    (folder / SUMMARY).write_text(json.dumps(asdict(summary), indent=2) + "\n")
+    (folder / SUMMARY).write_text(json_text(asdict(summary)))
     training_curves(asdict(summary)["stages"], folder / PICTURE)
