@@ -92,7 +92,7 @@ def check_scratch() -> None:
     place = os.environ.get("TMPDIR")
     try:
         with tempfile.TemporaryFile(dir=place or tempfile.gettempdir()) as file:
-            file.write(b"\0" * 4096)
+            file.write(b"\0" * 1024)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"TMPDIR '{place or 'not set'}': temporary files cannot be written: "
