@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError
+from .tracing import traced
 
 MAX_DISTANCE = 2**24
 """Float32 counts without gaps up to here, and T5's formula is evaluated in it."""
@@ -110,12 +111,23 @@ def bucket_of(offset: Tensor, bucketing: Bucketing) -> Tensor:
 
     Causal bucketings put every key after the query into bucket 0, as T5 does: such keys are masked anyway.
     """
-    first = torch.tensor(first_distances(bucketing), device=offset.device)
+    first = _thresholds(bucketing, offset.device) if not traced(offset) else _new_thresholds(bucketing, offset.device)
     distance = offset.abs() if bucketing.bidirectional else offset.clamp(min=0)
     bucket = torch.bucketize(distance, first, right=True) - 1
     if bucketing.bidirectional:
         bucket = bucket + (offset < 0) * bucketing.per_direction
     return bucket
+
+
+def _new_thresholds(bucketing: Bucketing, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # what is kept must serve training too
+        return torch.tensor(first_distances(bucketing), device=device)
+
+
+@lru_cache(maxsize=64)
+def _thresholds(bucketing: Bucketing, device: torch.device) -> Tensor:
+    """The same, kept: copying them to a GPU would wait for it, at every token in every layer."""
+    return _new_thresholds(bucketing, device)
 
 
 def log_beyond(offset: Tensor, bucketing: Bucketing) -> Tensor:

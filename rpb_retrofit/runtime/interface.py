@@ -25,7 +25,7 @@ from transformers.utils.output_capturing import _active_collector
 from .attention import ROW, attention, bias_at, bias_matrix, decode
 from .errors import AttentionImplementationError
 from .families import FACTOR, TABLE
-from .positions import POSITIONS, Positions, self_attention
+from .positions import Positions, self_attention, tagged
 from .visibility import dense, is_runs, runs_of
 
 ATTENTION = "rpb_retrofit"
@@ -246,11 +246,11 @@ def _bias_argument(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     queries, keys = args[0].shape[1], kwargs["attention_mask"].shape[-1]
     cache, layer = _self_attention_cache(args, kwargs), module.layer_idx
     first_key = 0 if cache is None else _first_key(cache, queries, layer)
-    positions: Positions | None = getattr(kwargs.get("position_ids"), POSITIONS, None)
+    past = 0 if cache is None else cache.get_query_offset(layer)
+    positions = tagged(kwargs.get("position_ids"), cache, past, len(args[0]))
     if positions is not None:
         return bias_at(getattr(module, TABLE), *positions.pairs(keys, first_key, args[0].device))
-    first = 0 if cache is None else cache.get_query_offset(layer) - first_key
-    return bias_matrix(getattr(module, TABLE), queries, keys, first, args[0].device)
+    return bias_matrix(getattr(module, TABLE), queries, keys, past - first_key, args[0].device)
 
 
 def _self_attention_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:

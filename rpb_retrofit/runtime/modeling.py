@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -57,8 +57,9 @@ from .interface import (
 from .loading import check_loaded, check_numbers, check_shared, stored_names
 from .mechanisms import modules_named, neutralise, remove_hooks, restore
 from .positions import (
-    generation_step,
     keep_positions,
+    of_generation,
+    of_step,
     read_positions,
     refuse_positions,
     tag_position_ids,
@@ -184,8 +185,10 @@ def follow_positions(model: PreTrainedModel, family: Family) -> None:
         taker.register_forward_hook(keep_positions, with_kwargs=True)
         if not family.uses_interface:
             taker.register_forward_pre_hook(tag_position_ids, with_kwargs=True)
-    for submodel in () if takers else submodels(model):
-        submodel.register_forward_pre_hook(refuse_positions, with_kwargs=True)
+    within = {part for taker in takers for part in submodels(taker)}
+    for submodel in submodels(model):
+        if submodel not in within and not takes_positions(submodel):
+            submodel.register_forward_pre_hook(refuse_positions, with_kwargs=True)
 
 
 def on(device: torch.device, module: nn.Module) -> nn.Module:
@@ -432,15 +435,6 @@ class RetrofitModel:
         return _new_retrofit, (type(self).source_class,), self.__dict__
 
 
-class GeneratingRetrofitModel(RetrofitModel):
-    """The same for a class that generates: Transformers takes the method for the sign of one."""
-
-    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """`GenerationMixin.prepare_inputs_for_generation`, marked where positions need no look."""
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
-        return generation_step(inputs, kwargs.get("attention_mask"), bool(kwargs.get("is_first_iteration")))
-
-
 def retrofit_class(source: Any) -> Any:
     """``Rpb`` + the name of a Transformers class: that class with a relative position bias."""
     return source if issubclass(source, RetrofitModel) else _retrofit_class(source)
@@ -454,8 +448,10 @@ def _retrofit_class(source: Any) -> Any:
         # Some classes (GPTNeoXForCausalLM) have weight names of their own in checkpoints.
         register_checkpoint_conversion_mapping(name, conversion, overwrite=True)
     members = {"source_class": source, "_keep_in_fp32_modules_strict": keep, "__module__": __name__}
-    mixin = GeneratingRetrofitModel if hasattr(source, "prepare_inputs_for_generation") else RetrofitModel
-    cls: Any = type(name, (mixin, source), members)
+    if hasattr(source, "prepare_inputs_for_generation"):  # by which Transformers tells a class that generates
+        members["prepare_inputs_for_generation"] = of_step(source.prepare_inputs_for_generation)
+        members["generate"] = of_generation(source.generate)
+    cls: Any = type(name, (RetrofitModel, source), members)
     # output_attentions and output_hidden_states look up here what to record; only __init__ would enter the class.
     _CAN_RECORD_REGISTRY[cls.__new__(cls)] = cls._can_record_outputs
     return cls

@@ -12,7 +12,9 @@ counting, so generation, once it was looked at, leaves no trace at any further t
 from __future__ import annotations
 
 import inspect
+from contextvars import ContextVar
 from functools import cache as memoised
+from functools import wraps
 from typing import Any
 
 import torch
@@ -28,7 +30,12 @@ POSITIONS = "rpb_positions"
 """Keyword that carries `Positions` from a model to its attentions, and attribute of a cache: those of its keys."""
 
 CONSECUTIVE = "rpb_consecutive"
-"""Keyword of a generation step whose positions need no look, and attribute of a cache that such steps extend."""
+"""Attribute of a cache: the very ``position_ids`` of a generation step that only go on counting from its last key."""
+
+JUDGED = "rpb_judged"
+"""Attribute of a cache: the `generation` in which all steps do that."""
+
+_generation: ContextVar[object | None] = ContextVar("rpb_generation", default=None)
 
 
 class Positions:
@@ -117,33 +124,64 @@ def read_positions(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     """Forward pre-hook of a model with ``position_ids``: hand its attentions `Positions`, where they need any."""
     if args:
         kwargs = {**dict(zip(parameters(type(module)), args, strict=False)), **kwargs}
-    if CONSECUTIVE in kwargs:
-        return (), {name: value for name, value in kwargs.items() if name != CONSECUTIVE}
     ids, cache = kwargs.get("position_ids"), self_attention(kwargs.get("past_key_values"))
-    tokens = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), None)
-    if tokens is None or (ids is None and not hasattr(cache, POSITIONS)):
+    if ids is None and not hasattr(cache, POSITIONS):
         return (), kwargs
-    batch, queries = tokens.shape[:2]
+    if ids is not None and getattr(cache, CONSECUTIVE, None) is ids:
+        return (), kwargs
+    if (shape := _shape(kwargs)) is None:
+        return (), kwargs
+    batch, queries, device = shape
     past = cache.get_seq_length() if isinstance(cache, Cache) else 0
     if ids is None:
-        ids = (torch.arange(queries, device=tokens.device) + past)[None]
-    ids = _checked(ids, batch, queries)
-    # A static cache has slots to spare, and does not tell a graph how many it has filled.
-    length = cache.get_max_length() if isinstance(past, Tensor) else past + queries
-    slots = extended(_known(cache, batch, past), ids, past, length)
-    kwargs = {**kwargs, POSITIONS: Positions(ids, slots, past)}
+        ids = (torch.arange(queries, device=device) + past)[None]
+    positions = positions_of(_checked(ids, batch, queries), cache, past, batch)
     if cache is not None:
-        remember(cache, slots)
-    return (), kwargs
+        remember(cache, positions.slots)
+    return (), {**kwargs, POSITIONS: positions}
+
+
+def positions_of(ids: Tensor, cache: Any, past: int | Tensor, batch: int) -> Positions:
+    """The positions of a pass of ``ids`` (batch or 1, Q) behind the ``past`` keys of a cache, or of none."""
+    # A static cache has slots to spare, and does not tell a graph how many it has filled.
+    length = cache.get_max_length() if isinstance(past, Tensor) else past + ids.shape[1]
+    return Positions(ids, extended(_known(cache, batch, past), ids, past, length), past)
+
+
+def _shape(kwargs: dict[str, Any]) -> tuple[int, int, torch.device] | None:
+    """Rows, tokens in each, and the device of a model's input; None where it has none, as the model will say."""
+    if (tokens := kwargs.get("input_ids")) is not None:
+        return tokens.shape[:-1].numel(), tokens.shape[-1], tokens.device  # some heads take several rows a sample
+    if (vectors := kwargs.get("inputs_embeds")) is not None:
+        return vectors.shape[:-2].numel(), vectors.shape[-2], vectors.device
+    return None
 
 
 def tag_position_ids(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Forward pre-hook, after `read_positions`, of a model that hands its attentions nothing but ``position_ids``."""
-    if (positions := kwargs.get(POSITIONS)) is not None:
+    """Forward pre-hook, after `read_positions`, of a model that hands its attentions nothing but ``position_ids``.
+
+    They carry the `Positions`, or None where positions are the indices. Should a copy on the way lose that, their
+    values still say it: see `tagged`.
+    """
+    positions, shape = kwargs.get(POSITIONS), _shape(kwargs)
+    if shape is None:
+        return args, kwargs
+    if positions is not None:
         ids = positions.query.view(positions.query.shape)  # an object of our own
-        setattr(ids, POSITIONS, positions)
-        kwargs = {**kwargs, "position_ids": ids}
-    return args, kwargs
+    else:
+        cache = self_attention(kwargs.get("past_key_values"))
+        past = cache.get_seq_length() if isinstance(cache, Cache) else 0
+        given = kwargs.get("position_ids")
+        ids = (torch.arange(shape[1], device=shape[2]) + past)[None] if given is None else given.view(given.shape)
+    setattr(ids, POSITIONS, positions)
+    return args, {**kwargs, "position_ids": ids}
+
+
+def tagged(ids: Any, cache: Any, past: int | Tensor, batch: int) -> Positions | None:
+    """What `tag_position_ids` put there, in the attention; None where positions are the indices."""
+    if ids is None or hasattr(ids, POSITIONS):
+        return getattr(ids, POSITIONS, None)
+    return positions_of(ids.long(), cache, past, batch)
 
 
 def refuse_positions(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -168,10 +206,10 @@ def keep_positions(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], o
 
 
 def _checked(ids: Any, batch: int, queries: int) -> Tensor:
-    if isinstance(ids, Tensor) and not ids.is_floating_point() and ids.dtype != torch.bool:
-        ids = ids[None] if ids.dim() == 1 else ids
-        if ids.dim() == 2 and ids.shape[1] == queries and ids.shape[0] in (1, batch):
-            return ids.long()
+    if isinstance(ids, Tensor) and not ids.is_floating_point() and ids.dtype != torch.bool and ids.dim():
+        rows = ids.reshape(-1, ids.shape[-1]) if ids.dim() < 3 or len(ids) != 3 else ids
+        if rows.dim() == 2 and rows.shape[1] == queries and rows.shape[0] in (1, batch):
+            return rows.long()
     found = f"shape {tuple(ids.shape)} and {ids.dtype}" if isinstance(ids, Tensor) else f"type {type(ids).__name__}"
     raise ConfigError(
         f"position_ids of {found}: the relative position bias takes integers, one for each of the {queries} tokens, of "
@@ -198,12 +236,17 @@ def self_attention(cache: Any) -> Any:
     return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
 
 
-def remember(cache: Cache, slots: Tensor) -> None:
-    """Let a cache know the positions (batch or 1, n) of its slots."""
-    if not isinstance(cache, PositionedCache):
-        _enter(cache)
-    setattr(cache, POSITIONS, slots)
-    setattr(cache, CONSECUTIVE, False)
+def remember(cache: Any, slots: Tensor) -> None:
+    """Let a cache know the positions (batch or 1, n) of its slots.
+
+    A graph cannot change the class of an object: a cache that only graphs have met knows its positions, but not when
+    its rows are reordered.
+    """
+    if not isinstance(cache, PositionedCache) and not traced(slots):
+        source: Any = type(cache)
+        cache.__class__ = _positioned(source)
+    for name, value in ((POSITIONS, slots), (CONSECUTIVE, None), (JUDGED, None)):
+        setattr(cache, name, value)
 
 
 def _known(cache: Any, batch: int, past: int | Tensor) -> Tensor | None:
@@ -269,33 +312,54 @@ def _new_positioned(source: Any) -> Any:
 # --- generation --------------------------------------------------------------------------------------------------
 
 
-def generation_step(inputs: dict[str, Any], padding: Any, first: bool) -> dict[str, Any]:
-    """The inputs of a step of `generate`, marked where its positions only go on counting from the ones before.
+def of_generation(method: Any) -> Any:
+    """`generate` of a class, in which each step may know what the first one saw."""
 
-    The first step finds that out, for all; ``padding`` is the mask (batch, slots) of all tokens, or None.
+    @wraps(method)
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        token = _generation.set(object())
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            _generation.reset(token)
+
+    return generate
+
+
+def of_step(method: Any) -> Any:
+    """`prepare_inputs_for_generation` of a class, after which the cache knows ids that need no look.
+
+    Those of a step whose positions only go on counting from the last key, at one distance from their index. The first
+    step of a `generate` finds that out for all that follow.
     """
-    cache, ids = self_attention(inputs.get("past_key_values")), inputs.get("position_ids")
-    if ids is None or not isinstance(cache, Cache):
+
+    @wraps(method)  # Transformers reads in the signature what a model can begin with
+    def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> Any:
+        inputs = method(self, *args, **kwargs)
+        cache, ids = self_attention(inputs.get("past_key_values")), inputs.get("position_ids")
+        current = _generation.get()
+        if current is not None and ids is not None and isinstance(cache, Cache):
+            if kwargs.get("is_first_iteration"):
+                counts = _go_on_counting(cache, ids, kwargs.get("attention_mask"))
+                setattr(cache, JUDGED, current if counts else None)
+            setattr(cache, CONSECUTIVE, ids if getattr(cache, JUDGED, None) is current else None)
         return inputs
-    if first:
-        _look_ahead(cache, ids, padding)
-    return {**inputs, CONSECUTIVE: True} if getattr(cache, CONSECUTIVE, False) else inputs
+
+    return prepare_inputs_for_generation
 
 
-def _look_ahead(cache: Cache, ids: Tensor, padding: Any) -> None:
-    setattr(cache, CONSECUTIVE, False)
+def _go_on_counting(cache: Any, ids: Tensor, padding: Any) -> bool:
+    """Whether all tokens that ``padding`` (batch, slots; None: all) shows lie at one distance from their index, up to
+    the last of ``ids`` (batch or 1, Q), from which generation counts."""
     if ids.dim() != 2 or (padding is not None and padding.dim() != 2):
-        return
+        return False
     past = int(cache.get_seq_length())
-    known = _known(cache, len(ids), past)
-    slots = extended(known, ids, past, past + ids.shape[1])
+    slots = extended(_known(cache, len(ids), past), ids, past, past + ids.shape[1])
     shift = torch.arange(slots.shape[1], device=slots.device) - slots
     other = shift != shift[:, -1:]
     if padding is not None:
         other = other & (padding[:, : slots.shape[1]].to(slots.device) != 0)
     several, shifted = torch.stack([other.any(), shift.any()]).tolist()
-    if several:
-        return
-    if shifted or hasattr(cache, POSITIONS):
+    if not several and (shifted or hasattr(cache, POSITIONS)):
         remember(cache, slots)
-    setattr(cache, CONSECUTIVE, True)
+    return not several
