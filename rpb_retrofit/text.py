@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import glob
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data import topics
 from typing import Any
 
+import datasets
 import torch
 from datasets import load_dataset
 from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
 
 from rpb_retrofit.errors import DataError
+from rpb_retrofit.files.digest import digest, digest_of
 from rpb_retrofit.tables.calibrate import SHORTEST
 
 _FORMATS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -32,7 +33,7 @@ class Text:
     @property
     def checksum(self) -> str:
         """What tells it from another text."""
-        return f"{zlib.crc32(chr(0).join(self.documents).encode()):08x}"
+        return digest_of(document.encode("utf-8", "surrogatepass") for document in self.documents)
 
 
 def read_text(file: str | None, option: str = "--data") -> Text:
@@ -75,6 +76,8 @@ def read_rows(file: str, option: str, column: str = _COLUMN, streaming: bool = F
         raise DataError(f"{option} '{file}': its ending '{path.suffix}' is none of {', '.join(_FORMATS)}")
     options: dict[str, Any] = {"sample_by": "document"} if kind == "text" else {}
     try:
+        if not streaming:  # what comes from the file directly is cached nowhere
+            options["cache_dir"] = _cache(path)
         rows = load_dataset(kind, data_files=glob.escape(str(path)), split="train", streaming=streaming, **options)
         names = rows.column_names or list(next(iter(rows)))
     except StopIteration as error:
@@ -87,6 +90,12 @@ def read_rows(file: str, option: str, column: str = _COLUMN, streaming: bool = F
     if column not in names:
         raise DataError(f"{option} '{file}' has no column '{column}', only {', '.join(names) or 'none'}")
     return rows if streaming else rows[column]
+
+
+def _cache(file: Path) -> str:
+    """Where `datasets` keeps what it makes of a file: its own cache goes by path and time of change, and would give the
+    old text of a file that was replaced by one of the same time; here it goes by content."""
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / "rpb_retrofit" / digest(file))
 
 
 def tokenise(tokenizer: Any, documents: Sequence[str]) -> list[Tensor]:

@@ -37,9 +37,11 @@ from rpb_retrofit.evaluation.nll import losses_at, token_losses
 from rpb_retrofit.evaluation.retrieval import cells, make_items, measure
 from rpb_retrofit.evaluation.speed import is_out_of_memory
 from rpb_retrofit.files.folder import whole_folder
+from rpb_retrofit.files.json_file import read_object
 from rpb_retrofit.runtime.families import is_own
 from rpb_retrofit.tables import CONTENT
 from rpb_retrofit.text import CalibrationText, Text, bos_policy, read_text, tokenise
+from rpb_retrofit.training.identity import checksum, fingerprint
 from rpb_retrofit.training.recipe import Data, Recipe, Stage
 from rpb_retrofit.training.run import finetune
 
@@ -160,11 +162,13 @@ class Record:
     @classmethod
     def open(cls, folder: Path, arm: str, plan: Plan) -> Record:
         """The record in a folder, which is made. ConfigError where it holds another plan's."""
-        file, wanted = folder / "result.json", json.loads(json.dumps(asdict(plan)))
+        file, texts = folder / "result.json", [name for name in (*plan.data, *plan.held_out) if Path(name).is_file()]
+        read = {"weights": fingerprint(plan.source), "texts": {name: checksum(Path(name)) for name in texts}}
+        wanted = json.loads(json.dumps({**asdict(plan), **read}))
         if not file.exists():
             folder.mkdir(parents=True, exist_ok=True)
             return cls(file, arm, wanted)
-        found = json.loads(file.read_text())
+        found = read_object(file)
         if different := [key for key in wanted if found["plan"].get(key) != wanted[key]]:
             raise ConfigError(f"'{folder}' holds a result with other {', '.join(different)}: choose another OUT")
         return cls(file, arm, wanted, found["parts"])

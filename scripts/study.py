@@ -225,7 +225,7 @@ def trained(model: Any, folder: Path, size: Size, tokens: int, seed: int, label:
 def train_scratch(folder: Path, size: Size, seed: int) -> Row:
     """The ceiling: T5's bias from the beginning, on as many tokens as a base and its healing together."""
     import rpb_retrofit as rpb
-    from rpb_retrofit.comparison.run import Made, Row
+    from rpb_retrofit.comparison.run import MEASURED, Made, Row
     from rpb_retrofit.comparison.t5 import tail_begins
     from rpb_retrofit.evaluation.journal import Journal
 
@@ -239,7 +239,9 @@ def train_scratch(folder: Path, size: Size, seed: int) -> Row:
         measured = probes_of(folder, size).measure(model, SCRATCH)
         return Row(SCRATCH, about, Made("train it", 0.0), [measured], tokens, size.base_rate, seconds)
 
-    return Journal.open(folder / "scratch", {"size": repr(size)})(f"seed-{seed}", train)
+    kinds = (Row, *MEASURED)
+    with Journal.open(folder / f"scratch-{seed}", {"size": repr(size)}, "scripts/study.py", kinds, say) as journal:
+        return journal(f"seed-{seed}", train)
 
 
 # --- the arms --------------------------------------------------------------------------------------------------------
@@ -258,17 +260,18 @@ def probes_of(folder: Path, size: Size) -> Probes:
     return Probes.make(plan, long, None, tokenizer, {})
 
 
-def compare_of(folder: Path, size: Size, seed: int) -> tuple[Compare, Healing]:
-    """The arms of a seed's base, and their budget."""
+def compare_of(folder: Path, size: Size, seed: int, task: str) -> tuple[Compare, Healing]:
+    """The arms of a seed's base, and their budget; what a task measures is in a journal of its own."""
     from rpb_retrofit.checkpoint.load import open_causal_lm
     from rpb_retrofit.comparison.healing import Healing
-    from rpb_retrofit.comparison.run import Compare
+    from rpb_retrofit.comparison.run import MEASURED, Compare
     from rpb_retrofit.evaluation.journal import Journal
     from rpb_retrofit.text import CalibrationText, read_text
 
     model, tokenizer = open_causal_lm(str(folder / f"base-{seed}"))
     text = CalibrationText(read_text(str(folder / "train.jsonl")), 16_384, size.context)
-    journal = Journal.open(folder / f"arms-{seed}", {"size": repr(size)})
+    place = folder / f"arms-{seed}-{task.replace(':', '-')}"
+    journal = Journal.open(place, {"size": repr(size)}, "scripts/study.py", MEASURED, say)
     plan = probes_of(folder, size).plan
     recipe = recipe_of(size, folder, size.heal_tokens, 1.0, 1000 + seed)
     compare = Compare(model, ARMS, plan, text.windows(tokenizer, size.context), journal, say)
@@ -277,15 +280,17 @@ def compare_of(folder: Path, size: Size, seed: int) -> tuple[Compare, Healing]:
 
 def measure_arm(folder: Path, size: Size, seed: int, arm: str) -> list[Row]:
     """The rows of one arm on one base: as it is, and healed."""
-    compare, healing = compare_of(folder, size, seed)
-    return compare.measure(arm, probes_of(folder, size), healing)
+    compare, healing = compare_of(folder, size, seed, arm)
+    with compare.journal:
+        return compare.measure(arm, probes_of(folder, size), healing)
 
 
 def time_arms(folder: Path, size: Size) -> Any:
     """All arms on the first base, in turns, in this process alone."""
-    compare, _ = compare_of(folder, size, 0)
+    compare, _ = compare_of(folder, size, 0, "time")
     compare.plan = replace(compare.plan, timed=(size.lengths[-1],), rounds=9)
-    return compare.timed(ARMS)
+    with compare.journal:
+        return compare.timed(ARMS)
 
 
 def tokenizer_of(folder: Path) -> Any:

@@ -39,6 +39,9 @@ def test_an_untrained_retrofit(folder: Path) -> None:
     assert f"rpb retrofit {folder / 'source'} OUT --buckets 16 --init normal --tail log --shared" in text
     assert "| buckets | 16, to distance 128, then on with the distance's logarithm |" in text
     assert "one table for all layers" in text and "# AutoModelForCausalLM.from_pretrained" in text
+    assert text.rstrip().endswith(
+        "it is an error in Transformers 4.50 and later. `trust_remote_code=True` needs 5.17 or later."
+    )
     for absent in ("## Training", "## Evaluation", "frequencies kept", "polished", "None", "undefined"):
         assert absent not in text
     assert header(card) == {
@@ -82,6 +85,15 @@ def test_a_hub_source_is_the_base_model(folder: Path, tmp_path: Path) -> None:
     config["rpb_retrofit"]["source"] = "someone/model"
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert header(make_card(tmp_path))["base_model"] == "someone/model"
+
+
+def test_a_retrofit_with_the_former_lock(folder: Path, tmp_path: Path) -> None:
+    config = json.loads((folder / "retrofit" / "config.json").read_text())
+    del config["transformers_weights"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    text = str(make_card(tmp_path))
+    assert "in Transformers 5.4 and later; older releases load it as the source's class" in text
+    assert "needs 5" not in text, "it has no releases.py that would say so"
 
 
 def test_wrong_input(folder: Path, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 import rpb_retrofit as rpb
-from rpb_retrofit.runtime.modeling import LOCK, RUNTIME_FILES
+from rpb_retrofit.runtime.modeling import FILE_LOCKS, LOCK, RUNTIME_FILES
 from tests.families.cases import CASES, Case
 from tests.families.test_contract import AUTO, VOCAB, build, closeness, inputs_of, retrofitted, saved_config, tokens
 from tests.hub_stub import Hub
@@ -390,7 +390,7 @@ def test_push_to_hub(hub: tuple[str, Path], tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert {"config.json", "model.safetensors", *RUNTIME_FILES} <= {path.name for path in uploaded.iterdir()}
-    assert saved_config(uploaded)["attn_implementation"] == LOCK
+    assert all(saved_config(uploaded)[name] == LOCK for name in ("attn_implementation", *FILE_LOCKS))
     assert torch.equal(logits(rpb.load(uploaded)), logits(model))
     for name in RUNTIME_FILES:
         assert (uploaded / name).read_bytes() == (tmp_path / "out" / name).read_bytes()

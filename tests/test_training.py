@@ -7,11 +7,15 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -22,6 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import rpb_retrofit as rpb
+from rpb_retrofit.diagnosis.opening import trained_pairs
 from rpb_retrofit.errors import (
     CheckpointError,
     ConfigError,
@@ -35,6 +40,7 @@ from rpb_retrofit.training.checkpoints import Checkpoints
 from rpb_retrofit.training.recipe import Recipe
 from rpb_retrofit.training.stage import StageRun
 from rpb_retrofit.training.step import Stepper
+from rpb_retrofit.training.summary import read_summary
 from tests.training_cases import PROSE, RECIPE, run, run_alone, run_arms, write_encoder, write_retrofit, write_source
 
 ROOT = Path(__file__).parent.parent
@@ -457,6 +463,134 @@ def test_a_spike_is_a_bad_step(retrofit: Path, text: Path, tmp_path: Path, monke
         run(retrofit, tmp_path / "out", text)
 
 
+# --- going on from what is damaged -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stopped(whole: Path, retrofit: Path, text: Path) -> Path:
+    """The folder of a run that was stopped after step 13 of its second stage, with checkpoints of steps 5 and 10."""
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        poison(monkeypatch, at=24)
+        with pytest.raises(TrainingError):
+            run(retrofit, retrofit.parent / "stopped", text)
+    return retrofit.parent / "stopped.run"
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+def nonsense(file: Path) -> None:
+    file.write_text("[]")
+
+
+NEWEST = "stage-2.checkpoints/step-00000010"
+DAMAGE: list[tuple[Callable[[Path], None], str, int, str]] = [
+    (cut, f"{NEWEST}/model.safetensors", 25, "model.safetensors' was cut short or changed: this checkpoint is left"),
+    (flip, f"{NEWEST}/model.safetensors", 25, "model.safetensors' was cut short or changed: this checkpoint is left"),
+    (cut, f"{NEWEST}/optimizer.safetensors", 25, "optimizer.safetensors' was cut short or changed"),
+    (Path.unlink, f"{NEWEST}/random-0.safetensors", 25, "random-0.safetensors' cannot be read"),
+    (cut, f"{NEWEST}/rpb.json", 25, "rpb.json' is not JSON"),
+    (nonsense, f"{NEWEST}/rpb.json", 25, "rpb.json' is not a JSON object"),
+    (cut, "stage-2.checkpoints/*/model.safetensors", 30, "step-00000005/model.safetensors' was cut"),
+    (cut, "run.json", 20, "run.json' is not JSON: .*what the checkpoints say of the run is taken"),
+    (nonsense, "run.json", 20, "run.json' is not a JSON object: what the checkpoints say"),
+    (Path.unlink, "run.json", 20, "run.json' cannot be read: No such file or directory: what the checkpoints say"),
+    (cut, "stage-1/model.safetensors", 40, "stage 1 is trained again, and what came after it: .*was cut short"),
+    (cut, "stage-1/state.json", 40, "stage 1 is trained again, and what came after it: .*state.json' is not JSON"),
+]
+"""What is done to which files; how many of the forty steps are then left; and what is said."""
+
+
+@pytest.mark.parametrize(("damage", "files", "left", "said"), DAMAGE, ids=lambda value: str(value).split("/")[-1])
+def test_going_on_from_what_is_damaged(
+    damage: Callable[[Path], None],
+    files: str,
+    left: int,
+    said: str,
+    stopped: Path,
+    whole: Path,
+    retrofit: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From the newest thing that is whole, saying so, to the same weights."""
+    torch.set_num_threads(1)
+    shutil.copytree(stopped, tmp_path / "out.run")
+    for file in [*(tmp_path / "out.run").glob(files)]:
+        damage(file)
+    take, steps, lines = Stepper.take, 0, list[str]()
+
+    def step(self: Stepper, interruption: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        return take(self, interruption)
+
+    monkeypatch.setattr(Stepper, "take", step)
+    run(retrofit, tmp_path / "out", text, say=lines.append)
+    assert steps == left and any(re.search(said, line) for line in lines), lines
+    assert all("\n" not in line for line in lines)
+    assert_equal_runs(tmp_path / "out", whole)
+
+
+def test_nothing_says_whose_run_it_is(stopped: Path, retrofit: Path, text: Path, tmp_path: Path) -> None:
+    """A damaged run.json, and checkpoints of a run with other settings: neither mixed in, nor thrown away."""
+    shutil.copytree(stopped, tmp_path / "out.run")
+    cut(tmp_path / "out.run" / "run.json")
+    with pytest.raises(ConfigError, match=r"run.json' is not JSON.* and nothing else says .*--restart throws it away"):
+        run(retrofit, tmp_path / "out", text, {"seed": 1})
+    assert (tmp_path / "out.run" / NEWEST).is_dir()
+
+
+def test_checkpoints_hold_no_pickle(
+    stopped: Path, retrofit: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And none is read: with every way to unpickle gone, a run goes on all the same."""
+    kinds = {file.suffix for file in stopped.rglob("*") if file.is_file()}
+    assert kinds <= {".safetensors", ".json", ".jinja", ".py", ""}, "(a retrofit's own code travels with it)"
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("something was unpickled")
+
+    shutil.copytree(stopped, tmp_path / "out.run")
+    for name in ("optimizer.bin", "random_states_0.pkl", "pytorch_model.bin"):
+        (tmp_path / "out.run" / NEWEST / name).write_bytes(b"\x80\x04.")
+    for module, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
+        monkeypatch.setattr(module, name, refuse)
+    run(retrofit, tmp_path / "out", text)
+
+
+def test_a_summary_that_is_none(whole: Path, retrofit: Path, text: Path, tmp_path: Path) -> None:
+    summary = json.loads((whole / "training.json").read_text())
+    (tmp_path / "training.json").write_text(json.dumps(summary))
+    assert str(read_summary(tmp_path)) == str(read_summary(whole))
+    stage = summary["stages"][0]
+    for content, said in (
+        ("[" * 100_000, "nested too deeply"),
+        ("{", "is not JSON"),
+        ("[]", "is not a JSON object"),
+        ("{}", "is not what `rpb finetune` writes: identity: Field required"),
+        ({**summary, "stages": []}, "stages: List should have at least 1 item"),
+        ({**summary, "stages": [1]}, r"stages.0: "),
+        ({**summary, "stages": [{**stage, "pairs_by_bucket": [None]}]}, "stages.0.pairs_by_bucket.0"),
+        ({**summary, "stages": [{**stage, "evaluations": [{"loss": 1.0}]}]}, "stages.0.evaluations.0.by_length"),
+        ({**summary, "identity": {}}, "identity.model: Field required"),
+    ):
+        (tmp_path / "training.json").write_text(content if isinstance(content, str) else json.dumps(content))
+        for read in (read_summary, lambda folder: trained_pairs(str(folder))):
+            with pytest.raises(CheckpointError, match=said) as caught:
+                read(tmp_path)
+            assert "\n" not in str(caught.value)
+
+
 # --- many processes ------------------------------------------------------------------------------------------------
 
 
@@ -531,6 +665,8 @@ def test_a_killed_rank_ends_the_launcher(mode: str, retrofit: Path, text: Path, 
     _, said = launched.communicate(timeout=60)
     assert launched.returncode != 0 and time.monotonic() - start < 45
     assert b"Signal 9 (SIGKILL)" in said
+    kept = [file for file in saved.folder.rglob("*") if file.is_file()]
+    assert {file.suffix for file in kept} == {".safetensors", ".json"}, "no pickle"
     assert launch(mode, retrofit, out, recipe).returncode == 0
     assert losses(out) == pytest.approx(losses(whole), abs=1e-4)
 

@@ -6,16 +6,22 @@ import json
 import re
 import shlex
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Annotated, Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from pydantic import Field
 
 from rpb_retrofit.config import RetrofitConfig
 from rpb_retrofit.errors import CheckpointError, DataError
+from rpb_retrofit.files.checked import Written, check
+from rpb_retrofit.runtime.families import family_of
+from rpb_retrofit.runtime.releases import OLDEST
 from rpb_retrofit.runtime.settings import check_settings
 from rpb_retrofit.training.run import RECIPE
-from rpb_retrofit.training.summary import PICTURE, SUMMARY
+from rpb_retrofit.training.summary import PICTURE, SUMMARY, read_summary
 
 TEMPLATE = Path(__file__).parent / "template.md"
 CARD, SOURCE_CARD = "README.md", "README.source.md"
@@ -36,7 +42,7 @@ def make_card(folder: Path, evaluations: Sequence[Path] = ()) -> ModelCard:
     if not isinstance(settings := config.get("rpb_retrofit"), dict) or "source" not in settings:
         raise CheckpointError(f"'{folder}' is not a retrofit: its config.json has no 'rpb_retrofit'")
     check_settings(settings, str(folder))
-    training = _json(folder / SUMMARY, f"'{folder}'") if (folder / SUMMARY).exists() else None
+    training = asdict(read_summary(folder)) if (folder / SUMMARY).exists() else None
     results = [_evaluation(file) for file in evaluations]
     source = str(settings["source"])
     return ModelCard.from_template(
@@ -52,6 +58,8 @@ def make_card(folder: Path, evaluations: Sequence[Path] = ()) -> ModelCard:
         picture=PICTURE if (folder / PICTURE).exists() else None,
         results=results,
         auto=_auto_class(config),
+        locked_since="4.50" if "transformers_weights" in config else "5.4",
+        needed=_release(config) if (folder / "releases.py").exists() else None,
     )
 
 
@@ -60,6 +68,11 @@ def _auto_class(config: dict[str, Any]) -> str:
     (architecture, *_) = config.get("architectures") or [""]
     served = (name for name, reference in config.get("auto_map", {}).items() if reference.endswith(f".{architecture}"))
     return next(served, "AutoModel")
+
+
+def _release(config: dict[str, Any]) -> str:
+    """The release of Transformers that the code beside the config needs."""
+    return ".".join(map(str, family_of(SimpleNamespace(**config)).since or OLDEST))
 
 
 def _command(settings: dict[str, Any]) -> str:
@@ -94,12 +107,23 @@ def _training(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def _evaluation(file: Path) -> dict[str, Any]:
-    found = _json(file, f"--evaluation '{file}'")
-    if not isinstance(found.get("lengths"), list) or not all(
-        isinstance(found.get(name), str) for name in ("model", "data", "command")
-    ):
-        raise DataError(f"--evaluation '{file}' is not what `rpb evaluate --json` writes")
-    return found
+    try:
+        return check(_json(file, f"--evaluation '{file}'"), file, _Evaluation, "rpb evaluate --json")
+    except CheckpointError as error:
+        raise DataError(f"{error}") from error
+
+
+class _Length(Written):
+    length: int
+    nll: Annotated[float, Field(allow_inf_nan=False)]
+    tokens: int
+
+
+class _Evaluation(Written):
+    model: str
+    data: str
+    command: str
+    lengths: list[_Length]
 
 
 def _metadata(folder: Path, source: str, config: dict[str, Any], results: Sequence[dict[str, Any]]) -> ModelCardData:

@@ -160,7 +160,7 @@ def _write_all_but_weights(
     from rpb_retrofit.checkpoint.rewrite import Change
     from rpb_retrofit.filling import first_tables, parameters_of, places
     from rpb_retrofit.inplace import folded, retrofit
-    from rpb_retrofit.runtime.modeling import own_names, write_runtime
+    from rpb_retrofit.runtime.modeling import own_names, save_config, write_runtime
 
     settings = source.config()
     unused = check_headers(source, settings)
@@ -179,7 +179,7 @@ def _write_all_but_weights(
         report, changes = retrofit(model, config), {}
         tables = parameters_of(first_tables(model, config), places(model, config))
     model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(folder)
+    save_config(model.config, folder)
     write_runtime(folder)
     save_file(tables, folder / shard, metadata={"format": "pt"})
     shutil.copymode(folder / "config.json", folder / shard)  # safetensors lets nobody but the owner read its files

@@ -99,13 +99,13 @@ def command(
     from rpb_retrofit.comparison.measures import Plan
     from rpb_retrofit.comparison.page import write_page
     from rpb_retrofit.comparison.result import result
-    from rpb_retrofit.comparison.run import Compare
+    from rpb_retrofit.comparison.run import MEASURED, Compare
     from rpb_retrofit.evaluation.journal import Journal
     from rpb_retrofit.files.folder import check_absent, whole_folder
     from rpb_retrofit.runtime.families import family_of
     from rpb_retrofit.runtime.mechanisms import trained_context
     from rpb_retrofit.text import CalibrationText, bos_policy, tokenise
-    from rpb_retrofit.training.identity import fingerprint
+    from rpb_retrofit.training.identity import checksum, fingerprint, texts_of
 
     start = time.perf_counter()
     constraints = Constraints(max_slowdown, count("--train-tokens", train_tokens), must_keep)
@@ -166,25 +166,27 @@ def command(
         "text": scored.checksum,
         "calibration": [fitted.checksum, calibration_tokens, calibration_length],
         "healing": None if healing is None else [healing.recipe.model_dump(mode="json"), list(healing.rates)],
+        "training texts": {n: checksum(Path(n)) for n in texts_of(healing.recipe)} if healing is not None else {},
+        "bos": bos,
     }
-    journal = Journal.open(out.with_name(f"{out.name}.run"), identity)
-    comparison = Compare(model, names, plan, windows, journal, say).run(
-        documents, bos_policy(tokenizer, bos), tokenizer, healing
-    )
-    about = {
-        "command": command_line(),
-        "source": source,
-        "mechanism": family_of(model.config).mechanism,
-        "text": scored.name,
-        "plan": {**asdict(plan), "calibration": fitted.name, "heal": budget or 0, "seeds": seeds if budget else 1},
-        "seconds": time.perf_counter() - start,
-    }
-    found = result(comparison, constraints, about)
-    print_answer(found)
-    with whole_folder(out) as folder:
-        write_page(found, folder / "report.html")
-        write_json(folder / "report.json", found)
-    journal.remove()
+    with Journal.open(out.with_name(f"{out.name}.run"), identity, "rpb compare", MEASURED, say) as journal:
+        comparison = Compare(model, names, plan, windows, journal, say).run(
+            documents, bos_policy(tokenizer, bos), tokenizer, healing
+        )
+        about = {
+            "command": command_line(),
+            "source": source,
+            "mechanism": family_of(model.config).mechanism,
+            "text": scored.name,
+            "plan": {**asdict(plan), "calibration": fitted.name, "heal": budget or 0, "seeds": seeds if budget else 1},
+            "seconds": time.perf_counter() - start,
+        }
+        found = result(comparison, constraints, about)
+        print_answer(found)
+        with whole_folder(out) as folder:
+            write_page(found, folder / "report.html")
+            write_json(folder / "report.json", found)
+        journal.remove()
     print(f"\nreport: {out / 'report.html'}")
     if card is not None:
         write_card(found, card, f"Positional mechanisms for {source}, to read {target:,} tokens")

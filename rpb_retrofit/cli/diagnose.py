@@ -44,14 +44,15 @@ def command(
     fail_on_regression: Annotated[
         float | None,
         typer.Option(
-            metavar="NATS", help="Exit with status 1 where the retrofit loses more, or does not run as it should."
+            metavar="NATS",
+            help="Exit with status 1 where the retrofit loses more, does not run as it should, or that is not known.",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the questions and of what else is drawn.")] = 0,
     json: Json = None,
 ) -> None:
     """What regressed after a retrofit, where, and why."""
-    from rpb_retrofit.diagnosis.exam import Exam, Plan
+    from rpb_retrofit.diagnosis.exam import MEASURED, Exam, Plan
     from rpb_retrofit.diagnosis.hypotheses import HYPOTHESES
     from rpb_retrofit.diagnosis.opening import identity, known_source, open_arms, trained_pairs
     from rpb_retrofit.diagnosis.report import write_report
@@ -72,6 +73,11 @@ def command(
             raise ConfigError(f"--{option} {value}: at least {least}")
     if fail_on_regression is not None and fail_on_regression < 0:
         raise ConfigError(f"--fail-on-regression {fail_on_regression}: a number of nats a token, 0 or more")
+    if fail_on_regression is not None and only is not None:
+        raise ConfigError(
+            f"--fail-on-regression {fail_on_regression} and --only {only} contradict each other: no loss would be "
+            "measured; leave one out"
+        )
     chosen = {hypothesis.name: hypothesis for hypothesis in HYPOTHESES}
     if only is not None:
         for name in (names := [name.strip() for name in only.split(",")]):
@@ -88,27 +94,27 @@ def command(
     plan = Plan(tuple(wanted), tokens, probed, items, rounds, seed)
     journal = Journal()
     if only is None:
-        journal = Journal.open(
-            out.with_name(f"{out.name}.run"), identity(arms_by_name, text.checksum, {**asdict(plan), "bos": bos})
+        wanted_of = identity(arms_by_name, text.checksum, {**asdict(plan), "bos": bos})
+        journal = Journal.open(out.with_name(f"{out.name}.run"), wanted_of, "rpb diagnose", MEASURED, say)
+    with journal:
+        exam = Exam(
+            arms,
+            tokenise(tokenizer, text.documents),
+            bos_policy(tokenizer, bos),
+            plan,
+            tokenizer,
+            trained_pairs(retrofit),
+            journal,
         )
-    exam = Exam(
-        arms,
-        tokenise(tokenizer, text.documents),
-        bos_policy(tokenizer, bos),
-        plan,
-        tokenizer,
-        trained_pairs(retrofit),
-        journal,
-    )
-    found = diagnose(exam, text.name, say, list(chosen.values()), figures=only is None)
-    _print(found)
-    result = {"command": command_line(), **found.to_dict()}
-    if only is None:
-        with whole_folder(out) as folder:
-            write_report(found.to_dict(), result["command"], folder / "report.html")
-            write_json(folder / "report.json", result)
-        journal.remove()
-        print(f"\nreport: {out / 'report.html'}")
+        found = diagnose(exam, text.name, say, list(chosen.values()), figures=only is None)
+        _print(found)
+        result = {"command": command_line(), **found.to_dict()}
+        if only is None:
+            with whole_folder(out) as folder:
+                write_report(found.to_dict(), result["command"], folder / "report.html")
+                write_json(folder / "report.json", result)
+            journal.remove()
+            print(f"\nreport: {out / 'report.html'}")
     if json is not None:
         write_json(json, result)
     if fail_on_regression is not None and _regressed(found, fail_on_regression):
@@ -125,12 +131,15 @@ def _regressed(found: Diagnosis, tolerance: float) -> bool:
     wrong = [cause for cause in found.causes if cause.kind is Kind.RUNNING]
     for cause in wrong:
         print(f"regression: {cause.cause}")
+    unknown = found.unmeasured()
+    for what, why in unknown.items():
+        print(f"not measured: {what}: {why}")
     for cost in found.blind(tolerance):
         print(
             f"note: at {cost['length']} tokens this sample could see differences of {cost['detectable']:.3f} nats "
             f"and more, not {tolerance:g}: give more --tokens"
         )
-    return bool(worse or wrong)
+    return bool(worse or wrong or unknown)
 
 
 def _print(found: Diagnosis) -> None:
@@ -141,6 +150,8 @@ def _print(found: Diagnosis) -> None:
 
     console = Console(highlight=False)
     console.print(Text(f"\n{found.headline}", style="bold"))
+    for name, why in found.failed.items():
+        console.print(Text(f"measuring {name} failed, so this says nothing of it: {why}"))
     table = Table(show_lines=True)
     for column in ("", "hypothesis", "verdict", "evidence", "remedy"):
         table.add_column(column)

@@ -10,6 +10,7 @@ import typer
 
 from rpb_retrofit.cli import card, compare, demo, diagnose, evaluate, explain, finetune, retrofit
 from rpb_retrofit.errors import InterruptedRunError, RetrofitError
+from rpb_retrofit.files.temporary import REMEDY
 from rpb_retrofit.version import __version__
 
 # Typer carries its own copy of click and exports of its errors only this one: BadParameter, a UsageError.
@@ -39,6 +40,11 @@ def main() -> None:
         sys.exit(143)
     except RetrofitError as error:
         _say(str(error))
+        sys.exit(2)
+    except FileNotFoundError as error:  # PyTorch looks for a folder for temporary files when it is imported
+        if "temporary directory" not in str(error):
+            raise
+        _say(f"no temporary files can be written: {REMEDY}")
         sys.exit(2)
     except UsageError as error:
         _say(error.format_message())

@@ -5,10 +5,8 @@ The loop is that of `rpb finetune`; only nothing is saved, since an arm is train
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from accelerate.utils import set_seed
@@ -16,6 +14,7 @@ from transformers import PreTrainedModel
 
 from rpb_retrofit.errors import ConfigError, TrainingError
 from rpb_retrofit.evaluation.nll import check_length
+from rpb_retrofit.files.temporary import temporary_folder
 from rpb_retrofit.training.parameters import merged, prepare
 from rpb_retrofit.training.processes import open_accelerator
 from rpb_retrofit.training.recipe import Recipe
@@ -103,15 +102,15 @@ def heal(
     Raises what `rpb finetune` raises.
     """
     check_length(model, longest := max(length for stage in recipe.stages for length in stage.lengths))
-    with tempfile.TemporaryDirectory() as folder:
-        accelerator = open_accelerator(recipe, folder)
+    with temporary_folder() as folder:
+        accelerator = open_accelerator(recipe, str(folder))
         setting = open_setting(accelerator, recipe, model, tokenizer, teacher, label, say)
         setting.rows.take(skip // longest, longest)
         seconds, held_out = 0.0, None
         for number, stage in enumerate(recipe.stages):
             set_seed(recipe.seed + number)
             student = prepare(model.float(), stage, recipe, setting.objective.kind).to(accelerator.device)
-            run = StageRun(setting, number, student, Path(folder) / str(number), say)
+            run = StageRun(setting, number, student, folder / str(number), say)
             run.run()
             seconds += run.progress.seconds
             if run.progress.evaluations:

@@ -18,7 +18,8 @@ from rpb_retrofit.comparison.healing import Healed, Healing
 from rpb_retrofit.comparison.measures import Measured, Plan, Probes
 from rpb_retrofit.errors import ConfigError, InterruptedRunError, RetrofitError
 from rpb_retrofit.evaluation.journal import Journal
-from rpb_retrofit.evaluation.speed import Skipped, SpeedResult, speed
+from rpb_retrofit.evaluation.losses import Losses
+from rpb_retrofit.evaluation.speed import Seconds, Skipped, SpeedResult, speed
 
 SOURCE = "source"
 
@@ -50,6 +51,10 @@ class Row:
     def name(self) -> str:
         """The arm's, and whether it was trained."""
         return f"{self.arm} healed" if self.tokens else self.arm
+
+
+MEASURED = (Made, Measured, Healed, Losses, SpeedResult, Seconds, Skipped)
+"""The data classes of measurements, which a journal may hold."""
 
 
 @dataclass

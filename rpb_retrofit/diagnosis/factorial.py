@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 from rpb_retrofit.diagnosis.arms import CONTROL, RETROFIT, SOURCE
@@ -61,7 +62,11 @@ def factorial(exam: Exam) -> list[Crossing]:
     side = CONTROL if exam.arms.control is not None else SOURCE
     if side not in dict(exam.arms) or not exam.causal or not exam.arms.family.uses_interface or not exam.running:
         return []
-    return [_cross(exam, side, *factor) for factor in _factors(exam)]
+    crossings = [
+        exam.attempt(f"the crossing of method and {factor[0]}", partial(_cross, exam, side, *factor), None)
+        for factor in _factors(exam)
+    ]
+    return [crossing for crossing in crossings if crossing is not None]
 
 
 def _factors(exam: Exam) -> Iterator[tuple[str, str, Change, Change, Change, Change]]:

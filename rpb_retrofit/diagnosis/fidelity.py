@@ -44,6 +44,9 @@ WHOLE = 12
 
 MADE_FOR = "made for the maximum distance"
 
+NOTABLE = 0.02
+"""Mean KL in nats between attentions below which nothing is made of it."""
+
 FINE, FARTHER = "finer buckets", "a farther reach"
 
 
@@ -56,8 +59,9 @@ class Fidelity:
     what the one before holds. ``tables``: the best ones.
 
     ``missed``, ``missed_without``, ``missed_by_attention``: the share of the variance of each of the source's heads'
-    outputs that they miss with their own tables, with none, and with those that are best for the attention; left out
-    where the model hands out no values."""
+    outputs that they miss with their own tables, with none, and with those that are best for the attention;
+    ``missed_if_meant``: under each meaning that is notably nearer in attention. Left out where the model hands out no
+    values."""
 
     own: dict[str, Tensor] = field(default_factory=dict)
     zeros: dict[str, Tensor] = field(default_factory=dict)
@@ -71,6 +75,7 @@ class Fidelity:
     missed: dict[str, Tensor] = field(default_factory=dict)
     missed_without: dict[str, Tensor] = field(default_factory=dict)
     missed_by_attention: dict[str, Tensor] = field(default_factory=dict)
+    missed_if_meant: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def mean(self, by_name: dict[str, Tensor]) -> float:
         """The mean over all heads."""
@@ -161,7 +166,14 @@ def _examine(
         if far.beside is not None:
             missed[name] = far.beside.cpu()
     found.tables[name] = form.table(best.numbers).cpu()
-    found.meant[name] = {what: kl(numbers) for what, numbers in _meanings(bias, own, width).items()}
+    meanings = meanings_of(bias, own, width)
+    found.meant[name] = {what: kl(numbers) for what, numbers in meanings.items()}
+    found.missed_if_meant[name] = {
+        what: far.beside.cpu()
+        for what, numbers in meanings.items()
+        if (found.own[name] - found.meant[name][what]).mean() > NOTABLE
+        and (far := loss(numbers, target, pairs, form, None, outputs)).beside is not None
+    }
     for factor in (2, 0.5, 4, 0.25):
         if bias.bucketing.num_exact < (distance := round(bias.bucketing.max_distance * factor)):
             buckets = bias.bucketing
@@ -193,8 +205,8 @@ def _numbers(bias: RelativePositionBias) -> Tensor:
     return torch.cat(parts, 1).float()
 
 
-def _meanings(bias: RelativePositionBias, own: Tensor, width: int) -> dict[str, Tensor]:
-    """What a table may have been meant to be, given that it became ``own`` by a mistake."""
+def meanings_of(bias: RelativePositionBias, own: Tensor, width: int) -> dict[str, Tensor]:
+    """What a table, with its tail beside it, may have been meant to be, given that it became ``own`` by a mistake."""
     buckets, root = bias.bucketing.num_buckets, math.sqrt(width)
     half = bias.bucketing.per_direction
 

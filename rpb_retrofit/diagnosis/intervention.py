@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from rpb_retrofit.runtime.bias import RelativePositionBias
 from rpb_retrofit.runtime.families import TABLE, Family
-from rpb_retrofit.runtime.mechanisms import modules_named
+from rpb_retrofit.runtime.mechanisms import hand_over, modules_named
 from rpb_retrofit.runtime.modeling import attention_modules
 from rpb_retrofit.tables.recording import Run, intercepted
 
@@ -90,19 +90,12 @@ def _rotated_by(model: PreTrainedModel, family: Family, settings: Mapping[str, A
             config = deepcopy(holder.config)
             config.rope_parameters = {**config.rope_parameters, **settings}
             other = type(holder)(config=config).to(model.device)
-            for hooks in _HOOKS:
-                setattr(other, hooks, getattr(holder, hooks))
+            hand_over(holder, other)
             parent, _, child = name.rpartition(".")
             owner = model.get_submodule(parent)
             undo.callback(setattr, owner, child, holder)
             setattr(owner, child, other)
         yield
-
-
-_HOOKS = (
-    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
-    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
-)
 
 
 @contextmanager

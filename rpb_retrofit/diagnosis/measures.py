@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -237,15 +237,18 @@ def speed_figures(exam: Exam) -> list[Figures]:
 
 
 def all_figures(exam: Exam) -> Figures:
-    """Everything that a report shows."""
+    """Everything that a report shows. What cannot be measured is noted in ``exam.failed``, and the rest goes on."""
     causal = exam.causal
+    parts: dict[str, tuple[Callable[[], Any], Any]] = {
+        "loss": (lambda: loss_figures(exam) if causal else None, None),
+        "retrieval": (lambda: retrieval_figures(exam) if causal else None, None),
+        "bias": (lambda: bias_figures(exam), {}),
+        "fidelity": (lambda: fidelity_figures(exam), []),
+        "coverage": (lambda: coverage_figures(exam), None),
+        "entropy": (lambda: gaze_figures(exam) if causal else [], []),
+        "factorial": (lambda: factorial_figures(factorial(exam)), []),
+        "speed": (lambda: speed_figures(exam) if causal else [], []),
+    }
     return {
-        "loss": loss_figures(exam) if causal else None,
-        "retrieval": retrieval_figures(exam) if causal else None,
-        "bias": bias_figures(exam),
-        "fidelity": fidelity_figures(exam),
-        "coverage": coverage_figures(exam),
-        "entropy": gaze_figures(exam) if causal else [],
-        "factorial": factorial_figures(factorial(exam)),
-        "speed": speed_figures(exam) if causal else [],
+        name: exam.attempt(f"the figures of {name}", measure, nothing) for name, (measure, nothing) in parts.items()
     }

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rpb_retrofit.checkpoint.load import open_causal_lm
 from rpb_retrofit.diagnosis.arms import RETROFIT, Arms
-from rpb_retrofit.errors import DataError
+from rpb_retrofit.errors import CheckpointError, DataError
+from rpb_retrofit.files.json_file import read_object
 from rpb_retrofit.training.identity import fingerprint
-from rpb_retrofit.training.summary import SUMMARY
+from rpb_retrofit.training.summary import SUMMARY, read_summary
 
 SAMPLE = 2000
 """Characters of the text on which the tokenizers are compared."""
@@ -39,8 +39,8 @@ def known_source(retrofit: str) -> str | None:
     file = Path(retrofit).expanduser() / "config.json"
     if not file.exists():
         return None
-    settings = json.loads(file.read_text()).get("rpb_retrofit") or {}
-    source = settings.get("source")
+    settings = read_object(file).get("rpb_retrofit")
+    source = settings.get("source") if isinstance(settings, dict) else None
     return source if isinstance(source, str) and Path(source).expanduser().exists() else None
 
 
@@ -49,8 +49,9 @@ def trained_pairs(retrofit: str) -> Sequence[int] | None:
     file = Path(retrofit).expanduser() / SUMMARY
     if not file.exists():
         return None
-    stages = json.loads(file.read_text()).get("stages", [])
-    counts = [stage["pairs_by_bucket"] for stage in stages if stage.get("pairs_by_bucket")]
+    counts = [stage.pairs_by_bucket for stage in read_summary(file.parent).stages if stage.pairs_by_bucket]
+    if len(set(map(len, counts))) > 1:
+        raise CheckpointError(f"'{file}': its stages count pairs in different numbers of buckets")
     return [sum(column) for column in zip(*counts, strict=True)] or None
 
 

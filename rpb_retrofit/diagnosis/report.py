@@ -69,7 +69,11 @@ def write_report(result: Mapping[str, Any], command: str, file: Path) -> None:
         kinds=KINDS,
         symbols=SYMBOLS,
         causes=[hypotheses[name] for name in result["causes"]],
-        untold=[h for h in result["hypotheses"] if h["finding"]["verdict"] == "can't tell"],
+        failed=result["failed"],
+        hypotheses=hypotheses,
+        untold=[
+            h for h in result["hypotheses"] if h["finding"]["verdict"] == "can't tell" and not h["finding"]["failed"]
+        ],
         cost=cost or {"real": False},
         cost_sentence=_cost_sentence(cost),
     )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rpb_retrofit.diagnosis.arms import CONTROL, SOURCE
 from rpb_retrofit.diagnosis.exam import Exam
-from rpb_retrofit.diagnosis.finding import Outcome, ranked
+from rpb_retrofit.diagnosis.finding import Kind, Outcome, ranked
 from rpb_retrofit.diagnosis.hypotheses import HYPOTHESES, Hypothesis
 from rpb_retrofit.diagnosis.measures import Figures, all_figures
 from rpb_retrofit.version import __version__
@@ -28,7 +29,8 @@ HOPELESS = ("does_not_run", "not_finite")
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The outcome of an examination. ``causes``: the confirmed hypotheses, the first cause first."""
+    """The outcome of an examination. ``causes``: the confirmed hypotheses, the first cause first. ``broken``: figures
+    that could not be measured, since that ended in an error."""
 
     arms: dict[str, str]
     text: str
@@ -37,6 +39,7 @@ class Diagnosis:
     figures: Figures
     skipped: dict[str, str]
     seconds: float
+    broken: dict[str, str] = field(default_factory=dict)
     version: str = __version__
 
     @property
@@ -50,11 +53,18 @@ class Diagnosis:
         return {role: what for role, what in MISSING.items() if role not in self.arms}
 
     @property
+    def failed(self) -> dict[str, str]:
+        """The hypotheses and figures whose probe ended in an error, and in which."""
+        return {o.name: o.finding.because for o in self.outcomes if o.finding.failed} | self.broken
+
+    @property
     def headline(self) -> str:
         """The verdict in a sentence."""
         if not self.causes:
             untold = sum(outcome.finding.verdict == "can't tell" for outcome in self.outcomes)
             rest = f"; {untold} could not be told" if untold else ""
+            failed = [outcome.name for outcome in self.outcomes if outcome.finding.failed]
+            rest += f", {len(failed)} of them because a probe failed ({', '.join(failed)})" if failed else ""
             cost = self.cost()
             lost = (
                 f" It loses {cost['mean']:+.3f} nats a token against the {cost['above']} at {cost['length']} tokens."
@@ -82,6 +92,33 @@ class Diagnosis:
         above = CONTROL if CONTROL in self.arms else SOURCE
         return [c for c in losses["costs"] if c["arm"] == "retrofit" and c["above"] == above and c["mean"] > tolerance]
 
+    def unmeasured(self) -> dict[str, str]:
+        """What a judgement of regressions needs and could not be measured, and why: the loss above control or source
+        at every length of the plan, and whether the model runs as it should."""
+        running = {outcome.name for outcome in self.outcomes if outcome.kind is Kind.RUNNING}
+        found = {name: why for name, why in self.failed.items() if name in running}
+        above = CONTROL if CONTROL in self.arms else SOURCE
+        losses = self.figures.get("loss") or {"costs": []}
+        known = {
+            c["length"]
+            for c in losses["costs"]
+            if c["arm"] == "retrofit" and c["above"] == above and math.isfinite(c["mean"])
+        }
+        for length in self.plan["lengths"]:
+            if length not in known:
+                names = (
+                    "the figures",
+                    "the figures of loss",
+                    f"length {length}",
+                    f"loss-retrofit-{length}",
+                    f"loss-{above}-{length}",
+                )
+                told = {**self.skipped, **self.broken}
+                why = next((told[name] for name in names if name in told), "it is not a number")
+                why = why if above in self.arms else f"no {above} was given or found: give --{above}"
+                found[f"the loss above the {above} at {length} tokens"] = why
+        return found
+
     def blind(self, tolerance: float) -> list[Figures]:
         """The lengths at which a loss of ``tolerance`` could have gone unnoticed."""
         losses = self.figures.get("loss") or {"costs": []}
@@ -98,6 +135,7 @@ class Diagnosis:
             "causes": [outcome.name for outcome in self.causes],
             "arms": self.arms,
             "missing": self.missing,
+            "failed": self.failed,
             "text": self.text,
             "plan": self.plan,
             "hypotheses": [
@@ -137,5 +175,12 @@ def diagnose(
         measured = all_figures(exam)
     names = {role: model.name_or_path or type(model).__name__ for role, model in exam.arms}
     return Diagnosis(
-        names, text, asdict(exam.plan), outcomes, measured, dict(exam.skipped), time.perf_counter() - start
+        names,
+        text,
+        asdict(exam.plan),
+        outcomes,
+        measured,
+        dict(exam.skipped),
+        time.perf_counter() - start,
+        dict(exam.failed),
     )

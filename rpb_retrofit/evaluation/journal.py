@@ -3,63 +3,130 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
+import safetensors.torch
+from safetensors import SafetensorError
 
 from rpb_retrofit.errors import CheckpointError, ConfigError
+from rpb_retrofit.files.digest import digest_of
+from rpb_retrofit.files.json_file import read_object
+from rpb_retrofit.files.record import DamagedError, pack, unpack
+from rpb_retrofit.files.work import WorkFolder, write_whole
 
 Result = TypeVar("Result")
-IDENTITY = "identity.json"
+IDENTITY, SUFFIX = "identity.json", ".measured"
 
 
 class Journal:
-    """Measurements by name: each taken once, and read from the folder where an earlier run left it there."""
+    """Measurements by name: each taken once, and read from the folder where an earlier run left it there.
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self.folder, self.held = folder, dict[str, Any]()
+    A file holds a checksum of the rest, then the checksum of what the examination depends on, then the measurement as
+    safetensors. What is damaged, or belongs to another examination, is measured again. Within ``with``, whose end lets
+    others have the folder, and removes it where an error came before anything was measured.
+    """
+
+    def __init__(
+        self,
+        folder: WorkFolder | None = None,
+        identity: str = "",
+        kinds: Sequence[type] = (),
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.folder, self.identity, self.kinds, self.say = folder, identity, kinds, say
+        self.held = dict[str, Any]()
 
     @classmethod
-    def open(cls, folder: Path, identity: dict[str, Any]) -> Journal:
-        """The journal in a folder, which is made. ConfigError where it holds an examination of something else."""
-        file = folder / IDENTITY
+    def open(
+        cls,
+        path: Path,
+        identity: dict[str, Any],
+        command: str,
+        kinds: Sequence[type],
+        say: Callable[[str], None] = lambda line: None,
+    ) -> Journal:
+        """The journal in a folder, which is made for a ``command`` and held by this process. ``kinds``: the data
+        classes of the measurements.
+
+        Raises ConfigError where it holds an examination of something else, CheckpointError where it is not the
+        command's, in use, or cannot be written.
+        """
+        folder, text = WorkFolder(path, command, (IDENTITY, f"*{SUFFIX}", ".*.partial")), json.dumps(identity, indent=2)
+        folder.take()
         try:
-            if file.exists():
-                before = json.loads(file.read_text())
-                if different := [key for key in identity if before.get(key) != json.loads(json.dumps(identity[key]))]:
-                    raise ConfigError(
-                        f"'{folder}' holds an examination with other {', '.join(different)}: remove it, or choose "
-                        "another --out"
-                    )
-            else:
-                folder.mkdir(parents=True, exist_ok=True)
-                _whole(file, lambda part: part.write_text(json.dumps(identity, indent=2) + "\n"))
-        except (OSError, json.JSONDecodeError) as error:
-            raise CheckpointError(f"'{folder}' cannot be used: {error}; choose another --out") from error
-        return cls(folder)
+            _check(path / IDENTITY, json.loads(text), say)
+            write_whole(path / IDENTITY, (text + "\n").encode())
+        except OSError as error:
+            folder.release()
+            raise CheckpointError(f"'{path}' cannot be used: {error}; choose another --out") from error
+        except ConfigError:
+            folder.release()
+            raise
+        return cls(folder, digest_of([text.encode()]), kinds, say)
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if self.folder is not None:
+            if kind is not None and next(self.folder.path.glob(f"*{SUFFIX}"), None) is None:
+                self.folder.remove()
+            self.folder.release()
 
     def __call__(self, name: str, measure: Callable[[], Result]) -> Result:
         """The measurement ``name``: taken now, unless it was taken before."""
         if name not in self.held:
-            file = None if self.folder is None else self.folder / f"{name}.pt"
-            if file is not None and file.exists():
-                self.held[name] = torch.load(file, weights_only=False)  # written by this program
-            else:
+            file = None if self.folder is None else self.folder.path / f"{name}{SUFFIX}"
+            if file is None or not self._read(name, file):
                 self.held[name] = found = measure()
                 if file is not None:
-                    _whole(file, lambda part: torch.save(found, part))
+                    self._write(file, found)
         return self.held[name]
 
     def remove(self) -> None:
         """The folder goes: what it held is in the report."""
         if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.remove()
+
+    def _read(self, name: str, file: Path) -> bool:
+        """Take up what an earlier run measured, if it is there and whole."""
+        if not file.exists():
+            return False
+        try:
+            checksum, whose, data = file.read_bytes().split(b"\n", 2)
+            if digest_of([whose, data]).encode() != checksum:
+                raise DamagedError("it was cut short or changed")
+            if whose.decode() != self.identity:
+                raise DamagedError("it is of another examination")
+            self.held[name] = unpack(safetensors.torch.load(data), self.kinds)
+        except (OSError, ValueError, SafetensorError, DamagedError) as error:
+            self.say(f"'{file}' cannot be used ({' '.join(str(error).split())}): measuring again")
+            return False
+        return True
+
+    def _write(self, file: Path, found: Any) -> None:
+        """Keep a measurement. A disk that is full costs the going on, not the examination."""
+        whose, data = self.identity.encode(), safetensors.torch.save(pack(found))
+        try:
+            write_whole(file, b"\n".join([digest_of([whose, data]).encode(), whose, data]))
+        except OSError as error:
+            self.say(f"'{file}' cannot be written ({error.strerror}): should this be interrupted, it is measured again")
 
 
-def _whole(file: Path, write: Callable[[Path], Any]) -> None:
-    part = file.with_suffix(".part")
-    write(part)
-    part.rename(file)
+def _check(file: Path, identity: dict[str, Any], say: Callable[[str], None]) -> None:
+    """ConfigError where an identity.json is another's. Each measurement names its examination too, so a damaged one
+    costs nothing."""
+    if not file.exists():
+        return
+    try:
+        before = read_object(file)
+    except CheckpointError as error:
+        say(f"{error}: its measurements are checked one by one")
+        return
+    if different := [key for key in identity if before.get(key) != identity[key]]:
+        raise ConfigError(
+            f"'{file.parent}' holds an examination with other {', '.join(different)}: remove it, or choose another "
+            "--out"
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from rpb_retrofit.errors import CheckpointError
+from rpb_retrofit.files.claim import Claim, new_partial, remove_leftovers
 
 
 def check_absent(out: Path) -> None:
@@ -31,23 +31,20 @@ def whole_folder(out: Path) -> Iterator[Path]:
     Raises CheckpointError where ``out`` exists, or where writing fails (a full disk, say).
     """
     check_absent(out)
-    _remove_leftovers(out)
-    part = out.parent / f".{out.name}.partial-{os.getpid()}"
+    remove_leftovers(out)
+    claim: Claim | None = None
     try:
-        part.mkdir(parents=True)
-        yield part
-        part.rename(out)
+        claim = new_partial(out, "a folder in the making", insist=False)
+        yield claim.folder
+        claim.folder.rename(out)
+        claim.folder = out
+        claim.unmark()
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(
             f"writing '{out}' failed: {reason}; nothing was left behind (is there space, and may you write there?)"
         ) from error
     finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def _remove_leftovers(out: Path) -> None:
-    for leftover in out.parent.glob(f".{out.name}.partial-*"):
-        process = leftover.name.rpartition("-")[2]
-        if not Path(f"/proc/{process}").exists():
-            shutil.rmtree(leftover, ignore_errors=True)
+        if claim is not None and claim.folder != out:
+            shutil.rmtree(claim.folder, ignore_errors=True)
+            claim.release()

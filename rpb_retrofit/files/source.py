@@ -70,7 +70,8 @@ class Source:
     def shards(self) -> list[Path]:
         """Its safetensors files in order. CheckpointError where it has none."""
         assert self.settings  # a missing config.json, or an adapter, has its own message
-        if explicit := self.settings.get("transformers_weights"):
+        explicit = self.settings.get("transformers_weights")
+        if explicit is not None and "rpb_retrofit" not in self.settings:  # a retrofit's is its lock
             raise CheckpointError(
                 f"'{self.name}': its config.json names the file of its weights (transformers_weights={explicit!r}): "
                 "name it model.safetensors, and leave that setting out"

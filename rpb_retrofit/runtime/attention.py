@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from .blockwise import attend as attend_in_blocks
 from .errors import ConfigError
 from .fused import attend as attend_fused
 from .fused import obstacle
+from .tracing import traced
 from .visibility import dense, is_runs
 
 Bias = Callable[[Any], Tensor]
@@ -51,9 +53,17 @@ def bias_matrix(bias: Bias, queries: int, keys: int, first_offset: int | Tensor,
     return reversed_bias(bias, queries, keys, first_offset, device).flip(1)
 
 
+def bias_at(bias: Bias, query: Tensor, key: Tensor) -> Tensor:
+    """The bias of every pair of a position in ``query`` (rows, Q) and one in ``key`` (rows, K), integers: a tensor
+    (rows, heads, Q, K), float32."""
+    offset = query[:, :, None] - key[:, None, :]
+    return bias(offset.flatten()).unflatten(1, offset.shape).transpose(0, 1)
+
+
 def _line(bias: Bias, top: int | Tensor, count: int, device: torch.device) -> Tensor:
     """The bias of the offsets ``top, top - 1, ...``: (heads, count)."""
-    if getattr(bias, "takes_range", False) and isinstance(top, int) and not torch.compiler.is_compiling():
+    graph = torch.compiler.is_compiling() or torch.jit.is_tracing()  # which would keep these very offsets
+    if getattr(bias, "takes_range", False) and isinstance(top, int) and not graph:
         return bias(range(top, top - count, -1))
     return bias(top - torch.arange(count, device=device))
 
@@ -66,6 +76,17 @@ def _hide(line: Tensor, top: int | Tensor, lowest: int | None, highest: int | No
     if highest is not None:
         line = line.masked_fill(offset > highest, -torch.inf)
     return line
+
+
+def _visible(
+    queries: int, keys: int, first_offset: int | Tensor, lowest: int | None, highest: int | None, device: torch.device
+) -> Tensor | None:
+    """The mask (1, 1, Q, K) of the offsets ``lowest .. highest`` of indices; None where none is hidden."""
+    if lowest is None and highest is None:
+        return None
+    offset = first_offset + torch.arange(queries, device=device)[:, None] - torch.arange(keys, device=device)
+    seen = offset >= lowest if lowest is not None else torch.ones_like(offset, dtype=torch.bool)
+    return (seen if highest is None else seen & (offset <= highest))[None, None]
 
 
 class Attended(NamedTuple):
@@ -90,6 +111,7 @@ def backend(
     dropout: float = 0.0,
     need_weights: bool = False,
     bias_gradient: bool = True,
+    positions: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[str, str]:
     """Which way `attention` takes for such arguments, and where it is the slow one, why.
 
@@ -106,6 +128,10 @@ def backend(
     bias_gradient = bias_gradient and torch.is_grad_enabled()
     if query.shape[2] == 1 and not bias_gradient and not (torch.is_grad_enabled() and query.requires_grad):
         return ROW, ""
+    if positions is not None:
+        return DENSE, "position_ids are not the tokens' indices less a constant"
+    if torch.jit.is_tracing():  # the other ways look at the mask, and a graph would keep what they saw
+        return DENSE, "torch.jit.trace is at work"
     if mask is not None and mask.is_floating_point():
         return DENSE, "the mask is of floating point"
     if isinstance(first_offset, Tensor):
@@ -127,6 +153,7 @@ def attention(
     causal: bool,
     mask: Tensor | None = None,
     first_offset: int | Tensor | None = None,
+    positions: tuple[Tensor, Tensor] | None = None,
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
@@ -144,6 +171,8 @@ def attention(
         mask: (batch or 1, heads or 1, Q or 1, K), boolean, True where allowed, or additive floating point; or runs
             (batch or 1, 1, Q, 2), int32: the first key and one past the last key that each query sees.
         first_offset: offset of the first query and first key; by default the last query and key coincide.
+        positions: of the queries, (batch or 1, Q), and of the keys, (batch or 1, K), integers: the bias is that of
+            their differences, in the slow, dense way. What is hidden still goes by the indices.
         window: keys at a distance of ``window`` or more are hidden, before the query and (not causal) after it. Only
             used where ``mask`` is None.
         softcap: ``c * tanh(score / c)`` on the content term (Gemma 2).
@@ -167,7 +196,8 @@ def attention(
     if isinstance(first_offset, Tensor) and queries > 1 and not torch.compiler.is_compiling():
         first_offset = int(first_offset)  # a static cache's; the last bit of a prompt is not worth a graph
     top = first_offset + (queries - 1)
-    line = _line(bias, top, queries + keys - 1, query.device)
+    # At positions of their own every pair has its bias: the line is one entry then, for its heads and gradient.
+    line = _line(bias, top, queries + keys - 1, query.device) if positions is None else _line(bias, 0, 1, query.device)
     _check(query, key, line, mask)
     if mask is not None and mask.shape[2] == 1:
         mask = mask.expand(-1, -1, queries, -1)
@@ -176,6 +206,7 @@ def attention(
     way, reason = backend(
         query, key, value, causal=causal, mask=mask, first_offset=first_offset, window=window, softcap=softcap,
         sinks=sinks, dropout=dropout, need_weights=need_weights, bias_gradient=line.requires_grad,
+        positions=positions,
     )  # fmt: skip
     if way == FUSED:
         out, _ = attend_fused(query, key, value, line, mask, int(first_offset), lowest, highest, scale, constant[1])
@@ -185,14 +216,22 @@ def attention(
         return Attended(out, None, way)
     if mask is not None and is_runs(mask):
         mask = dense(mask, keys)
-    if mask is None:
+    if mask is None and positions is None:
         line = _hide(line, top, lowest, highest)
+    elif mask is None:
+        mask = _visible(queries, keys, first_offset, lowest, highest, query.device)
     if way == ROW:
-        matrix = line[None, :, None]
+        matrix = line[None, :, None] if positions is None else bias_at(bias, *positions)
         out = _row(query, key, value, matrix if mask is None else _combined(matrix, mask), scale)
         return Attended(out, None, way)
     _say_once(reason)
-    out, weights = _dense(query, key, value, line, mask, scale, softcap, sinks, dropout, need_weights)
+
+    def matrix_of(start: int, end: int) -> Tensor:
+        if positions is not None:
+            return bias_at(bias, positions[0][:, start:end], positions[1])
+        return line[:, queries - end : queries - start + keys - 1].unfold(1, keys, 1).flip(1)[None]
+
+    out, weights = _dense(query, key, value, matrix_of, mask, scale, softcap, sinks, dropout, need_weights)
     return Attended(out, weights, way)
 
 
@@ -204,7 +243,7 @@ def decode(query: Tensor, key: Tensor, value: Tensor, bias: Bias, scale: float) 
     """
     batch, heads, queries, width = query.shape
     device = query.device
-    if queries != 1 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if queries != 1 or torch.is_grad_enabled() or traced(query):
         return None
     if torch.is_autocast_enabled(device.type):
         return None
@@ -258,7 +297,7 @@ def _blockwise(
     if query.dtype == torch.float64:
         line = line.double()
     tensors = (query, key, value, line)
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+    if traced(query) or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
         out, _ = attend_in_blocks(*tensors, mask, first_offset, lowest, highest, scale, *constant)
     else:
         seen = plan(mask, len(query), query.shape[2], key.shape[2], first_offset, lowest, highest)
@@ -291,7 +330,7 @@ def _dense(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    line: Tensor,
+    matrix_of: Callable[[int, int], Tensor],
     mask: Tensor | None,
     scale: float,
     softcap: float | None,
@@ -300,16 +339,18 @@ def _dense(
     need_weights: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """In plain operations, a block of queries at a time; blocks are computed again in the backward pass."""
-    queries, keys = query.shape[2], key.shape[2]
+    queries = query.shape[2]
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     outs, weights = [], []
-    again = torch.is_grad_enabled() and queries > DENSE_BLOCK and not need_weights and not torch.compiler.is_compiling()
-    for start in range(0, queries, DENSE_BLOCK):
-        end = min(start + DENSE_BLOCK, queries)
+    # A traced graph serves other lengths too, so it must not keep how many blocks there were.
+    size = queries if torch.jit.is_tracing() else DENSE_BLOCK
+    again = torch.is_grad_enabled() and queries > size and not need_weights and not torch.compiler.is_compiling()
+    for start in range(0, queries, size):
+        end = min(start + size, queries)
         part = None if mask is None else mask[:, :, start:end]
-        slope = line[:, queries - end : queries - start + keys - 1]
-        arguments = (query[:, :, start:end], key, value, slope, part, scale, softcap, sinks, dropout)
+        matrix = partial(matrix_of, start, end)
+        arguments = (query[:, :, start:end], key, value, matrix, part, scale, softcap, sinks, dropout)
         out, weight = checkpoint(_explicit, *arguments, use_reentrant=False) if again else _explicit(*arguments)
         outs.append(out)
         if need_weights:
@@ -321,17 +362,17 @@ def _explicit(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    line: Tensor,
+    matrix_of: Callable[[], Tensor],
     mask: Tensor | None,
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
     dropout: float,
 ) -> tuple[Tensor, Tensor]:
-    scores = (query @ key.transpose(2, 3)).to(line.dtype) * scale
+    matrix = matrix_of()
+    scores = (query @ key.transpose(2, 3)).to(matrix.dtype) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    matrix = line.unfold(1, key.shape[2], 1).flip(1)[None]
     scores = scores + (matrix if mask is None else _combined(matrix, mask))
     if sinks is not None:
         sink = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .buckets import Bucketing, bucket_of, descending_buckets, first_distances, log_beyond
+from .tracing import traced
 
 
 class OffsetBias(nn.Module):
@@ -28,8 +29,8 @@ class OffsetBias(nn.Module):
 
     def forward(self, offset: Tensor | range) -> Tensor:
         """The bias of the offsets; see above."""
-        if not isinstance(offset, range):
-            return self._gather(offset)
+        if not isinstance(offset, range) or traced(self.weight):  # what is kept must be numbers
+            return self._gather(as_tensor(offset, self.weight.device))
         if offset.stop == -1 and not torch.is_grad_enabled() and not self.weight.is_inference():
             return self._row(offset.start + 1, self.weight)
         self._kept = None

@@ -10,6 +10,7 @@ Source: Raffel et al. 2020, arXiv:1910.10683, section 2.1, and ``T5Attention._re
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
 from typing import NamedTuple
 
@@ -83,8 +84,14 @@ def first_distances(bucketing: Bucketing) -> tuple[int, ...]:
 
 @cache
 def _first_distances(bucketing: Bucketing) -> tuple[int, ...]:
+    # A FakeTensorMode (torch.export's), a default device or a compiler of the caller's has no hold on a thread of its
+    # own, and these few numbers must be real ones.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_evaluate, bucketing).result()
+
+
+def _evaluate(bucketing: Bucketing) -> tuple[int, ...]:
     per_direction, exact, max_distance = bucketing.per_direction, bucketing.num_exact, bucketing.max_distance
-    # With compile or a meta device around, these few numbers must still be real ones.
     distance = torch.arange(exact, max_distance + 1, device="cpu")
     share = torch.log(distance.float() / exact) / math.log(max_distance / exact)
     bucket = (exact + (share * (per_direction - exact)).to(torch.long)).clamp(max=per_direction - 1).tolist()

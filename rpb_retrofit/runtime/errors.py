@@ -15,6 +15,10 @@ class UnsupportedModelError(RetrofitError):
     """A model whose positional mechanism, format or quantisation the toolkit does not handle."""
 
 
+class ReleaseError(RetrofitError, ImportError):
+    """A Transformers older than the code of a checkpoint runs on; the message names the release that it needs."""
+
+
 class PartialMatchError(RetrofitError):
     """Some layers could not be patched; the message lists them."""
 

@@ -44,6 +44,7 @@ class Family:
     ``silenced``: forward argument of the attention that carries the source's mechanism, replaced by zeros.
     ``pairing``: which dimensions of a query rotate together, ``half`` or ``interleaved``: see ``factor.Pairs``.
     ``rotary_after``: config attribute with the number of a query's dimensions before those that rotate.
+    ``since``: the first release of Transformers it runs right on, where that is not `releases.OLDEST`.
     ``when``: a config attribute and the value for which this row holds.
     """
 
@@ -54,6 +55,7 @@ class Family:
     silenced: str = ""
     pairing: str = "half"
     rotary_after: str = ""
+    since: tuple[int, int] | None = None
     when: tuple[str, object] | None = None
 
     @property
@@ -99,7 +101,7 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
     "bart": (Family("learned", "self_attn", "embed_positions"),),
     "pegasus": (Family("sinusoidal", "self_attn", "embed_positions"),),
     "t5": (Family("t5", "SelfAttention"),),
-    "umt5": (Family("t5", "SelfAttention"),),
+    "umt5": (Family("t5", "SelfAttention", since=(5, 18)),),  # before, its decoder was not told from its encoder
 }
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
-from transformers.cache_utils import EncoderDecoderCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
     _ignore_bidirectional_mask_sdpa,
@@ -23,9 +22,10 @@ from transformers.masking_utils import (
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import _active_collector
 
-from .attention import ROW, attention, bias_matrix, decode
+from .attention import ROW, attention, bias_at, bias_matrix, decode
 from .errors import AttentionImplementationError
 from .families import FACTOR, TABLE
+from .positions import POSITIONS, Positions, self_attention
 from .visibility import dense, is_runs, runs_of
 
 ATTENTION = "rpb_retrofit"
@@ -108,9 +108,11 @@ def biased_attention(
     s_aux: Tensor | None = None,
     output_attentions: bool = False,
     is_causal: bool | None = None,
+    rpb_positions: Positions | None = None,
+    first_key: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of a module with a table; the signature is that of Transformers' attention interface.
+    """Attention of a module with a table; the signature is that of Transformers' attention interface, and POSITIONS.
 
     Returns (batch, Q, heads, d_v) and the weights (batch, heads, Q, K) if asked for.
     """
@@ -118,7 +120,10 @@ def biased_attention(
         query = factor(query)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     weighted = output_attentions or _records_attentions()
-    bare = attention_mask is None and first_offset is None and softcap is None and s_aux is None
+    positions = None
+    if rpb_positions is not None and not rpb_positions.are_indices(attention_mask, key.shape[2], first_key):
+        positions = rpb_positions.pairs(key.shape[2], first_key, query.device)
+    bare = attention_mask is None and first_offset is None and softcap is None and s_aux is None and positions is None
     if bare and not dropout and not weighted and query.shape[2] == 1:
         decoded = decode(query, key, value, module._modules[TABLE], scale)
         if decoded is not None:
@@ -138,6 +143,7 @@ def biased_attention(
         causal=causal,
         mask=attention_mask,
         first_offset=first_offset,
+        positions=positions,
         softcap=softcap,
         sinks=s_aux,
         dropout=dropout,
@@ -193,13 +199,17 @@ def pass_offset(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     if "position_bias" in kwargs:  # T5's, which it would fill with zeros (heads, Q, K) that nobody reads
         kwargs = {**kwargs, "position_bias": hidden.new_zeros(())}
     if cache is not None and static:
-        kwargs = {**kwargs, "first_offset": _first_offset(cache, hidden.shape[1], module.layer_idx)}
+        first_key = _first_key(cache, hidden.shape[1], module.layer_idx)
+        first_offset = cache.get_query_offset(module.layer_idx) - first_key
+        kwargs = {**kwargs, "first_key": first_key, "first_offset": first_offset}
     return args, kwargs
 
 
 def add_to_mask(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Forward pre-hook of an attention module with an additive ``attention_mask``: the bias is added to it."""
     bias, mask = _bias_argument(module, args, kwargs), kwargs["attention_mask"]
+    if mask.dtype == torch.bool:  # a caller's own, with its four dimensions
+        mask = torch.zeros_like(mask, dtype=args[0].dtype).masked_fill(~mask, torch.finfo(args[0].dtype).min)
     wide = torch.promote_types(mask.dtype, torch.float32)
     biased = (mask.to(wide) + bias).clamp(min=torch.finfo(mask.dtype).min)
     return args, {**kwargs, "attention_mask": biased.to(mask.dtype)}
@@ -234,23 +244,25 @@ def _bias_argument(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             "runs attn_implementation='eager' only; leave the setting alone"
         )
     queries, keys = args[0].shape[1], kwargs["attention_mask"].shape[-1]
-    cache = _self_attention_cache(args, kwargs)
-    first = 0 if cache is None else _first_offset(cache, queries, module.layer_idx)
+    cache, layer = _self_attention_cache(args, kwargs), module.layer_idx
+    first_key = 0 if cache is None else _first_key(cache, queries, layer)
+    positions: Positions | None = getattr(kwargs.get("position_ids"), POSITIONS, None)
+    if positions is not None:
+        return bias_at(getattr(module, TABLE), *positions.pairs(keys, first_key, args[0].device))
+    first = 0 if cache is None else cache.get_query_offset(layer) - first_key
     return bias_matrix(getattr(module, TABLE), queries, keys, first, args[0].device)
 
 
 def _self_attention_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:
     for value in (*args, *kwargs.values()):  # families disagree on its name and place
-        if isinstance(value, EncoderDecoderCache):
-            return value.self_attention_cache
         if isinstance(value, Cache):
-            return value
+            return self_attention(value)
     return None
 
 
-def _first_offset(cache: Cache, queries: int, layer: int) -> int | Tensor:
-    _, first_key = cache.get_mask_sizes(queries, layer)
-    return cache.get_query_offset(layer) - first_key
+def _first_key(cache: Cache, queries: int, layer: int) -> int:
+    """The index of the first key that the cache will hand out for so many more queries."""
+    return cache.get_mask_sizes(queries, layer)[1]
 
 
 def would_drop(implementation: Any) -> str:

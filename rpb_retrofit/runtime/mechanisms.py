@@ -17,7 +17,6 @@ t5             the module of its own table makes way for the new one
 
 from __future__ import annotations
 
-import inspect
 from functools import cache
 from typing import Any, cast
 
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from .errors import PartialMatchError, UnsupportedModelError
 from .factor import Pairs
 from .families import Family
+from .positions import parameters
 
 
 def modules_named(model: nn.Module, ending: str) -> dict[str, nn.Module]:
@@ -67,6 +67,17 @@ def neutralise(model: nn.Module, family: Family, kept: dict[str, int], lengths: 
             parent = model.get_submodule(name.rpartition(".")[0])
             if hasattr(parent, "position_ids"):  # a buffer as long as the table, which would bound the length
                 parent.register_forward_pre_hook(unbounded_positions, with_kwargs=True)
+
+
+def hand_over(module: Any, other: Any) -> None:
+    """Let ``other`` stand in a position module's place: it is neutralised by the same hooks, which read the same."""
+    for name in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
+        setattr(other, name, getattr(module, name))
+    for name in ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
+        setattr(other, name, getattr(module, name))
+    for name in (KEPT, MEAN):
+        if name in vars(module):
+            setattr(other, name, getattr(module, name))
 
 
 def restore(model: nn.Module) -> None:
@@ -166,17 +177,12 @@ def rotary_pairs(model: Any, family: Family) -> Pairs:
 
 def unbounded_positions(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
     """Forward pre-hook of an embedding layer: its own position index, which ends with the table, is not consulted."""
-    kwargs = {**dict(zip(_parameters(module.__class__), args, strict=False)), **kwargs}
+    kwargs = {**dict(zip(parameters(module.__class__), args, strict=False)), **kwargs}
     tokens = kwargs.get("input_ids")
     if tokens is None:
         tokens = kwargs["inputs_embeds"]
     kwargs["position_ids"] = torch.zeros(1, tokens.shape[1], dtype=torch.long, device=tokens.device)
     return (), kwargs
-
-
-@torch.compiler.assume_constant_result  # torch.compile runs it instead of tracing it
-def _parameters(cls: Any) -> tuple[str, ...]:
-    return tuple(inspect.signature(cls.forward).parameters)[1:]
 
 
 class ConstantPositions(nn.Module):

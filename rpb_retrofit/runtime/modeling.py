@@ -6,17 +6,25 @@ Transformers: ``modeling.RpbLlamaForCausalLM`` is what a checkpoint's ``auto_map
 
 from __future__ import annotations
 
+# isort: off
+from .releases import OLDEST, check_release  # first, or what an older release lacks would be the error
+
+# isort: on
+import copy
+import json
 import os
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
 import transformers
-from torch import nn
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
@@ -48,15 +56,40 @@ from .interface import (
 )
 from .loading import check_loaded, check_numbers, check_shared, stored_names
 from .mechanisms import modules_named, neutralise, remove_hooks, restore
+from .positions import (
+    generation_step,
+    keep_positions,
+    read_positions,
+    refuse_positions,
+    tag_position_ids,
+    takes_positions,
+)
 from .settings import check_against, check_settings
+
+if TYPE_CHECKING:  # Transformers before 5.10 copies those files of a folder only that this one names by an import.
+    from .attention import attention  # noqa: F401
+    from .blockwise import forward  # noqa: F401
+    from .fused import obstacle  # noqa: F401
+    from .gradients import differentiate  # noqa: F401
+    from .kernels import forward_kernel  # noqa: F401
+    from .tracing import traced  # noqa: F401
+    from .version import __version__  # noqa: F401
+    from .visibility import runs_of  # noqa: F401
 
 LOCK = (
     "none: this is an rpb_retrofit checkpoint, which plain classes cannot run. Load it with rpb_retrofit.load(path), "
     "or with AutoModel...from_pretrained(path, trust_remote_code=True)"
 )
-"""Stands in config.json as the attention and the experts implementation. Every Transformers model checks both when it
-is built and refuses unknown ones with an error that prints them, so no plain class loads a retrofit by mistake. (Both
-arguments given by hand override both locks.)"""
+"""Stands in config.json as the attention and the experts implementation. From Transformers 5.4 on every model checks
+both when it is built and refuses unknown ones with an error that prints them, so no plain class loads a retrofit by
+mistake."""
+
+WEIGHTS = "transformers_weights"
+
+FILE_LOCKS = (WEIGHTS, "_attn_implementation_internal")
+"""Where `LOCK` stands in the file only, for older releases and for both arguments given by hand: a config drops them
+when it is written. To every ``from_pretrained`` since 4.52 the first is the name of the file with the weights, and it
+prints what cannot be one. Before 5.3 a model checks the second when it is built. scripts/check_lock.py tries them."""
 
 SCALING = "rpb_scaling"
 """Attribute of an attention module: the scale that it had."""
@@ -64,6 +97,7 @@ SCALING = "rpb_scaling"
 RUNTIME_FILES = (
     "version.py",
     "errors.py",
+    "releases.py",
     "buckets.py",
     "bias.py",
     "factor.py",
@@ -76,6 +110,8 @@ RUNTIME_FILES = (
     "families.py",
     "settings.py",
     "loading.py",
+    "tracing.py",
+    "positions.py",
     "mechanisms.py",
     "interface.py",
     "modeling.py",
@@ -90,9 +126,10 @@ def attach(model: PreTrainedModel) -> dict[str, Any]:
     """Neutralise the mechanism of a plain model and attach zero tables, as its ``config.rpb_retrofit`` says.
 
     Returns the patched attention modules by name. The model's class and those of the models inside it become the
-    retrofitted ones. Raises UnsupportedModelError or PartialMatchError before anything is changed.
+    retrofitted ones. Raises UnsupportedModelError, ReleaseError or PartialMatchError before anything is changed.
     """
     settings, family = model.config.rpb_retrofit, family_of(model.config)
+    check_release(transformers.__version__, family.since or OLDEST)
     modules = attention_modules(model, family)
     check_against(settings, family, rotary_frequencies(model, family), str(model.config.name_or_path))
     biases: dict[tuple[int, Bucketing], RelativePositionBias] = {}
@@ -115,9 +152,9 @@ def attach(model: PreTrainedModel) -> dict[str, Any]:
             setattr(module, RUN, plain_attention)
     for name, module in modules.items():
         device = next(module.parameters()).device
-        setattr(module, TABLE, tables[name].to(device))
+        setattr(module, TABLE, on(device, tables[name]))
         if pairs := settings.get(FACTOR):
-            setattr(module, FACTOR, ContentFactor(num_heads(module, model.config), Pairs(**pairs)).to(device))
+            setattr(module, FACTOR, on(device, ContentFactor(num_heads(module, model.config), Pairs(**pairs))))
         setattr(module, RUN, biased_attention)
         setattr(module, CAUSAL, not tables[name].bucketing.bidirectional)
         if settings.get("scale") == UNSCALED:
@@ -127,11 +164,29 @@ def attach(model: PreTrainedModel) -> dict[str, Any]:
         if family.silenced:
             module.register_forward_pre_hook(SILENCERS[family.silenced], with_kwargs=True)
         module.register_forward_pre_hook(BIAS_HOOKS[family.bias_argument], with_kwargs=True)
+    follow_positions(model, family)
     for submodel in submodels(model):
         submodel.__class__ = retrofit_class(type(submodel))
         _lock(submodel, family)
         submodel.all_tied_weights_keys = submodel.get_expanded_tied_weights_keys(all_submodels=True)
     return modules
+
+
+def follow_positions(model: PreTrainedModel, family: Family) -> None:
+    """Let the bias follow the ``position_ids`` that a model is given, or refuse them where it takes none."""
+    takers = positioned(model)
+    for taker in takers:
+        taker.register_forward_pre_hook(read_positions, with_kwargs=True)
+        taker.register_forward_hook(keep_positions, with_kwargs=True)
+        if not family.uses_interface:
+            taker.register_forward_pre_hook(tag_position_ids, with_kwargs=True)
+    for submodel in () if takers else submodels(model):
+        submodel.register_forward_pre_hook(refuse_positions, with_kwargs=True)
+
+
+def on(device: torch.device, module: nn.Module) -> nn.Module:
+    """A module of our own on a device; where it is already, it stays untouched, as fake tensors must."""
+    return module if next(module.parameters()).device == device else module.to(device)
 
 
 def detach(model: PreTrainedModel) -> None:
@@ -147,6 +202,8 @@ def detach(model: PreTrainedModel) -> None:
         module._modules.pop(FACTOR, None)
         if SCALING in vars(module):
             module.scaling = vars(module).pop(SCALING)
+    for submodel in submodels(model):
+        remove_hooks(submodel, read_positions, keep_positions, tag_position_ids, refuse_positions)
     for submodel in submodels(model):
         submodel.__class__ = cast(Any, type(submodel)).source_class
         submodel.all_tied_weights_keys = submodel.get_expanded_tied_weights_keys(all_submodels=True)
@@ -208,6 +265,12 @@ def block_names(model: nn.Module) -> list[str]:
 def submodels(model: nn.Module) -> Iterator[PreTrainedModel]:
     """The model and all models inside it."""
     return (module for module in model.modules() if isinstance(module, PreTrainedModel))
+
+
+def positioned(model: nn.Module) -> list[PreTrainedModel]:
+    """The innermost models whose forward takes ``position_ids``: those that hold the layers."""
+    takers = [submodel for submodel in submodels(model) if takes_positions(submodel)]
+    return [taker for taker in takers if sum(part in takers for part in submodels(taker)) == 1]
 
 
 def _check_directions(settings: dict[str, Any], needed: set[bool]) -> None:
@@ -284,8 +347,9 @@ class RetrofitModel:
         name = str(getattr(kwargs.get("config"), "name_or_path", "")) if path is None else str(path)
         if path is not None and (Path(path) / kwargs.get("subfolder", "") / ADAPTER).exists():
             raise CheckpointError(beside_adapter(name))
+        config = _without_file_locks(cls, path, kwargs)
         model, info = super().from_pretrained(  # type: ignore[misc]
-            path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            path, *args, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
         if getattr(model, "_hf_peft_config_loaded", False):
             raise CheckpointError(beside_adapter(name))
@@ -321,7 +385,8 @@ class RetrofitModel:
         if shared:  # a file holds each tensor once
             state = kwargs.get("state_dict") or self.state_dict()  # type: ignore[attr-defined]
             kwargs["state_dict"] = {name: tensor for name, tensor in state.items() if name not in shared}
-        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        with _writing_file_locks(self.config):  # type: ignore[attr-defined]
+            super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if kwargs.get("is_main_process", True):
             for shard in folder.glob("*.safetensors"):  # which safetensors lets nobody but the owner read
                 shutil.copymode(folder / "config.json", shard)
@@ -355,6 +420,15 @@ class RetrofitModel:
         return _new_retrofit, (type(self).source_class,), self.__dict__
 
 
+class GeneratingRetrofitModel(RetrofitModel):
+    """The same for a class that generates: Transformers takes the method for the sign of one."""
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """`GenerationMixin.prepare_inputs_for_generation`, marked where positions need no look."""
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
+        return generation_step(inputs, kwargs.get("attention_mask"), bool(kwargs.get("is_first_iteration")))
+
+
 def retrofit_class(source: Any) -> Any:
     """``Rpb`` + the name of a Transformers class: that class with a relative position bias."""
     return source if issubclass(source, RetrofitModel) else _retrofit_class(source)
@@ -368,10 +442,51 @@ def _retrofit_class(source: Any) -> Any:
         # Some classes (GPTNeoXForCausalLM) have weight names of their own in checkpoints.
         register_checkpoint_conversion_mapping(name, conversion, overwrite=True)
     members = {"source_class": source, "_keep_in_fp32_modules_strict": keep, "__module__": __name__}
-    cls: Any = type(name, (RetrofitModel, source), members)
+    mixin = GeneratingRetrofitModel if hasattr(source, "prepare_inputs_for_generation") else RetrofitModel
+    cls: Any = type(name, (mixin, source), members)
     # output_attentions and output_hidden_states look up here what to record; only __init__ would enter the class.
     _CAN_RECORD_REGISTRY[cls.__new__(cls)] = cls._can_record_outputs
     return cls
+
+
+_HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "subfolder")
+_MODEL_ARGUMENTS = ("dtype", "torch_dtype", "attn_implementation", "experts_implementation", "quantization_config")
+
+
+def _without_file_locks(cls: Any, path: str | os.PathLike[str], kwargs: dict[str, Any]) -> Any:
+    """The config for ``cls.from_pretrained(path, **kwargs)``, out of which is taken what goes into it."""
+    config = kwargs.pop("config", None)
+    if not isinstance(config, PreTrainedConfig):
+        where = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+        config = cls.config_class.from_pretrained(path if config is None else config, **where)
+        for name in [name for name in kwargs if name not in _MODEL_ARGUMENTS and hasattr(config, name)]:
+            setattr(config, name, kwargs.pop(name))  # num_labels=3 and the like
+    config = copy.copy(config)
+    vars(config).pop(WEIGHTS, None)
+    return config
+
+
+def save_config(config: Any, folder: str | os.PathLike[str], **kwargs: Any) -> None:
+    """``config.save_pretrained``, and the locks that only the file has."""
+    type(config).save_pretrained(config, folder, **kwargs)
+    file = Path(folder) / "config.json"
+    settings = json.loads(file.read_text(encoding="utf-8")) | dict.fromkeys(FILE_LOCKS, LOCK)
+    file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _writing_file_locks(config: Any) -> Iterator[None]:
+    """Within, the next ``config.save_pretrained`` is `save_config`: a model saves its config, then may upload it."""
+
+    def save(folder: str | os.PathLike[str], **kwargs: Any) -> None:
+        vars(config).pop("save_pretrained")
+        save_config(config, folder, **kwargs)
+
+    vars(config)["save_pretrained"] = save
+    try:
+        yield
+    finally:
+        vars(config).pop("save_pretrained", None)
 
 
 def __getattr__(name: str) -> Any:

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .tracing import traced
+
 BLOCK = 2**20
 """Entries of a mask that are evaluated at a time: what a CPU's cache holds."""
 
@@ -104,7 +106,8 @@ def _pieces_of_row(run: Tensor, rows: tuple[int, int], first_offset: int) -> lis
 
 
 def runs_of(visible: Callable[[int, int], Tensor], queries: int, keys: int) -> Tensor | None:
-    """The runs (batch, 1, Q, 2), int32, of a mask that is evaluated in blocks of queries; None if a row has gaps.
+    """The runs (batch, 1, Q, 2), int32, of a mask that is evaluated in blocks of queries; None if a row has gaps, and
+    where there is nothing to look at.
 
     ``visible`` maps a half-open range of queries to a boolean (batch, 1, end - start, K). It takes the time of the
     whole mask, once, and the memory of one block.
@@ -113,6 +116,8 @@ def runs_of(visible: Callable[[int, int], Tensor], queries: int, keys: int) -> T
     start, size = 0, max(1, BLOCK // max(keys, 1))
     while start < queries:
         seen = visible(start, min(start + size, queries))
+        if traced(seen):
+            return None
         count = seen.sum(-1)
         bits = seen.to(torch.uint8)
         first = bits.argmax(-1)

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from rpb_retrofit.errors import CheckpointError
+from rpb_retrofit.files.record import pack, unpack
+from rpb_retrofit.files.temporary import REMEDY, temporary_folder
+from rpb_retrofit.tables.rows import Rows
 
 
 class Spool:
-    """Objects with tensors on disk, by key, until the folder goes."""
+    """Rows, and tuples of tensors, on disk, by key, until the folder goes. CheckpointError where it cannot be written
+    or read."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def __setitem__(self, key: tuple[Any, ...], value: Any) -> None:
-        torch.save(value, self._file(key))
+        try:
+            save_file(pack(value), self._file(key))
+        except (OSError, SafetensorError) as error:
+            raise self._failure("written", error) from error
 
     def __getitem__(self, key: tuple[Any, ...]) -> Any:
-        return torch.load(self._file(key), weights_only=False)  # written by this process
+        try:
+            return unpack(load_file(self._file(key)), (Rows,))
+        except (OSError, SafetensorError) as error:
+            raise self._failure("read", error) from error
 
     def __delitem__(self, key: tuple[Any, ...]) -> None:
         self._file(key).unlink()
@@ -33,9 +45,13 @@ class Spool:
     def _file(self, key: tuple[Any, ...]) -> Path:
         return self.folder / "-".join(map(str, key))
 
+    def _failure(self, what: str, error: Exception) -> CheckpointError:
+        why = getattr(error, "strerror", None) or " ".join(str(error).split())
+        return CheckpointError(f"temporary files in '{self.folder}' cannot be {what} ({why}): {REMEDY}")
+
 
 @contextmanager
 def temporary_spool() -> Iterator[Spool]:
     """A spool in the system's folder for temporary files (``TMPDIR`` moves it), gone at the end."""
-    with tempfile.TemporaryDirectory(prefix="rpb-retrofit-") as folder:
-        yield Spool(Path(folder))
+    with temporary_folder() as folder:
+        yield Spool(folder)

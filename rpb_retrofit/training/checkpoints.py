@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -14,12 +13,48 @@ from typing import Any
 from safetensors import SafetensorError
 
 from rpb_retrofit.errors import CheckpointError, ConfigError
+from rpb_retrofit.files.claim import MARK, remove_entry
+from rpb_retrofit.files.digest import digest, digest_of
+from rpb_retrofit.files.json_file import read_object
+from rpb_retrofit.files.record import DamagedError
+from rpb_retrofit.files.work import WorkFolder, write_whole
 
-META = "rpb.json"
-"""Written last, so a checkpoint that has it is whole."""
+META, STATE, RUN = "rpb.json", "state.json", "run.json"
+"""What a checkpoint of a stage says of itself, what the folder of a finished stage says, and the run's identity."""
 
 WRITING = (OSError, RuntimeError, SafetensorError)
 """What a full disk makes PyTorch, safetensors and Python raise."""
+
+
+def seal(folder: Path, name: str, meta: dict[str, Any]) -> None:
+    """Write what a folder says of itself, with the checksums of all its files: written last, so what is sealed is
+    whole."""
+    written = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MARK)
+    files = {str(file.relative_to(folder)): digest(file) for file in written}
+    content = json.loads(json.dumps({"meta": meta, "files": files}))
+    write_whole(folder / name, json.dumps({**content, "checksum": _checksum(content)}).encode())
+
+
+def sealed(folder: Path, name: str, checked: bool = True) -> dict[str, Any]:
+    """What a folder says of itself. DamagedError where that, or (``checked``) one of its files, is not as it was."""
+    try:
+        content = read_object(folder / name)
+    except CheckpointError as error:
+        raise DamagedError(str(error)) from error
+    if content.pop("checksum", None) != _checksum(content) or content.keys() != {"meta", "files"}:
+        raise DamagedError(f"'{folder / name}' was cut short or changed")
+    for file, known in content["files"].items() if checked else ():
+        try:
+            found = digest(folder / file)
+        except OSError as error:
+            raise DamagedError(f"'{folder / file}' cannot be read: {error.strerror}") from error
+        if found != known:
+            raise DamagedError(f"'{folder / file}' was cut short or changed")
+    return content["meta"]
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return digest_of([json.dumps(content, sort_keys=True).encode()])
 
 
 @dataclass(frozen=True)
@@ -31,10 +66,11 @@ class Saved:
 
 
 class Checkpoints:
-    """Checkpoints ``step-N`` of one stage; the newest ``keep`` of them stay."""
+    """Checkpoints ``step-N`` of one stage; the newest ``keep`` of them stay. ``run``: the checksum of the run's
+    identity."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, keep: int, run: str = "") -> None:
+        self.folder, self.keep, self.run = folder, keep, run
 
     def partial(self, step: int) -> Path:
         """Where a checkpoint is written before it gets its name."""
@@ -43,33 +79,31 @@ class Checkpoints:
     def publish(self, step: int, meta: dict[str, Any]) -> None:
         """Give a written checkpoint its name, then drop the oldest ones."""
         part, target = self.partial(step), self.folder / f"step-{step:08d}"
-        write_whole(part / META, json.dumps(meta))
+        seal(part, META, {**meta, "run": self.run})
         _flush(part)
-        shutil.rmtree(target, ignore_errors=True)
+        if target.exists():
+            remove_entry(target)
         part.rename(target)
         _flush_folder(self.folder)
-        for old in self._names()[: -self.keep]:
-            shutil.rmtree(old)
+        for old in self._all()[: -self.keep]:
+            remove_entry(old)
 
     def discard(self, step: int) -> None:
         """Remove what was written of a checkpoint that failed."""
         shutil.rmtree(self.partial(step), ignore_errors=True)
 
-    def last(self) -> Saved | None:
-        """The newest whole checkpoint."""
-        for folder in reversed(self._names()):
-            return Saved(folder, json.loads((folder / META).read_text()))
+    def last(self, damaged: list[str] | None = None) -> Saved | None:
+        """The newest whole checkpoint; what is wrong with newer ones is appended to ``damaged``."""
+        for folder in reversed(self._all()):
+            try:
+                return Saved(folder, sealed(folder, META))
+            except DamagedError as error:
+                if damaged is not None:
+                    damaged.append(str(error))
         return None
 
-    def _names(self) -> list[Path]:
-        return sorted(folder for folder in self.folder.glob("step-*") if (folder / META).exists())
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write a file under another name, then rename it."""
-    part = file.with_name(f".{file.name}.partial")
-    part.write_text(text)
-    part.replace(file)
+    def _all(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*"))
 
 
 def _flush(folder: Path) -> None:
@@ -91,61 +125,76 @@ def _flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-class RunFolder:
+class RunFolder(WorkFolder):
     """``OUT.run`` beside ``OUT``: what a run that was stopped needs to go on. One process may hold it at a time."""
 
     def __init__(self, out: Path) -> None:
         if not out.name:
             raise ConfigError(f"OUT '{out}' has no name of its own: give a folder that does not exist yet")
-        self.path = out.with_name(f"{out.name}.run")
-        self._lock: Any = None
+        made = (RUN, "stage-*", ".stage-*.partial-*", f".{RUN}.partial", "logs")
+        super().__init__(out.with_name(f"{out.name}.run"), "rpb finetune", made)
 
-    def open(self, identity: dict[str, Any], restart: bool) -> bool:
+    def open(self, identity: dict[str, Any], restart: bool, say: Callable[[str], None] = lambda line: None) -> bool:
         """Take the folder; True where there is a run to go on with.
 
-        ``identity`` is what the run depends on; CheckpointError where another process holds the folder, ConfigError
-        where it holds a run that depends on something else and has trained.
+        ``identity`` is what the run depends on; CheckpointError where another process holds the folder, or something
+        else made it, ConfigError where it holds a run that depends on something else and has trained.
         """
+        self.take()
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / "lock").open("w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CheckpointError(
-                f"'{self.path}' is in use by another run: wait for it, or choose another OUT"
-            ) from None
+            return self._open(json.loads(json.dumps(identity)), restart, say)
         except OSError as error:
+            self.release()
             raise CheckpointError(f"'{self.path}' cannot be written: {error.strerror}") from error
-        file = self.path / "run.json"
+        except ConfigError:
+            self.release()
+            raise
+
+    def _open(self, identity: dict[str, Any], restart: bool, say: Callable[[str], None]) -> bool:
         if restart or self.idle:
-            for entry in self.path.iterdir():
-                if entry.name != "lock":
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        if file.exists():
-            before = json.loads(file.read_text())
-            if differences := _differences(before, identity):
-                name, was, is_now = differences[0]
-                raise ConfigError(
-                    f"'{self.path}' holds a run with {name}={was!r}, not {is_now!r}: give what it had, or --restart to "
-                    "throw it away"
-                )
-            return True
-        write_whole(file, json.dumps(identity, indent=2) + "\n")
-        return False
+            self.clear()
+        file, goes_on = self.path / RUN, not self.idle
+        if goes_on:
+            try:
+                _compare(self.path, read_object(file), identity)
+            except CheckpointError as error:
+                if run_of(identity) not in self._runs():
+                    raise ConfigError(
+                        f"{error}, and nothing else says that it holds this run: --restart throws it away"
+                    ) from error
+                say(f"{error}: what the checkpoints say of the run is taken instead")
+        write_whole(file, (json.dumps(identity, indent=2) + "\n").encode())
+        return goes_on
+
+    def _runs(self) -> set[str]:
+        """The runs that checkpoints and finished stages in the folder say they belong to."""
+        places = [(file.parent, file.name) for name in (META, STATE) for file in self.path.glob(f"stage-*/**/{name}")]
+        found = set()
+        for folder, name in places:
+            try:
+                found.add(sealed(folder, name, checked=False)["run"])
+            except (DamagedError, KeyError):
+                continue
+        return found
 
     @property
     def idle(self) -> bool:
         """Whether nothing in it was trained."""
         return next(self.path.glob("stage-*"), None) is None
 
-    def release(self) -> None:
-        """Let others have the folder: an error's traceback would keep the lock for as long as somebody looks at it."""
-        if self._lock is not None:
-            self._lock.close()
 
-    def remove(self) -> None:
-        """Forget the run: it is finished and OUT holds what it made, or nothing was trained."""
-        shutil.rmtree(self.path, ignore_errors=True)
+def run_of(identity: dict[str, Any]) -> str:
+    """A checksum of what a run depends on."""
+    return digest_of([json.dumps(json.loads(json.dumps(identity)), sort_keys=True).encode()])
+
+
+def _compare(folder: Path, before: dict[str, Any], identity: dict[str, Any]) -> None:
+    if differences := _differences(before, identity):
+        name, was, is_now = differences[0]
+        raise ConfigError(
+            f"'{folder}' holds a run with {name}={was!r}, not {is_now!r}: give what it had, or --restart to throw it "
+            "away"
+        )
 
 
 def _differences(before: Any, after: Any, path: str = "") -> list[tuple[str, Any, Any]]:

@@ -16,9 +16,11 @@ from transformers import PreTrainedModel
 
 from rpb_retrofit.checkpoint.load import open_model
 from rpb_retrofit.errors import ConfigError, NotRetrofittedError
+from rpb_retrofit.files.claim import remove_entry
 from rpb_retrofit.files.folder import check_absent, whole_folder
+from rpb_retrofit.files.record import DamagedError
 from rpb_retrofit.files.source import find
-from rpb_retrofit.training.checkpoints import RunFolder
+from rpb_retrofit.training.checkpoints import STATE, RunFolder, run_of, seal, sealed
 from rpb_retrofit.training.identity import identity_of
 from rpb_retrofit.training.parameters import merged, prepare
 from rpb_retrofit.training.processes import on_main, open_accelerator
@@ -30,7 +32,7 @@ from rpb_retrofit.training.step import Progress, Setting
 from rpb_retrofit.training.summary import SUMMARY, Summary, read_summary, stage_summary, write_summary
 from rpb_retrofit.training.teacher import open_teacher, share_weights
 
-RECIPE, STATE = "recipe.yaml", "state.json"
+RECIPE = "recipe.yaml"
 
 
 def finetune(
@@ -64,13 +66,13 @@ def finetune(
         raise NotRetrofittedError(f"'{model}' is not a retrofit: make one with `rpb retrofit {model} OUT`")
     teacher_name = source or settings["source"]
     start = teacher_name if control else model
-    identity = identity_of(model, start, teacher_name, recipe, control)
+    identity = on_main(accelerator, partial(identity_of, model, start, teacher_name, recipe, control))
     if reuse and (finished := on_main(accelerator, partial(_finished, out, identity))) is not None:
         return finished
 
     def open_folder() -> bool:
         check_absent(out)
-        return folder.open(identity, restart)
+        return folder.open(identity, restart, say)
 
     try:
         goes_on = on_main(accelerator, open_folder)
@@ -107,7 +109,9 @@ def _all_stages(
         teacher = open_teacher(retrofit, identity["source"]).to(accelerator.device)
         del retrofit  # only compared with its source: in memory it would be one copy too many
     start, label = (identity["source"], "control") if identity["control"] else (identity["model"], "retrofit")
-    summary = _Stages(accelerator, recipe, folder.path, start, teacher, label, said).run(out, identity)
+    summary = _Stages(accelerator, recipe, folder.path, start, teacher, label, run_of(identity), said).run(
+        out, identity
+    )
     for tracker in accelerator.trackers:
         tracker.finish()
     return summary
@@ -124,8 +128,10 @@ class _Stages:
         start: str,
         teacher: PreTrainedModel | None,
         label: str,
+        run_name: str,
         say: Callable[[str], None],
     ) -> None:
+        self.run_name = run_name
         self.accelerator, self.recipe, self.folder = accelerator, recipe, folder
         self.start, self.teacher, self.label, self.say = start, teacher, label, say
         self.setting: Setting | None = None
@@ -139,8 +145,8 @@ class _Stages:
             self.setting = self.setting or open_setting(
                 self.accelerator, self.recipe, model, tokenizer, self.teacher, self.label, self.say
             )
-            if finished := place.is_dir():
-                state = json.loads((place / STATE).read_text())
+            state = on_main(self.accelerator, partial(self._finished, number))
+            if finished := state is not None:
                 self.setting.rows.restore(state["rows"])
                 progress, weights = Progress.from_json(state["progress"]), None
             else:
@@ -149,7 +155,8 @@ class _Stages:
             del model
             if number < len(self.recipe.stages) - 1:
                 if not finished:
-                    state = {"progress": progress.to_json(), "rows": self.setting.rows.state()}
+                    rows = self.setting.rows.state()
+                    state = {"progress": progress.to_json(), "rows": rows, "run": self.run_name}
                     on_main(self.accelerator, partial(self._write, place, current, weights, number, state))
                     self._forget_checkpoints(number)
                 current = str(place)
@@ -175,13 +182,28 @@ class _Stages:
             assert self.teacher is not None
             objective = replace(setting.objective, relations=Relations(model, self.teacher))
             setting = replace(setting, objective=objective)
-        run = StageRun(setting, number, student, self._checkpoints(number), self.say)
+        run = StageRun(setting, number, student, self._checkpoints(number), self.say, self.run_name)
         if run.resume():
             self.say(f"stage {number + 1}: going on after step {run.progress.step} of {run.steps}")
         run.run()
         weights = accelerator.get_state_dict(run.model) if run.trains else None
         accelerator.free_memory()
         return run.progress, weights
+
+    def _finished(self, number: int) -> dict[str, Any] | None:
+        """What a stage that is done left; None where it is not done, or what it left is damaged."""
+        place = self.folder / f"stage-{number + 1}"
+        if not place.is_dir():
+            return None
+        try:
+            return sealed(place, STATE)
+        except DamagedError as error:
+            self.say(f"stage {number + 1} is trained again, and what came after it: {error}")
+        for later in reversed(range(number, len(self.recipe.stages))):
+            for folder in (self.folder / f"stage-{later + 1}", self._checkpoints(later)):
+                if folder.exists():
+                    remove_entry(folder)
+        return None
 
     def _checkpoints(self, number: int) -> Path:
         return self.folder / f"stage-{number + 1}.checkpoints"
@@ -205,7 +227,7 @@ class _Stages:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             if isinstance(end, dict):
-                (folder / STATE).write_text(json.dumps(end))
+                seal(folder, STATE, end)
                 return
             if (card := self._source_card()) is not None:
                 shutil.copyfile(card, folder / "README.source.md")
@@ -227,7 +249,7 @@ def _finished(out: Path, identity: dict[str, Any]) -> Summary | None:
     """What an equal run that is done wrote, or None."""
     if not (out / SUMMARY).exists():
         return None
-    found = read_summary(out)
+    found = read_summary(out)  # damaged, it is an error: training again would find OUT in the way
     return found if found.identity == json.loads(json.dumps(identity)) else None
 
 

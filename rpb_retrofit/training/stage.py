@@ -18,18 +18,21 @@ from rpb_retrofit.errors import ConfigError, InterruptedRunError, TrainingError
 from rpb_retrofit.evaluation.nll import LengthResult
 from rpb_retrofit.training.batches import bucketing_of, pairs_by_bucket
 from rpb_retrofit.training.checkpoints import Checkpoints, attempt
-from rpb_retrofit.training.processes import Interruption, gathered
+from rpb_retrofit.training.processes import Interruption, gathered, on_main
+from rpb_retrofit.training.state import load_state, save_state
 from rpb_retrofit.training.step import Progress, Setting, Stepper
 
 
 class StageRun:
-    """Stage ``number`` of a run: trains ``model``, and keeps checkpoints in ``folder``."""
+    """Stage ``number`` of a run: trains ``model``, and keeps checkpoints of the run ``run`` in ``folder``."""
 
-    def __init__(self, setting: Setting, number: int, model: Any, folder: Path, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, setting: Setting, number: int, model: Any, folder: Path, say: Callable[[str], None], run: str = ""
+    ) -> None:
         self.setting, self.number, self.say = setting, number, say
         self.accelerator, self.recipe = setting.accelerator, setting.recipe
         self.stepper = Stepper(setting, number, model)
-        self.checkpoints = Checkpoints(folder, setting.recipe.keep)
+        self.checkpoints = Checkpoints(folder, setting.recipe.keep, run)
 
     @property
     def model(self) -> Any:
@@ -52,8 +55,11 @@ class StageRun:
         return self.stepper.trains
 
     def resume(self) -> bool:
-        """Go on from the last whole checkpoint, if there is one."""
-        saved = self.checkpoints.last()
+        """Go on from the last whole checkpoint, if there is one. Newer ones that are damaged are named."""
+        noted: list[str] = []
+        saved, damaged = on_main(self.accelerator, lambda: (self.checkpoints.last(noted), noted))
+        for wrong in damaged:
+            self.say(f"stage {self.number + 1}: {wrong}: this checkpoint is left out")
         if saved is None:
             return False
         if (mode := self._mode) != saved.meta["mode"]:
@@ -62,7 +68,11 @@ class StageRun:
                 "begun, or --restart"
             )
         if self.trains:
-            self.accelerator.load_state(str(saved.folder))
+            whole = load_state(self.accelerator, self.model, self.stepper.optimizer, saved.folder)
+            if new := [str(rank) for rank, found in enumerate(gathered(self.accelerator, whole)) if not found]:
+                self.say(
+                    f"'{saved.folder}' was written by fewer processes: {', '.join(new)} begin with new random states"
+                )
         self.stepper.progress = Progress.from_json(saved.meta["progress"])
         self.setting.rows.restore(saved.meta["rows"])
         self.stepper.guard.recent.extend(saved.meta["recent"])
@@ -144,6 +154,10 @@ class StageRun:
         kinds = {DistributedType.FSDP: "FSDP2's", DistributedType.DEEPSPEED: "DeepSpeed's"}
         return kinds.get(self.accelerator.distributed_type, "whole")
 
+    def _write_state(self, folder: Path) -> str | None:
+        """Write the state into a folder; what went wrong, or None."""
+        return attempt(lambda: save_state(self.accelerator, self.model, self.stepper.optimizer, folder))
+
     def save(self) -> None:
         """Write a checkpoint; TrainingError where the disk is full, with the last one intact."""
         step, accelerator = self.progress.step, self.accelerator
@@ -152,7 +166,7 @@ class StageRun:
             self.checkpoints.discard(step)
             part.mkdir(parents=True, exist_ok=True)
         accelerator.wait_for_everyone()
-        wrong = attempt(lambda: accelerator.save_state(str(part))) if self.trains else None
+        wrong = self._write_state(part) if self.trains else None
         if (failure := next(filter(None, gathered(self.accelerator, wrong)), None)) is None:
             meta = {
                 "mode": self._mode,

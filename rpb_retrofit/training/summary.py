@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from transformers import PreTrainedModel
 
 from rpb_retrofit.evaluation.plots import training_curves
+from rpb_retrofit.files.checked import Written, checked
 from rpb_retrofit.runtime.buckets import bucket_of
 from rpb_retrofit.training.batches import bucketing_of, pairs_by_bucket
 from rpb_retrofit.training.recipe import Stage
@@ -70,9 +72,58 @@ class Summary:
 
 
 def read_summary(folder: Path) -> Summary:
-    """The summary that `write_summary` wrote."""
-    found = json.loads((folder / SUMMARY).read_text())
-    return Summary(**{**found, "stages": [StageSummary(**stage) for stage in found["stages"]]})
+    """The summary that `write_summary` wrote. CheckpointError where the file holds something else."""
+    found = checked(folder / SUMMARY, _Summary, "rpb finetune")
+    known = {field.name for field in fields(Summary)}
+    stages = [StageSummary(**{f.name: stage[f.name] for f in fields(StageSummary)}) for stage in found["stages"]]
+    return Summary(**{**{name: found[name] for name in known if name in found}, "stages": stages})
+
+
+class _Length(Written):
+    length: int
+    nll: float
+
+
+class _Evaluation(Written):
+    loss: float
+    by_length: list[_Length]
+
+
+class _Stage(Written):
+    train: str
+    steps: int
+    scored_tokens: int
+    seconds: float
+    losses: list[float]
+    skipped: list[str]
+    pairs_by_bucket: list[int]
+    untrained_buckets: list[int]
+    evaluations: list[_Evaluation]
+
+
+class _Data(Written):
+    name: str
+
+
+class _Recipe(Written):
+    objective: str
+    data: list[_Data]
+
+
+class _Identity(Written):
+    model: str
+    source: str
+    control: bool
+    recipe: _Recipe
+
+
+class _Summary(Written):
+    identity: _Identity
+    processes: int
+    device: str
+    mode: str
+    stages: Annotated[list[_Stage], Field(min_length=1)]
+    version: str
 
 
 def stage_summary(stage: Stage, progress: Progress, model: PreTrainedModel) -> StageSummary:

@@ -15,6 +15,7 @@ from rpb_retrofit.cli.options import count
 from rpb_retrofit.comparison import run as comparing
 from rpb_retrofit.comparison.measures import Probes
 from rpb_retrofit.errors import ConfigError
+from rpb_retrofit.evaluation.journal import SUFFIX
 from rpb_retrofit.training.batches import Rows
 from tests.test_checkpoint import rpb_command
 from tests.training_cases import PROSE, VOCAB, small_tokenizer, write_source
@@ -213,3 +214,26 @@ def test_counts(text: str, thousand: int, number: int) -> None:
 def test_wrong_counts(text: str) -> None:
     with pytest.raises(ConfigError, match="--some"):
         count("--some", text)
+
+
+def test_a_journal_that_cannot_be_gone_on_with(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Damaged measurements are taken again; with another policy of the BOS token they are of something else."""
+    arms = ("--arms", "ntk", *TIMED)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("rpb_retrofit.comparison.result.result", interrupt)
+        assert compare(patched, folder, tmp_path / "out", *arms) == 130
+    files = sorted((tmp_path / "out.run").glob(f"*{SUFFIX}"))
+    assert len(files) == 5, "two are made and measured, and both are timed"
+    for file in files:
+        file.write_bytes(file.read_bytes()[:-9])
+    assert compare(monkeypatch, folder, tmp_path / "out", *arms, "--bos", "always") == 2
+    assert "holds an examination with other bos" in capsys.readouterr().err
+    assert compare(monkeypatch, folder, tmp_path / "out", *arms) == 0
+    assert capsys.readouterr().err.count("measuring again") == 5
+    assert not (tmp_path / "out.run").exists()

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from rpb_retrofit.diagnosis import exam
+from rpb_retrofit.diagnosis import exam, factorial, measures
+from rpb_retrofit.evaluation.journal import SUFFIX, Journal
 from tests.test_checkpoint import rpb_command
 from tests.training_cases import PROSE, small_tokenizer, write_retrofit, write_source
 
@@ -88,11 +89,122 @@ def test_goes_on_after_an_interruption(folder: Path, tmp_path: Path, monkeypatch
 def test_another_examination_is_not_mixed_in(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = tmp_path / "out.run"
-    run.mkdir()
-    (run / "identity.json").write_text(json.dumps({"arms": {"retrofit": "another"}}))
+    with Journal.open(tmp_path / "out.run", {"arms": {"retrofit": "another"}}, "rpb diagnose", ()) as journal:
+        journal("one", lambda: 1)
     assert diagnose(monkeypatch, folder, "--out", tmp_path / "out") == 2
     assert "holds an examination with other arms" in capsys.readouterr().err
+    assert (tmp_path / "out.run" / f"one{SUFFIX}").exists()
+
+
+def interrupted(monkeypatch: pytest.MonkeyPatch, folder: Path, out: Path) -> Path:
+    """An examination that was interrupted before its report; its journal."""
+    with monkeypatch.context() as patched:
+        patched.setattr("rpb_retrofit.diagnosis.run.all_figures", _interrupt)
+        assert diagnose(patched, folder, "--out", out) == 130
+    return out.with_name(f"{out.name}.run")
+
+
+def _interrupt(exam: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_retrofit_that_was_replaced_meanwhile(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its figures are not those that were measured of the one before."""
+    journal = interrupted(monkeypatch, folder, tmp_path / "out")
+    before = sorted(file.name for file in journal.iterdir())
+    kept = {shard: shard.read_bytes() for shard in (folder / "retrofit").glob("*.safetensors")}
+    for shard in kept:
+        tensors = load_file(shard)
+        save_file({n: t + ("bias.w" in n) for n, t in tensors.items()}, shard, metadata={"format": "pt"})
+    status = diagnose(monkeypatch, folder, "--out", tmp_path / "out")
+    for shard, data in kept.items():
+        shard.write_bytes(data)
+    assert status == 2 and "holds an examination with other weights" in capsys.readouterr().err
+    assert sorted(file.name for file in journal.iterdir()) == before
+
+
+def test_a_damaged_journal_is_measured_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And what comes out is what would have come out."""
+    assert diagnose(monkeypatch, folder, "--out", tmp_path / "whole") == 0
+    journal = interrupted(monkeypatch, folder, tmp_path / "out")
+    for file in journal.glob(f"*{SUFFIX}"):
+        file.write_bytes(file.read_bytes()[:-20])
+    (journal / "identity.json").write_text("{")
+    capsys.readouterr()
+    assert diagnose(monkeypatch, folder, "--out", tmp_path / "out") == 0
+    said = capsys.readouterr().err
+    assert "cut short or changed): measuring again" in said and "identity.json' is not JSON" in said
+    first, second = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("whole", "out"))
+    assert first["hypotheses"] == second["hypotheses"] and not second["failed"]
+
+
+def test_a_probe_that_fails(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Is named first, in print and on the page, and is no success where CI asks."""
+
+    def broken(*_: Any) -> None:
+        raise ValueError("the probe\nbroke")
+
+    monkeypatch.setattr(exam, "consistency", broken)
+    assert diagnose(monkeypatch, folder, "--out", tmp_path / "plain") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "measuring cached_decoding failed, so this says nothing of it: ValueError: the probe broke" in printed
+    assert printed.index("measuring cached_decoding failed") < printed.index("hypothesis")
+    found = json.loads((tmp_path / "plain" / "report.json").read_text())
+    assert found["failed"]["cached_decoding"] == "ValueError: the probe broke"
+    page = (tmp_path / "plain" / "report.html").read_text()
+    first_screen = page[: page.index('id="repeat"')]
+    assert "Probes that failed" in first_screen and first_screen.count("ValueError: the probe broke") >= 1
+    status = diagnose(monkeypatch, folder, "--out", tmp_path / "asked", "--fail-on-regression", 1e3)
+    assert status == 1 and "not measured: cached_decoding: ValueError" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "what", "status"),
+    [
+        (factorial, "_cross", "the crossing of method and length factor", 0),
+        (measures, "speed_figures", "the figures of speed", 0),
+        (measures, "loss_figures", "the figures of loss", 1),
+    ],
+    ids=lambda x: x if isinstance(x, str) and x.startswith("the") else "",
+)
+def test_figures_that_fail(
+    module: Any,
+    name: str,
+    what: str,
+    status: int,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Cost nothing but themselves: the report is there, names them first, and CI is told where it needed them."""
+
+    def broken(*_: Any) -> None:
+        raise AttributeError("no such thing")
+
+    monkeypatch.setattr(module, name, broken)
+    assert diagnose(monkeypatch, folder, "--out", tmp_path / "out", "--fail-on-regression", 1e3) == status
+    assert f"measuring {what} failed" in " ".join(capsys.readouterr().out.split())
+    found = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert found["failed"][what] == "AttributeError: no such thing" and found["hypotheses"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f"{what}: AttributeError" in page[: page.index('id="repeat"')]
+
+
+def test_a_length_that_was_not_measured(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--lengths", "32,96,4096")
+    assert diagnose(monkeypatch, folder, "--out", tmp_path / "out", *options) == 0
+    status = diagnose(monkeypatch, folder, "--out", tmp_path / "asked", *options, "--fail-on-regression", 1e3)
+    said = capsys.readouterr().out
+    assert status == 1 and "not measured: the loss above the source at 4096 tokens: the text's longest" in said
 
 
 @pytest.mark.parametrize(("retrofit", "cause"), [("dropped", "tables_not_loaded"), ("nan", "not_finite")])
@@ -138,6 +250,7 @@ def test_wrong_input(
         (("--items", "-1"), "--items -1: at least 0"),
         (("--bos", "maybe"), "--bos maybe"),
         (("--fail-on-regression", "-1"), "--fail-on-regression -1.0"),
+        (("--fail-on-regression", "1", "--only", "precision"), "contradict each other: no loss would be measured"),
         (("--source", folder / "retrofit"), "is a retrofit: give the plain model"),
         (("--source", other), "reads the text as other tokens"),
         (("--data", tmp_path / "short.txt"), "longest document has"),

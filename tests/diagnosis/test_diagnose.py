@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -11,10 +12,11 @@ import torch
 from transformers import PreTrainedModel
 
 import rpb_retrofit as rpb
+from rpb_retrofit.diagnosis import judge
 from rpb_retrofit.diagnosis.arms import Arms
 from rpb_retrofit.diagnosis.exam import Exam, Plan
 from rpb_retrofit.diagnosis.factorial import SCALE, factorial
-from rpb_retrofit.diagnosis.finding import Verdict
+from rpb_retrofit.diagnosis.finding import Kind, Verdict
 from rpb_retrofit.diagnosis.hypotheses import HYPOTHESES, foreign_tables
 from rpb_retrofit.diagnosis.run import Diagnosis, diagnose
 from rpb_retrofit.errors import DataError, NotRetrofittedError
@@ -96,6 +98,80 @@ def test_a_row_is_spoiled_where_what_it_hands_on_is_farther_too(source: PreTrain
     none[name][head] = found.missed_without[name][head] + 0.1
     assert foreign_tables._spoiled_rows(exam, replace(found, own=far, missed=none)).endswith(f": {head}")
     assert foreign_tables._spoiled_rows(exam, replace(found, missed=none)) == ""
+
+
+SORTS: dict[str, dict[str, Any]] = {
+    "kept": {"keep_frequencies": 2},
+    "all kept by auto": {"keep_frequencies": "auto"},
+    "log tail": {"tail": "log"},
+    "unscaled": {"scale": "unscaled"},
+    "shared": {"shared": True},
+    "alibi": {"init": "alibi"},
+    "zeros": {"init": "zeros"},
+    "content": {"init": "calibrated", "calibrate": "tables+content"},
+    "kept, unscaled, log tail": {"keep_frequencies": 2, "scale": "unscaled", "tail": "log"},
+}
+"""Every sort of retrofit that changes what a model holds or how it runs."""
+
+
+@pytest.mark.parametrize("sort", SORTS)
+def test_every_crossing_and_twin_runs_on_every_sort(sort: str) -> None:
+    """A change of the running model, and a model built anew, meet whatever a retrofit put in."""
+    case = next(case for case in CASES if case.family == "llama")
+    model, source = build(case), build(case)
+    config = rpb.RetrofitConfig(
+        **{"init": "normal", "relative_attention_num_buckets": 8, "relative_attention_max_distance": 16, **SORTS[sort]}
+    )
+    documents = [torch.randint(3, 61, (400,), generator=torch.Generator().manual_seed(0))]
+    rpb.retrofit(model, config, calibration=documents * 2 if config.takes_text else None)
+    exam = Exam(Arms(model, source), documents, None, Plan(lengths=(24, 40), tokens=400, probed=80, rounds=0))
+    ids = documents[0][None, :40]
+    with torch.no_grad():
+        before = model(ids).logits
+    crossings = {crossing.name: crossing for crossing in factorial(exam)}
+    assert crossings.keys() >= {"length factor", "attention window", "RoPE scaling"}
+    assert all(math.isfinite(cell) for crossing in crossings.values() for cell in crossing.cells)
+    cells = crossings["RoPE scaling"].cells
+    rotates = bool(config.keep_frequencies)
+    assert (cells[2] != cells[3]) or not rotates, "kept frequencies are scaled with the rest"
+    found = exam.rebuilt
+    assert found is not None and found.module is None, found
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, before), "every change was undone"
+
+
+@pytest.mark.parametrize("init", ["alibi", "zeros"])
+def test_what_the_settings_say_is_no_fault(init: str, source: PreTrainedModel) -> None:
+    """Tables that began alike in all layers, of a retrofit that was never fitted: it is far from its source, and runs
+    as it should."""
+    model = copy.deepcopy(source)
+    rpb.retrofit(model, rpb.RetrofitConfig(init=init))
+    found = diagnose(examine(Arms(model, source)), figures=False)
+    wrong = [cause for cause in found.causes if cause.kind is Kind.RUNNING or cause.name == "tables_shared"]
+    assert not wrong, found.headline
+
+
+def test_nearer_in_attention_alone_is_no_mistake(source: PreTrainedModel) -> None:
+    """Tables that were fitted to outputs may be nearer to the source's attention when moved by a bucket: it counts only
+    where the heads then also hand on more, and where the loss falls."""
+    exam = examine(Arms(retrofitted(source), source))
+    found = exam.fidelity
+    assert found is not None
+    name, meaning = next(iter(found.own)), "shifted by minus one bucket"
+    near = {**found.meant[name], meaning: found.refit[name].clone()}
+    far = {**found.own, name: found.refit[name] + 1}
+    without = {**found.zeros, name: found.refit[name] + 8}
+    missed = {"less": found.missed[name] / 2, "more": found.missed[name] * 2}
+    for handed_on, missed_then in missed.items():
+        exam.fidelity = replace(
+            found,
+            own=far,
+            zeros=without,
+            meant={**found.meant, name: near},
+            missed_if_meant={**found.missed_if_meant, name: {meaning: missed_then}},
+        )
+        assert judge._hands_on_more(exam.fidelity, name, meaning) == (handed_on == "less")
+        assert judge.meant_otherwise(exam, meaning, "") is None, "moving them does not lower the loss"
 
 
 CAUSAL = [case for case in CASES if case.kind == "causal" and case.name != "llama-dynamic"]

@@ -28,8 +28,17 @@ def float64_copy(case: Case, source: PreTrainedModel) -> PreTrainedModel:
 
 
 @contextmanager
-def with_bias(case: Case, model: PreTrainedModel, tables: dict[str, Tensor], max_distance: int) -> Iterator[None]:
-    """Within, ``model`` (float64, eager) runs without its own positions and with ``tables`` by attention module."""
+def with_bias(
+    case: Case,
+    model: PreTrainedModel,
+    tables: dict[str, Tensor],
+    max_distance: int,
+    positions: Tensor | None = None,
+) -> Iterator[None]:
+    """Within, ``model`` (float64, eager) runs without its own positions and with ``tables`` by attention module.
+
+    ``positions`` (batch, tokens) of one pass without a cache; by default the indices.
+    """
     active: list[tuple[Tensor, bool, int]] = []
     handles = []
     for name, table in tables.items():
@@ -49,13 +58,14 @@ def with_bias(case: Case, model: PreTrainedModel, tables: dict[str, Tensor], max
         if active and scores.ndim == 4:
             table, bidirectional, sinks = active[-1]
             queries, keys = scores.shape[2], scores.shape[3] - sinks
-            memory_minus_query = torch.arange(keys)[None] - torch.arange(queries)[:, None]
+            at = torch.arange(keys)[None] if positions is None else positions
+            memory_minus_query = at[:, None, :keys] - at[:, :queries, None]
             bucket = T5Attention._relative_position_bucket(
                 memory_minus_query, bidirectional, num_buckets=table.shape[1], max_distance=max_distance
             )
-            bias = torch.zeros(table.shape[0], queries, keys + sinks, dtype=torch.float64)
-            bias[:, :, :keys] = torch.einsum(
-                "hb,qkb->hqk", table.double(), nn.functional.one_hot(bucket, table.shape[1]).double()
+            bias = torch.zeros(len(at), table.shape[0], queries, keys + sinks, dtype=torch.float64)
+            bias[..., :keys] = torch.einsum(
+                "hb,nqkb->nhqk", table.double(), nn.functional.one_hot(bucket, table.shape[1]).double()
             )
             scores = scores.double().clamp(min=-1e30) + bias  # a row of minus infinities would be NaN
         return plain_softmax(scores, dim)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import subprocess
 import sys
@@ -19,8 +20,9 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 import rpb_retrofit as rpb
-from rpb_retrofit.errors import MissingTablesError
+from rpb_retrofit.errors import ConfigError, MissingTablesError
 from rpb_retrofit.runtime.families import FAMILIES
+from rpb_retrofit.runtime.modeling import positioned
 from tests.families.cases import CASES, Case
 from tests.families.reference import float64_copy, with_bias
 
@@ -262,6 +264,52 @@ def test_8_missing_tables_are_an_error(case: Case, tmp_path: Path, plain_process
         rpb.load(tmp_path)
     request = {"folder": str(tmp_path), "inputs": "", "auto": AUTO[case.kind], "concrete": case.model}
     assert "MissingTablesError" in plain_process(request).get("error", "")
+
+
+@every_family
+@torch.no_grad()
+def test_9_the_bias_follows_the_positions_given(case: Case) -> None:
+    """Where Transformers' model takes ``position_ids``: in one pass and, of a decoder, with a cache."""
+    model, ids = retrofitted(case), tokens(2, 8)
+    if not positioned(model):
+        assert "position_ids" not in inspect.signature(getattr(transformers, case.model).forward).parameters
+        with pytest.raises(ConfigError, match=f"position_ids: Rpb{case.model} takes no positions"):
+            model(**inputs_of(case, ids), position_ids=torch.arange(8)[None])
+        return
+    if case.kind == "encoder":
+        order = torch.tensor([3, 0, 6, 1, 7, 2, 5, 4])
+        got = model(ids[:, order], position_ids=order[None]).logits
+        assert closeness(got, model(ids).logits[:, order]) < 1e-5
+        return
+    # Two continuations of a shared beginning stand in one row, and neither sees the other.
+    positions, mask = torch.tensor([[0, 1, 2, 3, 4, 5, 4, 5]]), torch.ones(8, 8, dtype=torch.bool).tril()
+    mask[6:, 4:6] = False
+    alone = [model(ids[:, at]).logits for at in ([0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 6, 7])]
+    want = torch.cat([alone[0], alone[1][:, 4:]], 1)
+    added = torch.zeros(8, 8).masked_fill(~mask, torch.finfo(torch.float32).min)
+    for whole in (mask, added):
+        given = {"position_ids": positions, "attention_mask": whole[None, None]}
+        if case.alibi == "build_alibi_tensor":  # Falcon's slopes come from the mask, and it takes one of two dimensions
+            continue
+        assert closeness(model(ids, **given, use_cache=False).logits, want) < 1e-5
+        cache, steps = DynamicCache(config=model.config), []
+        for start, end in ((0, 3), (3, 4), (4, 7), (7, 8)):
+            given = {
+                "position_ids": positions[:, start:end],
+                "attention_mask": whole[None, None, start:end, :end].contiguous(),
+            }
+            steps.append(model(ids[:, start:end], **given, past_key_values=cache).logits)
+        assert closeness(torch.cat(steps, 1), want) < 1e-5
+    # Padding between what is cached and its continuation: only the cache knows where its keys stand.
+    cache, real = DynamicCache(config=model.config), torch.tensor([[1, 1, 1, 1, 0, 0, 1, 1]]).expand(2, -1)
+    model(ids[:, :4], past_key_values=cache)
+    got = model(
+        torch.cat([0 * ids[:, :2], ids[:, 4:6]], 1),
+        attention_mask=real,
+        position_ids=torch.tensor([[0, 0, 4, 5]]),
+        past_key_values=cache,
+    ).logits[:, 2:]
+    assert closeness(got, alone[0][:, 4:]) < 1e-5
 
 
 def test_every_row_is_under_contract() -> None:

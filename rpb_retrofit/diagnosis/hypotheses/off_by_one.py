@@ -26,6 +26,7 @@ def examine(exam: Exam) -> Finding:
             REMEDY,
         )
     for moved in ("shifted by one bucket", "shifted by minus one bucket"):
-        if (found := meant_otherwise(exam, moved)) is not None:
-            return confirmed(found, f"{REMEDY}; put the tables back by one bucket, or calibrate them again")
+        found = meant_otherwise(exam, moved, f"{REMEDY}; put the tables back by one bucket, or calibrate them again")
+        if found is not None:
+            return found
     return excluded("the bias that acts at each offset is that offset's own")

@@ -24,7 +24,7 @@ def examine(exam: Exam) -> Finding:
             f"the bias that acts is the table's at the negative of each offset in {some(reversed_)}",
             REMEDY,
         )
-    exchanged = meant_otherwise(exam, "before and after exchanged")
+    exchanged = meant_otherwise(exam, "before and after exchanged", REMEDY)
     if exchanged is not None:
-        return confirmed(exchanged, REMEDY)
+        return exchanged
     return excluded("the bias that acts follows the table from near to far, not its mirror image")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.fidelity import MADE_FOR
-from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
+from rpb_retrofit.diagnosis.finding import Finding, Kind, excluded, unknown
 from rpb_retrofit.diagnosis.judge import meant_otherwise
 
 CAUSE = "the tables were made for other buckets"
@@ -22,6 +22,6 @@ def examine(exam: Exam) -> Finding:
         return unknown("only the source's attention tells which distances its numbers are for; give --source")
     meanings = sorted({m for kl in exam.fidelity.meant.values() for m in kl if m.startswith(MADE_FOR)})
     for meaning in meanings:
-        if (found := meant_otherwise(exam, meaning)) is not None:
-            return confirmed(found, REMEDY)
+        if (found := meant_otherwise(exam, meaning, REMEDY)) is not None:
+            return found
     return excluded("under no other maximum distance are the tables nearer to the source's attention")

@@ -70,8 +70,8 @@ def examine(exam: Exam) -> Finding:
             "doubled",
             "made smaller by a third",
         ):
-            if (found := meant_otherwise(exam, meaning)) is not None:
-                return confirmed(found, REMEDY)
+            if (found := meant_otherwise(exam, meaning, REMEDY)) is not None:
+                return found
     if not ratios:
         return unknown("the bias acts unscaled; this family keeps its queries to itself, so their scale cannot be seen")
     return excluded(

@@ -1,0 +1,26 @@
+"""JSON from files that anybody may have written: an object, or an error in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rpb_retrofit.errors import CheckpointError
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """A JSON object. CheckpointError where the file cannot be read, or holds something else."""
+    if file.exists() and not file.is_file():
+        raise CheckpointError(f"'{file}' is no file")  # a named pipe would be waited for
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"'{file}' cannot be read: {error.strerror or error}") from error
+    except RecursionError as error:
+        raise CheckpointError(f"'{file}' is nested too deeply to be read as JSON") from error
+    except ValueError as error:
+        raise CheckpointError(f"'{file}' is not JSON: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"'{file}' is not a JSON object")
+    return content

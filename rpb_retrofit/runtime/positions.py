@@ -1,0 +1,301 @@
+"""The positions that a caller gives: the bias follows ``position_ids``, those of cached keys included.
+
+Without them a token's position is its index, and attention needs to know only how far the queries are ahead of the
+keys: that is the fast way. It stays where positions are the index less a constant of the row, as with left padding,
+and where they begin again behind a mask, as in packed documents. Elsewhere each pair's bias is looked up.
+
+A cache remembers the positions of its keys from the first pass on that was given any. What it remembers follows its
+rows when they are reordered, and its length is the cache's own. Slots behind the last one that it remembers go on
+counting, so generation, once it was looked at, leaves no trace at any further token.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache as memoised
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import EncoderDecoderCache
+
+from .errors import ConfigError
+from .tracing import traced
+from .visibility import is_runs
+
+POSITIONS = "rpb_positions"
+"""Keyword that carries `Positions` from a model to its attentions, and attribute of a cache: those of its keys."""
+
+CONSECUTIVE = "rpb_consecutive"
+"""Keyword of a generation step whose positions need no look, and attribute of a cache that such steps extend."""
+
+
+class Positions:
+    """The positions of one forward pass.
+
+    ``query`` (batch or 1, Q) int64; ``slots`` (batch or 1, n) int64: of all keys, the cached ones first, or of all
+    slots of a static cache; ``past``: the slots before the first query, a 0-dimensional tensor for a static cache.
+    """
+
+    def __init__(self, query: Tensor, slots: Tensor, past: int | Tensor) -> None:
+        self.query, self.slots, self.past = query, slots, past
+        self._seen: list[tuple[Tensor | None, int, int | None, bool]] = []
+
+    def pairs(self, keys: int, first_key: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The positions of the queries, and of the ``keys`` slots from ``first_key`` on (None: of the last ones)."""
+        first = self.slots.shape[1] - keys if first_key is None else first_key
+        return self.query.to(device), continued(self.slots, first + keys)[:, first:].to(device)
+
+    def are_indices(self, mask: Tensor | None, keys: int, first_key: int | None) -> bool:
+        """Whether each query's position is its index less the constant that each key it sees has too.
+
+        False also where it is not looked at: while a graph is traced, and for one query on a GPU, which would wait.
+        """
+        one = self.query.shape[1] == 1
+        if traced(self.query) or (one and self.query.device.type != "cpu"):
+            return False
+        for seen, seen_keys, seen_first, answer in self._seen:  # a model has one mask, or two, for all its layers
+            if seen is mask and (seen_keys, seen_first) == (keys, first_key):
+                return answer
+        answer = self._look(mask, keys, first_key)
+        self._seen.append((mask, keys, first_key, answer))
+        return answer
+
+    def _look(self, mask: Tensor | None, keys: int, first_key: int | None) -> bool:
+        device = self.query.device if mask is None else mask.device
+        query, key = self.pairs(keys, first_key, device)
+        first = self.slots.shape[1] - keys if first_key is None else first_key
+        of_query = torch.arange(query.shape[1], device=device) + self.past - query
+        of_key = torch.arange(keys, device=device) + first - key
+        if mask is None:
+            return bool((of_query == of_query[:, :1]).all() & (of_key == of_query[:, :1]).all())
+        if not is_runs(mask):
+            seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+            return not bool((seen & (of_query[:, None, :, None] != of_key[:, None, None, :])).any())
+        # A run has one constant if no change lies between its first key and its last.
+        changes = torch.nn.functional.pad((of_key.diff() != 0).cumsum(1), (1, 0))
+        rows = max(len(mask), len(key), len(query))
+        run = mask[:, 0].expand(rows, -1, -1).long()
+        first_seen, last_seen = run[..., 0].clamp(max=keys - 1), (run[..., 1] - 1).clamp(min=0)
+        changes, of_key = changes.expand(rows, -1), of_key.expand(rows, -1)
+        same = changes.gather(1, first_seen) == changes.gather(1, last_seen)
+        same &= of_key.gather(1, first_seen) == of_query
+        return bool((same | (run[..., 0] >= run[..., 1])).all())
+
+
+def continued(slots: Tensor | None, length: int) -> Tensor:
+    """The positions of ``length`` slots: those of ``slots`` (batch or 1, n), which go on counting; None: the indices.
+
+    A CPU tensor where there is nothing to continue.
+    """
+    if slots is None:
+        return torch.arange(length)[None]
+    if length <= slots.shape[1]:
+        return slots[:, :length]
+    more = torch.arange(1, length - slots.shape[1] + 1, device=slots.device)
+    return torch.cat([slots, slots[:, -1:] + more], 1)
+
+
+def extended(slots: Tensor | None, ids: Tensor, past: int | Tensor, length: int) -> Tensor:
+    """The positions of ``length`` slots, those from ``past`` on being ``ids`` (batch or 1, Q), which go on counting."""
+    before = continued(slots, length).to(ids.device)
+    behind = torch.arange(length, device=ids.device) - past
+    last = ids.shape[1] - 1
+    return torch.where(behind < 0, before, ids[:, behind.clamp(0, last)] + (behind - last).clamp(min=0))
+
+
+# --- hooks of the model that takes position_ids ------------------------------------------------------------------
+
+
+def takes_positions(model: Any) -> bool:
+    """Whether a model's forward has an argument ``position_ids``."""
+    return "position_ids" in parameters(type(model))
+
+
+def read_positions(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Forward pre-hook of a model with ``position_ids``: hand its attentions `Positions`, where they need any."""
+    if args:
+        kwargs = {**dict(zip(parameters(type(module)), args, strict=False)), **kwargs}
+    if CONSECUTIVE in kwargs:
+        return (), {name: value for name, value in kwargs.items() if name != CONSECUTIVE}
+    ids, cache = kwargs.get("position_ids"), self_attention(kwargs.get("past_key_values"))
+    tokens = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), None)
+    if tokens is None or (ids is None and not hasattr(cache, POSITIONS)):
+        return (), kwargs
+    batch, queries = tokens.shape[:2]
+    past = cache.get_seq_length() if isinstance(cache, Cache) else 0
+    if ids is None:
+        ids = (torch.arange(queries, device=tokens.device) + past)[None]
+    ids = _checked(ids, batch, queries)
+    # A static cache has slots to spare, and does not tell a graph how many it has filled.
+    length = cache.get_max_length() if isinstance(past, Tensor) else past + queries
+    slots = extended(_known(cache, batch, past), ids, past, length)
+    kwargs = {**kwargs, POSITIONS: Positions(ids, slots, past)}
+    if cache is not None:
+        remember(cache, slots)
+    return (), kwargs
+
+
+def tag_position_ids(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Forward pre-hook, after `read_positions`, of a model that hands its attentions nothing but ``position_ids``."""
+    if (positions := kwargs.get(POSITIONS)) is not None:
+        ids = positions.query.view(positions.query.shape)  # an object of our own
+        setattr(ids, POSITIONS, positions)
+        kwargs = {**kwargs, "position_ids": ids}
+    return args, kwargs
+
+
+def refuse_positions(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of models that take no ``position_ids``, and would let them go without a word."""
+    for name in ("position_ids", "decoder_position_ids"):
+        if kwargs.get(name) is not None:
+            raise ConfigError(
+                f"{name}: {type(module).__name__} takes no positions, so a token's position is its index: leave "
+                f"{name} out"
+            )
+
+
+def keep_positions(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """Forward hook of the same model: a cache that it made itself remembers the positions too."""
+    positions = kwargs.get(POSITIONS)
+    if positions is None or kwargs.get("past_key_values") is not None:
+        return
+    made = output if isinstance(output, tuple) else output.values()
+    for value in made:
+        if isinstance(value, Cache):
+            remember(self_attention(value), positions.slots)
+
+
+def _checked(ids: Any, batch: int, queries: int) -> Tensor:
+    if isinstance(ids, Tensor) and not ids.is_floating_point() and ids.dtype != torch.bool:
+        ids = ids[None] if ids.dim() == 1 else ids
+        if ids.dim() == 2 and ids.shape[1] == queries and ids.shape[0] in (1, batch):
+            return ids.long()
+    found = f"shape {tuple(ids.shape)} and {ids.dtype}" if isinstance(ids, Tensor) else f"type {type(ids).__name__}"
+    raise ConfigError(
+        f"position_ids of {found}: the relative position bias takes integers, one for each of the {queries} tokens, of "
+        f"shape ({batch}, {queries}) or (1, {queries})"
+    )
+
+
+@torch.compiler.assume_constant_result  # torch.compile runs it instead of tracing it
+def parameters(cls: Any) -> tuple[str, ...]:
+    """The names of a module class's forward arguments, in order."""
+    return _parameters(cls)
+
+
+@memoised
+def _parameters(cls: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(cls.forward).parameters)[1:]
+
+
+# --- what a cache remembers --------------------------------------------------------------------------------------
+
+
+def self_attention(cache: Any) -> Any:
+    """The cache of the self-attention, of an encoder-decoder's two."""
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+
+
+def remember(cache: Cache, slots: Tensor) -> None:
+    """Let a cache know the positions (batch or 1, n) of its slots."""
+    if not isinstance(cache, PositionedCache):
+        _enter(cache)
+    setattr(cache, POSITIONS, slots)
+    setattr(cache, CONSECUTIVE, False)
+
+
+def _known(cache: Any, batch: int, past: int | Tensor) -> Tensor | None:
+    """What a cache remembers of its ``past`` slots; None: nothing, they are the indices."""
+    slots = getattr(cache, POSITIONS, None)
+    if slots is None or (isinstance(past, int) and past == 0):
+        return None
+    if len(slots) in (1, batch):
+        return slots
+    if isinstance(past, Tensor) and int(past) == 0:  # it was reset
+        return None
+    raise ConfigError(
+        f"past_key_values knows the position_ids of {len(slots)} rows, and the batch has {batch}: change a cache's "
+        "rows by its own methods, batch_repeat_interleave, batch_select_indices and reorder_cache"
+    )
+
+
+@torch.compiler.disable  # a graph cannot change the class of an object
+def _enter(cache: Any) -> None:
+    source: Any = type(cache)
+    cache.__class__ = _positioned(source)
+
+
+class PositionedCache(Cache):
+    """Mixed into the class of a cache that remembers positions: what changes its rows changes theirs."""
+
+    source_class: type[Cache]
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        """As of `Cache`."""
+        super().reorder_cache(beam_idx)
+        self._follow(lambda slots: slots.index_select(0, beam_idx.to(slots.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """As of `Cache`."""
+        super().batch_repeat_interleave(repeats)
+        self._follow(lambda slots: slots.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """As of `Cache`."""
+        super().batch_select_indices(indices)
+        self._follow(lambda slots: slots[indices.to(slots.device)])
+
+    def _follow(self, change: Any) -> None:
+        slots = getattr(self, POSITIONS)
+        if len(slots) > 1:  # one row stands for all
+            setattr(self, POSITIONS, change(slots))
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _new_positioned, (type(self).source_class,), self.__dict__
+
+
+@memoised
+def _positioned(source: Any) -> Any:
+    return type(f"Positioned{source.__name__}", (PositionedCache, source), {"source_class": source})
+
+
+def _new_positioned(source: Any) -> Any:
+    cls = _positioned(source)
+    return cls.__new__(cls)
+
+
+# --- generation --------------------------------------------------------------------------------------------------
+
+
+def generation_step(inputs: dict[str, Any], padding: Any, first: bool) -> dict[str, Any]:
+    """The inputs of a step of `generate`, marked where its positions only go on counting from the ones before.
+
+    The first step finds that out, for all; ``padding`` is the mask (batch, slots) of all tokens, or None.
+    """
+    cache, ids = self_attention(inputs.get("past_key_values")), inputs.get("position_ids")
+    if ids is None or not isinstance(cache, Cache):
+        return inputs
+    if first:
+        _look_ahead(cache, ids, padding)
+    return {**inputs, CONSECUTIVE: True} if getattr(cache, CONSECUTIVE, False) else inputs
+
+
+def _look_ahead(cache: Cache, ids: Tensor, padding: Any) -> None:
+    setattr(cache, CONSECUTIVE, False)
+    if ids.dim() != 2 or (padding is not None and padding.dim() != 2):
+        return
+    past = int(cache.get_seq_length())
+    known = _known(cache, len(ids), past)
+    slots = extended(known, ids, past, past + ids.shape[1])
+    shift = torch.arange(slots.shape[1], device=slots.device) - slots
+    other = shift != shift[:, -1:]
+    if padding is not None:
+        other = other & (padding[:, : slots.shape[1]].to(slots.device) != 0)
+    several, shifted = torch.stack([other.any(), shift.any()]).tolist()
+    if several:
+        return
+    if shifted or hasattr(cache, POSITIONS):
+        remember(cache, slots)
+    setattr(cache, CONSECUTIVE, True)
