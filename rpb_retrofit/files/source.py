@@ -71,7 +71,7 @@ class Source:
         """Its safetensors files in order. CheckpointError where it has none."""
         assert self.settings  # a missing config.json, or an adapter, has its own message
         explicit = self.settings.get("transformers_weights")
-        if explicit and "rpb_retrofit" not in self.settings:  # where a retrofit has its lock
+        if explicit is not None and "rpb_retrofit" not in self.settings:  # a retrofit's is its lock
             raise CheckpointError(
                 f"'{self.name}': its config.json names the file of its weights (transformers_weights={explicit!r}): "
                 "name it model.safetensors, and leave that setting out"
