@@ -9,17 +9,20 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import PrefixTuningConfig, get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import rpb_retrofit as rpb
 from rpb_retrofit.errors import ConfigError
 from rpb_retrofit.runtime import buckets
 from rpb_retrofit.runtime.modeling import positioned
-from rpb_retrofit.runtime.positions import CONSECUTIVE, POSITIONS, Positions, extended
+from rpb_retrofit.runtime.positions import JUDGED, POSITIONS, Positions, extended
 from tests.families.cases import CASES, Case
 from tests.families.reference import float64_copy, with_bias
 from tests.families.test_contract import MAX_DISTANCE, build, closeness, retrofitted, tokens
@@ -235,7 +238,7 @@ def test_generation_needs_no_look_at_each_token(llama: PreTrainedModel, monkeypa
     )
     assert not looks and set(ways(llama)) == {"row"}
     cache = out.past_key_values
-    assert getattr(cache, CONSECUTIVE) and getattr(cache, POSITIONS)[:, -1].tolist() == [7, 4]
+    assert getattr(cache, JUDGED) and getattr(cache, POSITIONS)[:, -1].tolist() == [7, 4]
     # By hand, and not where generation would have gone on: both rows repeat their first tokens' positions.
     mask = torch.cat([mask, torch.ones(2, 7, dtype=torch.long)], 1)
     text = torch.cat([out.sequences, tokens(2, 2, seed=9)], 1)
@@ -243,7 +246,7 @@ def test_generation_needs_no_look_at_each_token(llama: PreTrainedModel, monkeypa
     positions = torch.cat([before, torch.tensor([[0, 1, 2], [3, 4, 5]])], 1)
     want = llama(text, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, -3:]
     got = llama(text[:, 12:], attention_mask=mask, position_ids=positions[:, 12:], past_key_values=cache).logits
-    assert looks and not getattr(cache, CONSECUTIVE)
+    assert looks and not getattr(cache, JUDGED)
     assert closeness(got, want) < 1e-5
 
 
@@ -264,6 +267,90 @@ def test_generation_from_irregular_positions(llama: PreTrainedModel) -> None:
     assert torch.equal(out, text)
 
 
+@families("llama", "gpt2", "falcon-rope")
+@torch.no_grad()
+def test_generation_from_vectors(case: Case) -> None:
+    """Transformers reads in the signature whether a class can begin with vectors in the place of tokens."""
+    model, ids = retrofitted(case), tokens(2, 8)
+    settings: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    vectors = model.get_input_embeddings()(ids)
+    assert torch.equal(model.generate(inputs_embeds=vectors, **settings), model.generate(ids, **settings)[:, 8:])
+
+
+@families("llama", "gpt2")
+@torch.no_grad()
+def test_prefix_tuning_of_a_padded_batch(case: Case) -> None:
+    """PEFT puts a filled cache under a generation that began without one, and shifts its positions."""
+    model = retrofitted(case)
+    peft = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    for parameter in peft.prompt_encoder.parameters():
+        nn.init.normal_(parameter)
+    ids = tokens(2, 7)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    settings: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    both = peft.generate(input_ids=ids, attention_mask=mask, **settings)
+    alone = peft.generate(input_ids=ids[1:, 3:], attention_mask=mask[1:, 3:], **settings)
+    assert torch.equal(both[1:, 7:], alone[:, 4:])
+
+
+@torch.no_grad()
+def test_a_loop_of_ones_own_over_a_cache_of_generate(llama: PreTrainedModel) -> None:
+    """What a generation knew of its ids is over with it."""
+    ids = tokens(1, 8)
+    out = llama.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=None, return_dict_in_generate=True)
+    text, cache = torch.cat([out.sequences, tokens(1, 1, seed=5)], 1), out.past_key_values
+    assert cache.get_seq_length() == 10
+    given = {"position_ids": torch.tensor([[3, 4]]), "attention_mask": torch.ones(1, 12, dtype=torch.long)}
+    inputs = llama.prepare_inputs_for_generation(text, next_sequence_length=2, past_key_values=cache, **given)
+    positions = torch.cat([torch.arange(10), torch.tensor([3, 4])])[None]
+    want = llama(text, position_ids=positions, attention_mask=torch.ones_like(text), use_cache=False).logits[:, -2:]
+    assert closeness(llama(**inputs).logits, want) < 1e-5
+
+
+# --- heads and copies --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
+def test_a_head_that_drops_positions_refuses_them(head: str) -> None:
+    """Falcon's heads swallow position_ids, though the model within takes them."""
+    case = BY_NAME["falcon-rope"]
+    model = getattr(transformers, f"FalconFor{head}")(build(case).config).eval()
+    rpb.retrofit(model, rpb.RetrofitConfig(init="zeros"))
+    with pytest.raises(ConfigError, match=f"position_ids: RpbFalconFor{head} takes no positions"):
+        model(tokens(1, 5), position_ids=torch.arange(5)[None])
+
+
+@families("falcon", "falcon-rope", "llama")
+@torch.no_grad()
+def test_positions_survive_copies_between_layers(case: Case) -> None:
+    """As where layers are on several devices, and arguments move with them."""
+    model, ids = retrofitted(case), tokens(2, 12)
+    given = {"attention_mask": torch.ones_like(ids), "position_ids": RESTARTED}
+    want = model(ids, **given, use_cache=False).logits
+
+    def copied(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {k: v.clone() if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.register_forward_pre_hook(copied, with_kwargs=True)
+    assert closeness(model(ids, **given, use_cache=False).logits, want) < 1e-5
+    assert closeness(by_steps(model, ids, RESTARTED, None, [5, 6, 9, 12]), want) < 1e-5
+
+
+@torch.no_grad()
+def test_several_rows_a_sample() -> None:
+    """GPT-2's double heads take (batch, choices, tokens), and positions of the same rows."""
+    model = transformers.GPT2DoubleHeadsModel(build(BY_NAME["gpt2"]).config).eval()
+    rpb.retrofit(model, rpb.RetrofitConfig(init="normal"))
+    ids = tokens(2, 12)
+    want = model(ids[:, None], use_cache=False).logits[:, 0]
+    restarted = model(ids[None], position_ids=RESTARTED, use_cache=False).logits[0]
+    assert closeness(model(ids[None], position_ids=torch.arange(12)[None], use_cache=False).logits[0], want) < 1e-5
+    assert closeness(restarted, want) > 1e-3
+
+
 # --- graphs ------------------------------------------------------------------------------------------------------
 
 
@@ -282,6 +369,26 @@ def test_compiled_decoding_with_positions(case: Case) -> None:
         mask[:, : at + 1] = 1
         given = {"attention_mask": mask, "position_ids": RESTARTED[:, at : at + 1], "past_key_values": cache}
         assert closeness(step(ids[:, at : at + 1], **given).logits[:, 0], want[:, at]) < 1e-5
+
+
+@families("llama", "gpt2", "mistral")
+@torch.no_grad()
+def test_graphs_of_caches_without_positions(case: Case) -> None:
+    """A cache that was filled without position_ids, and one that the model makes: one graph, as of the source."""
+    torch._dynamo.reset()
+    model, ids = retrofitted(case), tokens(2, 12)
+    want = model(ids, attention_mask=torch.ones_like(ids), position_ids=RESTARTED, use_cache=False).logits
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    given = {"attention_mask": torch.ones_like(ids), "position_ids": RESTARTED}
+    assert closeness(compiled(ids, **given).logits, want) < 1e-5
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    model(ids[:, :8], past_key_values=cache)
+    at = torch.tensor([[3], [5]])
+    positions = torch.cat([torch.arange(8)[None].expand(2, -1), at], 1)
+    want = model(ids[:, :9], attention_mask=torch.ones(2, 9), position_ids=positions, use_cache=False).logits[:, 8:]
+    mask = (torch.arange(16) < 9).long()[None].expand(2, -1)
+    got = compiled(ids[:, 8:9], attention_mask=mask, position_ids=at, past_key_values=cache).logits
+    assert closeness(got, want) < 1e-5
 
 
 def call_of(case: Case, model: PreTrainedModel) -> nn.Module:
