@@ -172,3 +172,12 @@ def test_one_version() -> None:
     from rpb_retrofit.runtime.version import __version__
 
     assert rpb.__version__ == __version__
+
+
+@pytest.mark.parametrize("architectures", [{"RpbLlamaForCausalLM": 0}, 5, "RpbLlamaForCausalLM", [5], [], None])
+def test_architectures_that_are_no_list_of_names(tmp_path: Path, architectures: Any) -> None:
+    retrofitted(BY_NAME["llama"]).save_pretrained(tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    (tmp_path / "out" / "config.json").write_text(json.dumps({**config, "architectures": architectures}))
+    with pytest.raises(RetrofitError, match="architecture 'none' is not a class of Transformers"):
+        rpb.load(tmp_path / "out")

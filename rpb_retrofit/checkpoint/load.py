@@ -17,6 +17,7 @@ from rpb_retrofit.checkpoint.gguf import load_gguf
 from rpb_retrofit.errors import CheckpointError, DataError, NotRetrofittedError, RetrofitError, UnsupportedModelError
 from rpb_retrofit.files.headers import check_headers
 from rpb_retrofit.files.source import INDEX, Source, expanded, find, is_folder, model_class, one_line, read_index
+from rpb_retrofit.runtime.loading import architectures
 from rpb_retrofit.runtime.modeling import retrofit_class
 
 
@@ -65,7 +66,7 @@ _MODEL_ARGUMENTS = ("dtype", "torch_dtype", "attn_implementation", "experts_impl
 
 def _source_class(path: str | os.PathLike[str], config: Any, auto_class: Any | None) -> type[PreTrainedModel]:
     if auto_class is None:
-        name = (config.architectures or ["none"])[0].removeprefix("Rpb")
+        name = next(iter(architectures(config)), "none").removeprefix("Rpb")
         if (source := getattr(transformers, name, None)) is None:
             raise UnsupportedModelError(f"'{path}': architecture '{name}' is not a class of Transformers")
         return source

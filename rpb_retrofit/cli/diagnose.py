@@ -62,6 +62,7 @@ def command(
     from rpb_retrofit.diagnosis.report import write_report
     from rpb_retrofit.diagnosis.run import diagnose
     from rpb_retrofit.evaluation.journal import Journal
+    from rpb_retrofit.evaluation.nll import check_ids
     from rpb_retrofit.files.folder import check_absent, whole_folder
     from rpb_retrofit.text import bos_policy, read_text, tokenise
 
@@ -94,6 +95,9 @@ def command(
     roles = {"source": named, "untrained": untrained, "control": control}
     arms_by_name = {"retrofit": retrofit, **{role: name for role, name in roles.items() if name is not None}}
     arms, tokenizer = open_arms(arms_by_name, text.documents[0])
+    documents = tokenise(tokenizer, text.documents)
+    for _, model in arms:
+        check_ids(model, documents)
     plan = Plan(tuple(wanted), scored, undone, items, rounds, seed)
     journal = Journal()
     if only is None:
@@ -102,7 +106,7 @@ def command(
     with journal:
         exam = Exam(
             arms,
-            tokenise(tokenizer, text.documents),
+            documents,
             bos_policy(tokenizer, bos),
             plan,
             tokenizer,

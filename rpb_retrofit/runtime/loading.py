@@ -60,8 +60,14 @@ def stored_names(path: Any, arguments: Mapping[str, Any]) -> list[str]:
     return [] if index is None else list(json.loads(Path(index).read_text())["weight_map"])
 
 
+def architectures(config: Any) -> list[str]:
+    """The classes that a config names; none where it holds something else in their place."""
+    found = config.architectures
+    return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
+
+
 def _is_saved_class(model: Any) -> bool:
-    return type(model).__name__ in (model.config.architectures or ())
+    return type(model).__name__ in architectures(model.config)
 
 
 def _lost(model: Any, missing: Iterable[str], build: Callable[[Any], Any]) -> list[str]:
@@ -69,7 +75,7 @@ def _lost(model: Any, missing: Iterable[str], build: Callable[[Any], Any]) -> li
     missing = sorted(missing)
     if not missing or _is_saved_class(model):
         return missing
-    saved = next(iter(model.config.architectures or ()), "")
+    saved = next(iter(architectures(model.config)), "")
     if (source := getattr(transformers, saved.removeprefix("Rpb"), None)) is None:
         return []
     with torch.device("meta"):
