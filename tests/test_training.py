@@ -509,7 +509,9 @@ DAMAGE: list[tuple[Callable[[Path], None], str, int, str]] = [
 """What is done to which files; how many of the forty steps are then left; and what is said."""
 
 
-@pytest.mark.parametrize(("damage", "files", "left", "said"), DAMAGE, ids=lambda value: str(value).split("/")[-1])
+@pytest.mark.parametrize(
+    ("damage", "files", "left", "said"), DAMAGE, ids=lambda value: getattr(value, "__name__", str(value).split("/")[-1])
+)
 def test_going_on_from_what_is_damaged(
     damage: Callable[[Path], None],
     files: str,
