@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data import topics
 from typing import Any
+from zipfile import BadZipFile
 
 import datasets
 import torch
@@ -82,7 +83,7 @@ def read_rows(file: str, option: str, column: str = _COLUMN, streaming: bool = F
         names = rows.column_names or list(next(iter(rows)))
     except StopIteration as error:
         raise DataError(f"{option} '{file}' holds no text") from error
-    except (DatasetGenerationError, ValueError, OSError) as error:
+    except (DatasetGenerationError, ValueError, OSError, BadZipFile) as error:  # it opens archives by their first bytes
         cause = error.__cause__ or error
         if isinstance(cause, UnicodeDecodeError):
             raise DataError(f"{option} '{file}' is not UTF-8: {cause.reason} at byte {cause.start}") from error

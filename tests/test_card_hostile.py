@@ -21,7 +21,16 @@ from tests.test_checkpoint import rpb_command
 EVIL = "x`\n\n# Forged\n\n<script>\x1b[31m | [a](http://b) ```\n---\n| **bold**"
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
-    "rpb_retrofit": {"source": "somewhere", "mechanism": "rope", "version": "1", "init": "zeros", "tail": "flat"},
+    "rpb_retrofit": {
+        "source": "somewhere",
+        "mechanism": "rope",
+        "version": "0.1.0",
+        "init": "zeros",
+        "tail": "flat",
+        "shared": False,
+        "relative_attention_num_buckets": 32,
+        "relative_attention_max_distance": 128,
+    },
 }
 STAGE: dict[str, Any] = {
     "train": "all",
@@ -68,10 +77,10 @@ def write(folder: Path, **files: Any) -> Path:
 
 
 def test_text_from_files_does_nothing_in_a_card(tmp_path: Path) -> None:
-    settings = {**CONFIG["rpb_retrofit"], "source": EVIL, "mechanism": EVIL, "kept_frequencies": {EVIL: EVIL}}
+    settings = {**CONFIG["rpb_retrofit"], "source": EVIL, "mechanism": EVIL, "kept_frequencies": {EVIL: 1}}
     folder = write(
         tmp_path / "m",
-        config={**CONFIG, "rpb_retrofit": {**settings, "relative_attention_num_buckets": EVIL}},
+        config={**CONFIG, "rpb_retrofit": settings},
         training=TRAINING,
         evaluation=EVALUATION,
         source=f"---\nlicense: {json.dumps(EVIL)}\n---\n",
@@ -135,7 +144,7 @@ def test_harmless_text_stays_as_it_is(text: str) -> None:
         ({"training": {**TRAINING, "stages": []}}, "is not what `rpb finetune` writes"),
         ({"config": '{"a":' * 100_000}, "config.json is not JSON"),
         ({"config": '{"a": ' + "9" * 5000 + "}"}, "config.json is not JSON"),
-        ({"config": {"rpb_retrofit": {"source": "x", "kept_frequencies": 3}}}, "kept_frequencies=3"),
+        ({"config": {"rpb_retrofit": {**CONFIG["rpb_retrofit"], "kept_frequencies": 3}}}, "kept_frequencies=3"),
         ({"evaluation": {**EVALUATION, "lengths": [{"length": 3, "tokens": 3}]}}, "evaluate --json` writes"),
         ({"evaluation": {**EVALUATION, "lengths": [3]}}, "is not what `rpb evaluate --json` writes"),
         ({"evaluation": {**EVALUATION, "lengths": [{"length": 3, "nll": "low", "tokens": 3}]}}, "evaluate --json"),

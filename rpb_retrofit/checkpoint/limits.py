@@ -36,29 +36,24 @@ def lift_limits(folder: Path, mechanism: str, source: Path | None = None) -> lis
             if (before := content.get(key)) is not None:
                 notes.append(f"{key}={before} of {file.name} lifted: no table of positions ends texts any more")
     if source is not None:
-        notes += _use_module(folder, source)
+        _use_module(folder, source)
     return notes
 
 
-def _use_module(folder: Path, source: Path) -> list[str]:
+def _use_module(folder: Path, source: Path) -> None:
     """Have Sentence Transformers open the model by the module that travels with it."""
     modules = _read(folder / MODULES)
     if not isinstance(modules, list):
-        return []
-    notes, changed = [], False
+        return
+    changed = False
     for module in modules:
         kind = module.get("type") if isinstance(module, dict) else None
-        if not isinstance(kind, str):
-            continue
-        if not kind.startswith("sentence_transformers."):
-            notes.append(f"{MODULES} names code of the source's, '{kind}', which does not travel: write it anew")
-        elif kind.endswith(".Transformer") and not module.get("path"):
+        if isinstance(kind, str) and kind.endswith(".Transformer") and not module.get("path"):
             module["type"], changed = f"{Path(CODE).stem}.Transformer", True
             shutil.copyfile(Path(__file__).parent / CODE, folder / CODE)
     if changed:
         _write(folder / MODULES, modules)
     copy_sentence_files(source, folder)  # the weights of a layer behind the model, say
-    return notes
 
 
 def copy_sentence_files(source: Path, folder: Path) -> None:

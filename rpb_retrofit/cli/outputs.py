@@ -13,6 +13,7 @@ from typing import Any
 from rpb_retrofit.errors import ConfigError
 from rpb_retrofit.files.printable import one_line, printable
 from rpb_retrofit.files.strict_json import json_text
+from rpb_retrofit.files.temporary import REMEDY
 from rpb_retrofit.files.whole_file import write_whole
 
 PICTURES = (".png", ".pdf", ".svg")
@@ -94,10 +95,8 @@ def check_scratch() -> None:
         with tempfile.TemporaryFile(dir=place or tempfile.gettempdir()) as file:
             file.write(b"\0" * 1024)
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"TMPDIR '{place or 'not set'}': temporary files cannot be written: "
-            f"{getattr(error, 'strerror', None) or error}; set it to a folder with space"
-        ) from error
+        where, why = f" to '{place}'" if place else "", getattr(error, "strerror", None) or error
+        raise ConfigError(f"no temporary files can be written{where} ({why}): {REMEDY}") from error
 
 
 def say(line: str) -> None:

@@ -69,7 +69,10 @@ def write_report(result: Mapping[str, Any], command: str, file: Path) -> None:
         kinds=KINDS,
         symbols=SYMBOLS,
         causes=[hypotheses[name] for name in result["causes"]],
-        failed=result["failed"],
+        failed={
+            **{h["name"]: h["finding"]["because"] for h in result["hypotheses"] if h["finding"]["failed"]},
+            **result.get("failed", {}),
+        },
         hypotheses=hypotheses,
         untold=[
             h for h in result["hypotheses"] if h["finding"]["verdict"] == "can't tell" and not h["finding"]["failed"]

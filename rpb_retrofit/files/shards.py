@@ -36,7 +36,7 @@ def read_header(path: Path) -> dict[str, Any]:
                 raise ValueError("its header does not fit the file")
             header = json.loads(file.read(length))
             end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"'{path}' is not a safetensors file ({error}): fetch it again") from error
     if path.stat().st_size < 8 + length + end:
         raise CheckpointError(f"'{path}' is shorter than its header says: fetch it again")

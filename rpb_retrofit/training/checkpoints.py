@@ -53,6 +53,14 @@ def sealed(folder: Path, name: str, checked: bool = True) -> dict[str, Any]:
     return content["meta"]
 
 
+def _is_sealed(folder: Path) -> bool:
+    try:
+        sealed(folder, META, checked=False)
+    except DamagedError:
+        return False
+    return True
+
+
 def _checksum(content: dict[str, Any]) -> str:
     return digest_of([json.dumps(content, sort_keys=True).encode()])
 
@@ -85,7 +93,8 @@ class Checkpoints:
             remove_entry(target)
         part.rename(target)
         _flush_folder(self.folder)
-        for old in self._all()[: -self.keep]:
+        whole = [folder for folder in self._all() if _is_sealed(folder)]  # what is damaged replaces none of them
+        for old in whole[: -self.keep]:
             remove_entry(old)
 
     def discard(self, step: int) -> None:
