@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data import topics
 from typing import Any
-from zipfile import BadZipFile
 
 import datasets
 import torch
 from datasets import load_dataset
-from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
 
 from rpb_retrofit.errors import DataError
@@ -83,11 +81,12 @@ def read_rows(file: str, option: str, column: str = _COLUMN, streaming: bool = F
         names = rows.column_names or list(next(iter(rows)))
     except StopIteration as error:
         raise DataError(f"{option} '{file}' holds no text") from error
-    except (DatasetGenerationError, ValueError, OSError, BadZipFile) as error:  # it opens archives by their first bytes
+    except Exception as error:  # it opens archives by their first bytes, each with errors of its own
         cause = error.__cause__ or error
         if isinstance(cause, UnicodeDecodeError):
             raise DataError(f"{option} '{file}' is not UTF-8: {cause.reason} at byte {cause.start}") from error
-        raise DataError(f"{option} '{file}' cannot be read as {kind}: {str(cause).splitlines()[0]}") from error
+        said = (str(cause).splitlines() or [type(cause).__name__])[0]
+        raise DataError(f"{option} '{file}' cannot be read as {kind}: {said}") from error
     if column not in names:
         raise DataError(f"{option} '{file}' has no column '{column}', only {', '.join(names) or 'none'}")
     return rows if streaming else rows[column]

@@ -90,7 +90,9 @@ def _failed(error: Exception) -> int:
     from rpb_retrofit.errors import InterruptedRunError, RetrofitError
 
     if isinstance(error, typer.Abort):
-        return _interrupted()
+        if not isinstance(error.__cause__, EOFError):
+            return _interrupted()
+        error = error.__cause__  # click takes a file that ends early for Ctrl-D
     if isinstance(error, BrokenPipeError):
         return _unread(error)
     if os.environ.get(TRACEBACK, "0") not in ("", "0"):
