@@ -33,7 +33,7 @@ CONSECUTIVE = "rpb_consecutive"
 """Attribute of a cache: the very ``position_ids`` of a generation step that only go on counting from its last key."""
 
 JUDGED = "rpb_judged"
-"""Attribute of a cache: the `generation` in which all steps do that."""
+"""Attribute of a cache: the call of `generate` all of whose steps do that."""
 
 _generation: ContextVar[object | None] = ContextVar("rpb_generation", default=None)
 
@@ -262,12 +262,6 @@ def _known(cache: Any, batch: int, past: int | Tensor) -> Tensor | None:
         f"past_key_values knows the position_ids of {len(slots)} rows, and the batch has {batch}: change a cache's "
         "rows by its own methods, batch_repeat_interleave, batch_select_indices and reorder_cache"
     )
-
-
-@torch.compiler.disable  # a graph cannot change the class of an object
-def _enter(cache: Any) -> None:
-    source: Any = type(cache)
-    cache.__class__ = _positioned(source)
 
 
 class PositionedCache(Cache):
