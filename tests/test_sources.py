@@ -271,6 +271,24 @@ def test_a_source_with_what_is_no_number(value: float, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("link", [False, True])
+def test_weights_that_are_not_loaded_are_looked_at(dtype: torch.dtype, link: bool, tmp_path: Path) -> None:
+    """Without text nothing is loaded, and a number that is none would travel; what the model has no use for may."""
+    model = build(BY_NAME["llama"]).to(dtype)
+    model.save_pretrained(write_source(tmp_path / "source"))
+    file, config = tmp_path / "source" / "model.safetensors", rpb.RetrofitConfig(init="zeros")
+    tensors = load_file(file)
+    save_file({**tensors, "spare": torch.full((3,), torch.nan, dtype=dtype)}, file, metadata={"format": "pt"})
+    retrofit_checkpoint(str(tmp_path / "source"), tmp_path / "out", config, link=link)
+    tensors[UP][1, 2] = -torch.inf
+    file.unlink()
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"1 of its weights hold NaN or infinity \(model.layers.0.mlp.up_proj"):
+        retrofit_checkpoint(str(tmp_path / "source"), tmp_path / "again", config, link=link)
+    assert not (tmp_path / "again").exists()
+
+
 def test_scores_that_overflow_are_not_fitted() -> None:
     """Weights that are numbers, and attention that is none."""
     model = build(BY_NAME["llama"])

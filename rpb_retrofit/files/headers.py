@@ -6,11 +6,11 @@ Transformers itself is asked, by letting it load tensors without content: it kno
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rpb_retrofit.errors import CheckpointError, RetrofitError
-from rpb_retrofit.files.shards import read_header
+from rpb_retrofit.files.shards import not_finite, read_header
 from rpb_retrofit.files.source import Source, model_class, one_line
 
 if TYPE_CHECKING:
@@ -39,6 +39,16 @@ def check_headers(source: Source, config: Any) -> list[str]:
     if any(dtype not in _FLOATS for dtype in dtypes.values()):
         _check_dtypes(source, config, empty, dtypes)
     return sorted(info["unexpected_keys"])
+
+
+def check_stored(source: Source, unused: Sequence[str]) -> None:
+    """CheckpointError names the weights that hold NaN or infinity, but for those that the model has no use for."""
+    wrong = [name for shard in source.shards for name in not_finite(shard) if name not in unused]
+    if wrong:
+        raise CheckpointError(
+            f"'{source.name}': {len(wrong)} of its weights hold NaN or infinity ({wrong[0]}"
+            f"{', ...' * (len(wrong) > 1)}): a damaged checkpoint, fetch it again"
+        )
 
 
 def _check_report(source: Source, info: Mapping[str, Any]) -> None:

@@ -10,10 +10,11 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy
 from safetensors import SafetensorError, safe_open
 
 from rpb_retrofit.errors import CheckpointError
@@ -45,6 +46,35 @@ def read_header(path: Path) -> dict[str, Any]:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"'{path}' is not a safetensors file ({error}): fetch it again") from error
     return header
+
+
+_EXPONENTS = {
+    "F64": (numpy.uint64, 0x7FF0 << 48),
+    "F32": (numpy.uint32, 0x7F80 << 16),
+    "F16": (numpy.uint16, 0x7C00),
+    "BF16": (numpy.uint16, 0x7F80),
+}
+"""The bits that are all set in NaN and infinity, by dtype, and the integers of that size."""
+
+_PIECE = 4 << 20
+
+
+def not_finite(path: Path) -> Iterator[str]:
+    """The tensors in a file that hold NaN or infinity, told from its bytes, of which few are in memory at a time."""
+    header = read_header(path)
+    with path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        for name, entry in header.items():
+            if name == "__metadata__" or entry["dtype"] not in _EXPONENTS:
+                continue
+            kind, mask = _EXPONENTS[entry["dtype"]]
+            first, last = entry["data_offsets"]
+            file.seek(start + first)
+            for at in range(first, last, _PIECE):
+                bits = numpy.frombuffer(file.read(min(_PIECE, last - at)), kind)
+                if bool(((bits & kind(mask)) == kind(mask)).any()):
+                    yield name
+                    break
 
 
 def tensor_names(path: Path) -> list[str]:
