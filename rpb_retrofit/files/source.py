@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from rpb_retrofit.files.contents import (
     names_foreign_modules,
     stays_behind,
 )
+from rpb_retrofit.files.json_file import read_object
 from rpb_retrofit.runtime.errors import ADAPTER, beside_adapter
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Source:
         if not _exists(file):
             raise CheckpointError(f"'{self.name}' has no config.json: not a Transformers checkpoint")
         assert self.files is not None  # what must not be opened has its own message
-        settings = _read_json(file)
+        settings = read_object(file)
         _check_numbers(settings, self.name)
         return settings
 
@@ -84,7 +84,7 @@ class Source:
         if (single := self.folder / "model.safetensors").exists():
             return [single]
         if (index := self.folder / INDEX).exists():
-            return self._indexed(_read_json(index).get("weight_map"))
+            return self._indexed(read_object(index).get("weight_map"))
         if pickles := [file.name for file in self.files if _may_be_pickled_weights(file)]:
             raise CheckpointError(
                 f"'{self.name}' holds its weights as pickle only ({pickles[0]}), which can run code when read: convert "
@@ -169,7 +169,7 @@ def find(name: str) -> Source:
 
 def read_index(file: Path, name: str) -> list[str]:
     """The files that an index names, for a checkpoint called ``name`` in messages; CheckpointError as of its shards."""
-    return files_of_index(_read_json(file).get("weight_map"), name)
+    return files_of_index(read_object(file).get("weight_map"), name)
 
 
 def files_of_index(weight_map: Any, name: str) -> list[str]:
@@ -255,20 +255,6 @@ def _check_numbers(settings: Mapping[str, Any], name: str) -> None:
                 raise CheckpointError(
                     f"'{name}': its config.json has {key}={value!r}: a whole number from 1 to {most} is needed"
                 )
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"'{file}' cannot be read: {error.strerror}") from error
-    except RecursionError as error:
-        raise CheckpointError(f"'{file}' is nested too deeply to be read") from error
-    except ValueError as error:
-        raise CheckpointError(f"'{file}' is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"'{file}' is not a JSON object")
-    return content
 
 
 def one_line(error: BaseException) -> str:

@@ -91,13 +91,8 @@ class Positions:
         return bool((same | (run[..., 0] >= run[..., 1])).all())
 
 
-def continued(slots: Tensor | None, length: int) -> Tensor:
-    """The positions of ``length`` slots: those of ``slots`` (batch or 1, n), which go on counting; None: the indices.
-
-    A CPU tensor where there is nothing to continue.
-    """
-    if slots is None:
-        return torch.arange(length)[None]
+def continued(slots: Tensor, length: int) -> Tensor:
+    """The positions of ``length`` slots: those of ``slots`` (batch or 1, n), which go on counting."""
     if length <= slots.shape[1]:
         return slots[:, :length]
     more = torch.arange(1, length - slots.shape[1] + 1, device=slots.device)
@@ -105,9 +100,11 @@ def continued(slots: Tensor | None, length: int) -> Tensor:
 
 
 def extended(slots: Tensor | None, ids: Tensor, past: int | Tensor, length: int) -> Tensor:
-    """The positions of ``length`` slots, those from ``past`` on being ``ids`` (batch or 1, Q), which go on counting."""
-    before = continued(slots, length).to(ids.device)
-    behind = torch.arange(length, device=ids.device) - past
+    """The positions of ``length`` slots: before ``past`` those of ``slots`` (None: the indices), from there on ``ids``
+    (batch or 1, Q), both of which go on counting."""
+    index = torch.arange(length, device=ids.device)
+    before = index if slots is None else continued(slots, length).to(ids.device)
+    behind = index - past
     last = ids.shape[1] - 1
     return torch.where(behind < 0, before, ids[:, behind.clamp(0, last)] + (behind - last).clamp(min=0))
 
