@@ -11,7 +11,7 @@ from rpb_retrofit.errors import CheckpointError
 
 def read_object(file: Path) -> dict[str, Any]:
     """A JSON object. CheckpointError where the file cannot be read, or holds something else."""
-    if file.exists() and not file.is_file():
+    if file.exists() and not file.is_file() and not file.is_dir():  # of a folder, the system says so itself
         raise CheckpointError(f"'{file}' is no file")  # a named pipe would be waited for
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
