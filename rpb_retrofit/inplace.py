@@ -23,6 +23,7 @@ from rpb_retrofit.runtime.modeling import UNSAVED, attach, attention_modules, de
 from rpb_retrofit.settings import auto_map, describe
 from rpb_retrofit.tables import CALIBRATED, CONTENT, FROM, INITIALISATIONS
 from rpb_retrofit.tables.calibrate import Calibration, check_windows
+from rpb_retrofit.tables.checksums import record
 from rpb_retrofit.tables.choose import TRIED_FIRST, Candidate
 from rpb_retrofit.tables.folding import fold
 from rpb_retrofit.tables.polish import Polish
@@ -143,6 +144,7 @@ def retrofit(
             _unfold(model, snapshot)
             revert(model)
             raise
+    record(model)
     _rename(model)
     said = [*([str(choice)] if choice else []), *notes]
     if config.calibrate == CONTENT:

@@ -10,8 +10,14 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
-CLOSE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.bfloat16: 0.06, torch.float16: 0.02}
-"""Largest difference of logits, relative to the largest logit, that rounding explains, by dtype."""
+MOST = {torch.float32: 1e-3, torch.float64: 1e-6, torch.bfloat16: 0.1, torch.float16: 0.05}
+"""Difference of logits, relative to the largest one, that no rounding explains, by dtype: a bound for a noise that is
+measured on a model which a fault may have spoiled."""
+
+LEAST, TIMES = 0.1, 10.0
+"""What rounding explains is so many times the measured noise, since other shapes add up in other orders: the ways of
+healthy models differ by up to 4 times it (model_cards/diagnosis.md); and no less than this share of `MOST`, since the
+noise of one batch may happen to be zero."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +32,31 @@ class Way:
     broken: int = 0
 
 
-@torch.no_grad()
-def consistency(model: Any, ids: Tensor, long: Tensor) -> dict[str, Way]:
+@dataclass(frozen=True)
+class Ways:
+    """The ways by name. ``noise``: by how much logits differ where only the number of equal rows does, which is
+    rounding; ``allowed``: the difference that it explains."""
+
+    by_name: dict[str, Way]
+    noise: float
+    allowed: float
+
+    @property
+    def broken(self) -> dict[str, int]:
+        """How many logits are no numbers, by the way; only those where some are."""
+        return {name: way.broken for name, way in self.by_name.items() if way.broken}
+
+
+def consistency(model: Any, ids: Tensor, long: Tensor, dtype: torch.dtype) -> Ways:
     """How a causal model's logits of the text ``ids`` (n,), and of parts of it, depend on the way it is fed; and those
-    of the last tokens of a ``long`` one (m,) on whether what is before them is cached."""
+    of the last tokens of a ``long`` one (m,) on whether what is before them is cached. It computes in ``dtype``."""
+    found = _ways(model, ids, long)
+    noise, most = found.pop("noise").difference, MOST.get(dtype, MOST[torch.float32])
+    return Ways(found, noise, min(most, max(LEAST * most, TIMES * noise)))
+
+
+@torch.no_grad()
+def _ways(model: Any, ids: Tensor, long: Tensor) -> dict[str, Way]:
     ids = ids.to(model.device)[None]
     half, length = ids.shape[1] // 2, ids.shape[1]
     first, second = ids[:, :half], ids[:, half:]
@@ -63,6 +90,10 @@ def consistency(model: Any, ids: Tensor, long: Tensor) -> dict[str, Way]:
     mask = torch.ones_like(pair)
     mask[0, : pad.shape[1]] = 0
     ways: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
+        "noise": (
+            lambda: torch.cat([row.float() for row in model(input_ids=ids.repeat(2, 1), use_cache=False).logits]),
+            lambda: logits(ids).repeat(2, 1),
+        ),
         "dynamic cache": (lambda: cached(DynamicCache(config=model.config), steps), lambda: logits(ids)),
         "static cache": (
             lambda: cached(StaticCache(config=model.config, max_cache_len=length + 16), steps),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -13,14 +13,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rpb_retrofit.diagnosis.arms import RETROFIT, SOURCE, Arms
-from rpb_retrofit.diagnosis.consistency import Way, consistency
+from rpb_retrofit.diagnosis.consistency import Way, Ways, consistency
+from rpb_retrofit.diagnosis.effect import Effect, Predictions, Scores, predictions, scores
+from rpb_retrofit.diagnosis.exactly import computes_in, in_float32
 from rpb_retrofit.diagnosis.fidelity import Fidelity, fidelity
 from rpb_retrofit.diagnosis.gaze import Gaze, gaze
 from rpb_retrofit.diagnosis.intervention import Change, changed
 from rpb_retrofit.diagnosis.promise import Comparison, compare
+from rpb_retrofit.diagnosis.provenance import alterations
 from rpb_retrofit.diagnosis.rebuilt import Rebuilt, rebuilt
 from rpb_retrofit.diagnosis.still_life import Portrait, StillLife, still_life
-from rpb_retrofit.diagnosis.weights import drift
+from rpb_retrofit.diagnosis.weights import drift, kind_of, trained_kinds
 from rpb_retrofit.errors import DataError
 from rpb_retrofit.evaluation.context_use import make_inductions, make_local_orders
 from rpb_retrofit.evaluation.journal import Journal
@@ -33,6 +36,9 @@ from rpb_retrofit.files.source import one_line
 from rpb_retrofit.runtime.mechanisms import trained_context
 from rpb_retrofit.runtime.modeling import attention_modules
 
+Within = Callable[[], AbstractContextManager[Any]]
+"""Within what it gives, a model is changed."""
+
 AS_IT_IS = "as-it-is"
 """What a change that changes nothing is called."""
 
@@ -40,7 +46,23 @@ DEPTHS = (0.1, 0.9)
 """Where in the context the answers lie, from its beginning to its end."""
 
 
-MEASURED = (StillLife, Portrait, Rebuilt, Way, Fidelity, Gaze, Losses, SpeedResult, Seconds, Skipped)
+MEASURED = (
+    *(
+        StillLife,
+        Portrait,
+        Rebuilt,
+        Way,
+        Ways,
+        Fidelity,
+        Gaze,
+        Losses,
+        Scores,
+        Predictions,
+        SpeedResult,
+        Seconds,
+        Skipped,
+    ),
+)
 """The data classes of measurements, which a journal may hold."""
 
 
@@ -151,10 +173,12 @@ class Exam:
         far = min(2 * reach, 4096) if role == RETROFIT else 0
         if role == SOURCE and not family.uses_interface:
             return StillLife({}, 0.0)
-        return self.journal(
-            f"positions-{role}",
-            lambda: still_life(model, family, attention_modules(model, family), self.probe_length, far),
-        )
+
+        def measure() -> StillLife:
+            with in_float32(model):
+                return still_life(model, family, attention_modules(model, family), self.probe_length, far)
+
+        return self.journal(f"positions-{role}", measure)
 
     @property
     def running(self) -> bool:
@@ -164,7 +188,7 @@ class Exam:
     @cached_property
     def comparisons(self) -> dict[str, Comparison]:
         """Whether the bias that acts in each attention is its table's."""
-        biases, dtype = self.arms.biases, self.arms.dtype
+        biases, dtype = self.arms.biases, computes_in(self.arms.retrofit)
         return {
             name: compare(name, portrait, biases, self.width, dtype)
             for name, portrait in self.still_life.portraits.items()
@@ -183,9 +207,14 @@ class Exam:
             before = dict(self.arms.untrained.named_parameters())
             own = self.arms.retrofit.named_parameters()
             return any(not torch.equal(p, before[n].to(p.dtype)) for n, p in own if n in before)
-        source = self.arms.source
-        moved = [] if source is None else [far for far in drift(self.arms.retrofit, source).values() if far]
-        return len(moved) > len(list(self.arms.retrofit.parameters())) / 2
+        return bool(trained_kinds(self.moved) - self._folded_kinds)
+
+    @property
+    def _folded_kinds(self) -> set[str]:
+        """The kinds of weights into which a retrofit folds something."""
+        if not self.arms.folded:
+            return set()
+        return {kind_of(name) for name in self.moved if name.startswith(tuple(f"{a}." for a in self.arms.attentions))}
 
     @property
     def width(self) -> int:
@@ -194,25 +223,44 @@ class Exam:
         return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
     @cached_property
+    def moved(self) -> dict[str, float | None]:
+        """By how much of its size each of the source's weights moved; empty without a source."""
+        return {} if self.arms.source is None else drift(self.arms.retrofit, self.arms.source)
+
+    @cached_property
     def rebuilt(self) -> Rebuilt:
-        """The retrofit beside one built anew from its config and weights."""
-        window = self.window(self.within(2048))
-        return self.journal("rebuilt", lambda: rebuilt(self.arms.retrofit, window))
+        """The retrofit beside one built anew from its config and weights; in float32 where memory allows."""
+
+        def measure() -> Rebuilt:
+            with in_float32(self.arms.retrofit) as dtype:
+                return rebuilt(self.arms.retrofit, self.window(self.within(2048)), dtype)
+
+        return self.journal("rebuilt", measure)
 
     @cached_property
-    def ways(self) -> dict[str, Way]:
-        """How the retrofit's logits depend on the way it is fed."""
-        ids = self.window(self.within(96))
-        return self.journal(
-            "ways-retrofit", lambda: consistency(self.arms.retrofit, ids, self.window(self.within(2048)))
-        )
+    def ways(self) -> Ways:
+        """How the retrofit's logits depend on the way it is fed; in float32 where memory allows."""
+        return self._ways(RETROFIT, self.arms.retrofit)
 
     @cached_property
-    def source_ways(self) -> dict[str, Way]:
+    def source_ways(self) -> Ways:
         """The same of its source's class."""
-        model = self.arms.plain if self.arms.source is None else self.arms.source
-        ids = self.window(self.within(96))
-        return self.journal("ways-source", lambda: consistency(model, ids, self.window(self.within(2048))))
+        return self._ways(SOURCE, self.arms.plain if self.arms.source is None else self.arms.source)
+
+    def _ways(self, role: str, model: PreTrainedModel) -> Ways:
+        def measure() -> Ways:
+            with in_float32(model) as dtype:
+                return consistency(model, self.window(self.within(96)), self.window(self.within(1024)), dtype)
+
+        return self.journal(f"ways-{role}", measure)
+
+    @cached_property
+    def half_precision_ways(self) -> Ways | None:
+        """The retrofit's in its own dtype, where `ways` took float32: what overflows does so here alone."""
+        model, ids = self.arms.retrofit, self.window(self.within(96))
+        if computes_in(model) == model.dtype:
+            return None
+        return self.journal("ways-half-precision", lambda: consistency(model, ids, ids, model.dtype))
 
     def attempt(self, what: str, measure: Callable[[], Any], otherwise: Any) -> Any:
         """What ``measure`` gives; ``otherwise`` where it ends in an error, which is noted and costs nothing else."""
@@ -230,8 +278,33 @@ class Exam:
         source, arms = self.arms.source, self.arms
         if source is None or arms.family.mechanism == "t5" or not self.running:
             return None
-        windows = self.windows(self.within(512), 2)
+        windows = self.suggesting
         return self.journal("fidelity", lambda: fidelity(arms, source, windows, self.width))
+
+    @property
+    def suggesting(self) -> list[Tensor]:
+        """Two windows that suggest what may be wrong: behind the text on which what is undone is scored, where there is
+        enough of it."""
+        length = self.within(512)
+        found = cut_text(self.documents, length, self.plan.tokens + 2 * length, self.bos)
+        if (len(found) - 2) * length < max(self.plan.probed, self.middle):
+            self.skipped["text of its own to confirm a cause on"] = (
+                f"the text has {sum(map(len, self.documents))} tokens: what suggests a cause and what confirms it "
+                "overlap; give more"
+            )
+        return found[-2:]
+
+    @cached_property
+    def alterations(self) -> dict[str, str] | None:
+        """What became of the tables since they were written; None where that is not known, or something was trained
+        since that did not write them down."""
+        found = alterations(self.arms, self.width)
+        return None if found and self.trained_since else found
+
+    @property
+    def as_written(self) -> bool:
+        """Whether every table is, number for number, what a retrofit or a training wrote."""
+        return self.alterations == {}
 
     def gaze(self, role: str) -> Gaze | None:
         """Where the heads of an arm look; None without that arm, or where its attention does not run."""
@@ -348,23 +421,45 @@ class Exam:
             return None
         return difference(on_tokens(a, self.key), on_tokens(b, self.key))
 
-    def undone(
-        self, name: str, undo: Callable[[], AbstractContextManager[Any]], length: int | None = None
-    ) -> Difference:
-        """What an arm's loss changes by when something is undone: below zero, it was a fault."""
+    def undone(self, name: str, undo: Within, length: int | None = None) -> Effect:
+        """What the retrofit gets back when something is undone."""
         length = length or self.middle
-        plain = self.with_change(RETROFIT, AS_IT_IS, Change(), length)
-        return difference(plain, self._probed(RETROFIT, name, undo, length))
+        return Effect.of(
+            self._probed(RETROFIT, AS_IT_IS, nullcontext, length), self._probed(RETROFIT, name, undo, length)
+        )
+
+    def between(self, first: tuple[str, Within], second: tuple[str, Within]) -> Effect:
+        """What a second change of the retrofit, by its name, brings over a first one."""
+        (before, one), (after, other) = first, second
+        length = self.middle
+        return Effect.of(self._probed(RETROFIT, before, one, length), self._probed(RETROFIT, after, other, length))
+
+    def replaced(self, name: str, model: PreTrainedModel) -> Effect:
+        """What the retrofit gets back when ``model`` runs in its place."""
+        length = self.middle
+        return Effect.of(self._probed(RETROFIT, AS_IT_IS, nullcontext, length), self._scores(name, model, length))
 
     def with_change(self, role: str, name: str, change: Change, length: int) -> Losses:
         """An arm's losses with a change of its attention, on the text that interventions are scored on."""
-        return self._probed(role, name, lambda: changed(dict(self.arms)[role], self.arms.family, change), length)
+        if role == SOURCE and change == Change():
+            return self._predictions(length)[0]
+        within = partial(changed, dict(self.arms)[role], self.arms.family, change)
+        return self._probed(role, name, within, length).losses
 
-    def _probed(self, role: str, name: str, within: Callable[[], AbstractContextManager[Any]], length: int) -> Losses:
-        model, tokens = dict(self.arms)[role], max(self.plan.probed, length)
-
-        def score() -> Losses:
+    def _probed(self, role: str, name: str, within: Within, length: int) -> Scores:
+        def score() -> Scores:
             with within():
-                return token_by_token(model, self.documents, length, tokens, self.bos, f"{role}, {name}, ")
+                return self._scores(f"{role}, {name}, ", dict(self.arms)[role], length)
 
         return self.journal(f"changed-{role}-{name}-{length}", score)
+
+    def _scores(self, label: str, model: PreTrainedModel, length: int) -> Scores:
+        theirs = None if self.arms.source is None else self._predictions(length)[1]
+        return scores(model, self.documents, length, max(self.plan.probed, length), self.bos, theirs, label)
+
+    def _predictions(self, length: int) -> tuple[Losses, Predictions]:
+        source, tokens = self.arms.source, max(self.plan.probed, length)
+        assert source is not None
+        return self.journal(
+            f"predictions-source-{length}", lambda: predictions(source, self.documents, length, tokens, self.bos)
+        )

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rpb_retrofit.diagnosis.arms import Arms
+from rpb_retrofit.diagnosis.meanings import MADE_FOR, continued, meanings_of
 from rpb_retrofit.runtime.bias import RelativePositionBias
 from rpb_retrofit.runtime.buckets import Bucketing
 from rpb_retrofit.runtime.families import FACTOR
@@ -37,12 +38,14 @@ QUERIES = 96
 """Queries of each window that are compared, evenly spaced."""
 
 THIN = 4
-"""One row in so many decides whose table an attention would take, where there are many to try."""
+"""One row in so many decides what tables may have been meant to be, and whose they are: it is a suspicion, which the
+running model has to confirm."""
+
+ROUGH = 0.01
+"""Share of the loss at which a fit of other buckets may end: what is made of it begins at a quarter."""
 
 WHOLE = 12
 """Attentions up to which each is tried with every other's table; of more, with those near it and its mirror."""
-
-MADE_FOR = "made for the maximum distance"
 
 NOTABLE = 0.02
 """Mean KL in nats between attentions below which nothing is made of it."""
@@ -55,7 +58,8 @@ class Fidelity:
     """KL from the source's attention, (heads,) by attention: ``own`` tables, ``zeros``, and those of the same buckets
     that are best for the attention (``refit``); ``meant``: under what the tables may have been meant to be; ``swaps``
     (heads, heads): of each head under each one's row; ``layers``: the mean of an attention's heads under another's
-    table; ``richer``: under the best tables of other buckets; ``continued``: by bucket, where those from it on hold
+    table; ``richer``: under the best tables of other buckets, ``richer_tables``, made for the distances
+    ``richer_reach``; ``continued``: by bucket, where those from it on hold
     what the one before holds. ``tables``: the best ones.
 
     ``missed``, ``missed_without``, ``missed_by_attention``: the share of the variance of each of the source's heads'
@@ -71,6 +75,8 @@ class Fidelity:
     layers: dict[str, dict[str, float]] = field(default_factory=dict)
     richer: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     tables: dict[str, Tensor] = field(default_factory=dict)
+    richer_tables: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    richer_reach: dict[str, int] = field(default_factory=dict)
     continued: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     missed: dict[str, Tensor] = field(default_factory=dict)
     missed_without: dict[str, Tensor] = field(default_factory=dict)
@@ -152,8 +158,13 @@ def _examine(
     target, outputs = target_of(pairs, form), Outputs.of(pairs, form, metric)
     own = _numbers(bias)
 
+    some = replace(pairs, thin=THIN)
+    fewer = target_of(some, form)
+    plain = loss(own, fewer, some, form, thin=None).kl.cpu()
+
     def kl(numbers: Tensor) -> Tensor:
-        return loss(numbers, target, pairs, form, thin=None).kl.cpu()
+        """Of other numbers, by how much farther or nearer they are than the own on some of the rows."""
+        return found.own[name] + loss(numbers, fewer, some, form, thin=None).kl.cpu() - plain
 
     best = fit(pairs, form, target=target)
     for numbers, attention, missed in (
@@ -178,9 +189,8 @@ def _examine(
         if bias.bucketing.num_exact < (distance := round(bias.bucketing.max_distance * factor)):
             buckets = bias.bucketing
             other = Form(Bucketing(buckets.num_buckets, distance, buckets.bidirectional), form.tail)
-            found.meant[name][f"{MADE_FOR} {distance}"] = loss(
-                own, target_of(pairs, other), pairs, other, thin=None
-            ).kl.cpu()
+            far_off = loss(own, target_of(some, other), some, other, thin=None).kl.cpu()
+            found.meant[name][f"{MADE_FOR} {distance}"] = found.own[name] + far_off - plain
     for start in range(bias.bucketing.num_exact // 2 + 1, bias.bucketing.per_direction):
         found.continued.setdefault(start, {})[name] = kl(
             torch.cat(
@@ -195,49 +205,17 @@ def _examine(
     swaps = torch.stack([kl(own.roll(-shift, 0)) for shift in range(heads)], 1)  # (head, shift)
     column = (torch.arange(heads)[:, None] + torch.arange(heads)) % heads
     found.swaps[name] = torch.empty_like(swaps).scatter_(1, column, swaps)
-    found.richer[name] = {
-        what: fit(pairs, Form(bucketing)).after.cpu() for what, bucketing in _richer(bias.bucketing, pairs).items()
-    }
+    for what, bucketing in _richer(bias.bucketing, pairs).items():
+        richer = Form(bucketing)
+        better = fit(pairs, richer, rough=ROUGH)
+        found.richer.setdefault(name, {})[what] = better.after.cpu()
+        found.richer_tables.setdefault(name, {})[what] = richer.table(better.numbers).cpu()
+        found.richer_reach[what] = bucketing.max_distance
 
 
 def _numbers(bias: RelativePositionBias) -> Tensor:
     parts = [bias.weight.detach()] + ([] if bias.tail is None else [bias.tail.detach().clamp(max=0)])
     return torch.cat(parts, 1).float()
-
-
-def meanings_of(bias: RelativePositionBias, own: Tensor, width: int) -> dict[str, Tensor]:
-    """What a table, with its tail beside it, may have been meant to be, given that it became ``own`` by a mistake."""
-    buckets, root = bias.bucketing.num_buckets, math.sqrt(width)
-    half = bias.bucketing.per_direction
-
-    def of_buckets(change: Any) -> Tensor:
-        return torch.cat([change(own[:, :buckets]), own[:, buckets:]], 1)
-
-    def each_direction(change: Any) -> Any:
-        return lambda table: torch.cat([change(part) for part in table.split(half, 1)], 1)
-
-    found = {
-        "negated": -own,
-        "halved": own * 2,
-        "doubled": own / 2,
-        "made smaller by a third": own * 1.5,
-        "scaled by 1/sqrt(d)": own * root,
-        "scaled by sqrt(d)": own / root,
-        "shifted by one bucket": of_buckets(each_direction(lambda t: torch.cat([t[:, 1:], t[:, -1:]], 1))),
-        "shifted by minus one bucket": of_buckets(each_direction(lambda t: torch.cat([t[:, :1], t[:, :-1]], 1))),
-        "far and near exchanged": of_buckets(each_direction(lambda t: t.flip(1))),
-    }
-    if bias.bucketing.bidirectional:
-        found["before and after exchanged"] = of_buckets(lambda t: torch.cat([t[:, half:], t[:, :half]], 1))
-    return found
-
-
-def continued(table: Tensor, start: int, bucketing: Bucketing) -> Tensor:
-    """A table (heads, buckets) whose buckets from ``start`` on, in each direction, hold that of the one before."""
-    parts = table.split(bucketing.per_direction, 1)
-    return torch.cat(
-        [torch.cat([p[:, :start], p[:, start - 1 : start].expand(-1, p.shape[1] - start)], 1) for p in parts], 1
-    )
 
 
 def _richer(bucketing: Bucketing, pairs: _Pairs) -> dict[str, Bucketing]:

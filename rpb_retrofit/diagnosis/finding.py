@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import Any
 
+from rpb_retrofit.diagnosis.effect import Effect
+
 
 class Verdict(StrEnum):
     """What the evidence says of a hypothesis."""
@@ -34,15 +36,16 @@ class Kind(IntEnum):
 class Finding:
     """The outcome of one hypothesis.
 
-    ``because``: the evidence in a sentence or two, with figures. ``gain``: what undoing it brings back, in nats a
-    token, where that was measured. ``figures``: the numbers behind it, for the report's tables. ``failed``: the probe
-    itself ended in an error, which ``because`` says.
+    ``because``: the evidence in a sentence or two, with figures. ``effect``: what undoing it brings in the running
+    model, where it can be undone; ``gain``: of it the loss, in nats a token, or what was lost to it. ``figures``: the
+    numbers behind it, for the report's tables. ``failed``: the probe itself ended in an error, which ``because`` says.
     """
 
     verdict: Verdict
     because: str
     remedy: str = ""
     gain: float | None = None
+    effect: Effect | None = None
     figures: Mapping[str, Any] = field(default_factory=dict)
     failed: bool = False
 
@@ -71,6 +74,8 @@ def ranked(outcomes: Sequence[Outcome]) -> list[Outcome]:
 
 def confirmed(because: str, remedy: str, **more: Any) -> Finding:
     """The evidence names it."""
+    if (effect := more.get("effect")) is not None:
+        more.setdefault("gain", -effect.loss.mean)
     return Finding(Verdict.CONFIRMED, because, remedy, **more)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rpb_retrofit.diagnosis.arms import Arms
+from rpb_retrofit.diagnosis.still_life import weights_of
 from rpb_retrofit.runtime.bias import RelativePositionBias
+from rpb_retrofit.runtime.buckets import Bucketing
 from rpb_retrofit.runtime.families import TABLE, Family
 from rpb_retrofit.runtime.mechanisms import hand_over, modules_named
 from rpb_retrofit.runtime.modeling import attention_modules
@@ -99,6 +102,40 @@ def _rotated_by(model: PreTrainedModel, family: Family, settings: Mapping[str, A
 
 
 @contextmanager
+def with_biases(arms: Arms, biases: Mapping[str, RelativePositionBias]) -> Iterator[None]:
+    """Inside, attentions of the retrofit have other bias modules, by name."""
+    modules = {name: arms.attentions[name]._modules for name in biases}
+    before = {name: owner[TABLE] for name, owner in modules.items()}
+    try:
+        for name, bias in biases.items():
+            modules[name][TABLE] = bias
+        yield
+    finally:
+        for name, owner in modules.items():
+            owner[TABLE] = before[name]
+
+
+def with_reach(arms: Arms, names: Sequence[str], distance: int) -> AbstractContextManager[None]:
+    """Inside, the tables of these attentions are spread to another maximum distance."""
+    biases = {}
+    for name in names:
+        own = arms.biases[name]
+        buckets = Bucketing(own.bucketing.num_buckets, distance, own.bucketing.bidirectional)
+        biases[name] = bias_of(buckets, own.weight.detach(), own.tail)
+    return with_biases(arms, biases)
+
+
+def bias_of(bucketing: Bucketing, table: Tensor, tail: Tensor | None = None) -> RelativePositionBias:
+    """A bias module with this table (heads, buckets), and a tail (heads, directions) where there is one."""
+    bias = RelativePositionBias(len(table), bucketing, tail=tail is not None).to(table.device)
+    with torch.no_grad():
+        bias.weight.copy_(table)
+        if tail is not None and bias.tail is not None:
+            bias.tail.copy_(tail.detach())
+    return bias.eval()
+
+
+@contextmanager
 def with_tables(
     biases: Mapping[str, RelativePositionBias], change: Callable[[str, RelativePositionBias], Tensor]
 ) -> Iterator[None]:
@@ -113,3 +150,51 @@ def with_tables(
         finally:
             for name, table in before.items():
                 biases[name].weight.copy_(table)
+
+
+@contextmanager
+def attending_as(arms: Arms, source: PreTrainedModel, heads: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, these heads (heads,), bool, of the retrofit's attentions look where the source's do in the same text.
+
+    For families that use the interface, and passes without a cache.
+    """
+    theirs: dict[str, Tensor] = {}
+    named = {name: arms.attentions[name] for name in heads}
+    sources = {name: module for name, module in attention_modules(source, arms.family).items() if name in heads}
+
+    def overhear(module: Any, args: Any, kwargs: Any) -> None:
+        ids = args[0] if args else kwargs["input_ids"]
+        with intercepted(source, sources, partial(_keep_weights, theirs)):
+            source.base_model(input_ids=ids, use_cache=False)
+
+    handle: Any = arms.retrofit.register_forward_pre_hook(overhear, with_kwargs=True)
+    try:
+        with intercepted(arms.retrofit, named, partial(_with_weights, theirs, heads)):
+            yield
+    finally:
+        handle.remove()
+
+
+def _keep_weights(found: dict[str, Tensor], name: str, attend: Run) -> Run:
+    def run(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        found[name] = weights_of(partial(attend, module), query, key, value.shape[-1], mask, kwargs)
+        return attend(module, query, key, value, mask, **kwargs)
+
+    return run
+
+
+def _with_weights(theirs: Mapping[str, Tensor], heads: Mapping[str, Tensor], name: str, attend: Run) -> Run:
+    def run(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        output, weights = attend(module, query, key, value, mask, **kwargs)
+        chosen = heads[name].to(output.device)
+        all_values = value[0].repeat_interleave(query.shape[1] // value.shape[1], 0)
+        there = theirs[name].to(output.device)[chosen] @ all_values[chosen].float()
+        output = output.clone()
+        output[0, :, chosen] = there.transpose(0, 1).to(output.dtype)
+        return output, weights
+
+    return run

@@ -7,28 +7,30 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 
-import torch
-from torch import Tensor
-
-from rpb_retrofit.diagnosis.consistency import CLOSE, Way
+from rpb_retrofit.diagnosis.consistency import Way
+from rpb_retrofit.diagnosis.effect import Effect
 from rpb_retrofit.diagnosis.exam import Exam
-from rpb_retrofit.diagnosis.fidelity import NOTABLE, Fidelity, meanings_of
+from rpb_retrofit.diagnosis.fidelity import NOTABLE, Fidelity
 from rpb_retrofit.diagnosis.finding import Finding, confirmed, excluded, unknown
-from rpb_retrofit.diagnosis.intervention import with_tables
+from rpb_retrofit.diagnosis.intervention import bias_of, with_biases, with_reach, with_tables
+from rpb_retrofit.diagnosis.meanings import MADE_FOR, meanings_of
 from rpb_retrofit.diagnosis.words import some
-from rpb_retrofit.runtime.bias import RelativePositionBias
+from rpb_retrofit.runtime.buckets import Bucketing
 from rpb_retrofit.runtime.modeling import SCALING
 
 WON_BACK = 0.4
-"""Share of the distance from the best tables that undoing a mistake must win back to be its cause."""
+"""Share of the distance from the best tables that undoing a mistake must win back to be suspected."""
 
 LEFT = 0.25
 """Share of what the best tables bring over none that may still be missing then: less of a wrong table also helps."""
 
 HANDED_ON = 0.1
-"""Share of what a layer's heads miss of the source's outputs that undoing a mistake must bring back. It is a layer's
-own share, since one of thirty layers explains little of what a whole model lost. Planted mistakes bring back a quarter
-and more; tables that were fitted to outputs and are nearer in attention when moved bring back next to nothing."""
+"""Share of what a layer's heads miss of the source's outputs that undoing a mistake must bring back to be suspected."""
+
+QUARTER = 0.25
+"""Share of what was lost that undoing a mistake must bring back to be a cause. Of a mistake in some layers, where it is
+not known whether the numbers are what was written, it is the share of what those layers would have lost if all lost the
+same: no mistake in one layer of thirty explains a quarter of what the thirty lost."""
 
 
 def of_kind(exam: Exam, kind: str) -> list[str]:
@@ -36,17 +38,59 @@ def of_kind(exam: Exam, kind: str) -> list[str]:
     return [name for name, comparison in exam.comparisons.items() if comparison.kind == kind]
 
 
+def altered(exam: Exam, what: str) -> list[str]:
+    """The attentions of whose tables it is known that this became of them since they were written."""
+    return [name for name, became in (exam.alterations or {}).items() if became == what]
+
+
+def explains(exam: Exam, effect: Effect, layers: Sequence[str]) -> bool:
+    """Whether a mistake in the tables of these attentions, whose undoing had this effect, is a cause.
+
+    It is where undoing it brings back a quarter of what was lost, for sure. Where the numbers are known to have changed
+    since they were written, it need only do no harm: that something happened to them is then a fact.
+    """
+    changed = exam.alterations
+    if changed and all(name in changed for name in layers):
+        return not effect.harmful
+    part = 1.0 if exam.as_written else len(layers) / len(exam.arms.attentions)
+    return effect.sure and effect.at_least(QUARTER * part)
+
+
 def meant_otherwise(exam: Exam, meaning: str, remedy: str) -> Finding | None:
     """The finding that tables were meant to be something else; None where that is not borne out.
 
-    Three things must agree. By the source's attention the meaning brings back a good part of what the best tables of
-    the same buckets would, in most layers or in some by far. The heads then hand on what is nearer to the source's,
-    which is what calibration fits. And the loss falls when it is undone in the running model, on other text.
+    It is suspected where the checksum of what was written says so, or the source: its attention is nearer under the
+    meaning by a good part of what the best tables of the same buckets would bring, and the heads hand on what is nearer
+    to the source's. It is a cause where undoing it in the running model, on other text, brings back what was lost.
     """
-    fidelity = exam.fidelity
-    if fidelity is None or exam.arms.settings.get("shared"):  # a table for all layers is no single layer's best
+    if known := altered(exam, meaning):
+        effect = _effect(exam, known, meaning)
+        return confirmed(
+            f"the tables of {some(known)} are {meaning}, by the checksums of what was written"
+            + (f"; {effect}" if effect is not None else ""),
+            remedy,
+            effect=effect,
+        )
+    won = _suspected(exam, meaning)
+    if not won or exam.fidelity is None:
         return None
-    won = {}
+    effect = _effect(exam, list(won), meaning)
+    if effect is not None and not explains(exam, effect, list(won)):
+        return None
+    kl = {name: exam.fidelity.meant[name][meaning] for name in won}
+    before = exam.fidelity.mean({name: exam.fidelity.own[name] for name in won})
+    said = (
+        f"the tables of {some(won)} are {meaning}: by the source's attention undone, the mean KL falls from "
+        f"{before:.3f} to {exam.fidelity.mean(kl):.3f}"
+    )
+    return confirmed(said + (f"; {effect}" if effect is not None else ""), remedy, effect=effect)
+
+
+def _suspected(exam: Exam, meaning: str) -> dict[str, float]:
+    """The attentions whose tables the source's attention says were meant so, and by how much nearer it is then."""
+    fidelity, won = exam.fidelity, dict[str, float]()
+    if fidelity is None or exam.arms.settings.get("shared"):  # a table for all layers is no single layer's best
+        return {}
     for name, own in fidelity.own.items():
         other = fidelity.meant[name].get(meaning)
         if other is None:
@@ -58,20 +102,8 @@ def meant_otherwise(exam: Exam, meaning: str, remedy: str) -> Finding | None:
             best = min(fidelity.meant[name], key=lambda what: fidelity.meant[name][what].mean().item())
             if best == meaning and _hands_on_more(fidelity, name, meaning):
                 won[name] = gain
-    if not won:
-        return None
-    before = sum(fidelity.own[name].mean().item() for name in won) / len(won)
-    after = before - sum(won.values()) / len(won)
-    said = (
-        f"the source's attention says that the tables of {some(won)} are {meaning}: undone, the mean KL from it falls "
-        f"from {before:.3f} to {after:.3f} nats"
-    )
-    if not exam.causal or meaning not in meanings_of(*_table(exam, next(iter(won))), exam.width):
-        return confirmed(said, remedy)
-    undone = exam.undone(f"{meaning}-{len(won)}", partial(_meant, exam, list(won), meaning))
-    if not (undone.real and undone.mean < 0):
-        return None
-    return confirmed(f"{said}, and the loss changes by {undone} nats a token", remedy, gain=-undone.mean)
+    few = len(won) < 0.25 * len(fidelity.own)
+    return {} if few and max(won.values(), default=0) < 2 * NOTABLE else won
 
 
 def _hands_on_more(fidelity: Fidelity, name: str, meaning: str) -> bool:
@@ -83,32 +115,47 @@ def _hands_on_more(fidelity: Fidelity, name: str, meaning: str) -> bool:
     return own - meant > HANDED_ON * own
 
 
-def _table(exam: Exam, name: str) -> tuple[RelativePositionBias, Tensor]:
-    bias = exam.arms.biases[name]
-    return bias, bias.weight.detach().float()
+def _effect(exam: Exam, names: Sequence[str], meaning: str) -> Effect | None:
+    """What it brings when the tables of these attentions are what they may have been meant to be; None of a model that
+    predicts no next token."""
+    if not exam.causal:
+        return None
+    biases = {name: exam.arms.biases[name] for name in names}
+
+    def undo() -> AbstractContextManager[None]:
+        if meaning.startswith(MADE_FOR):
+            return with_reach(exam.arms, names, int(meaning.rpartition(" ")[2]))
+        return with_tables(
+            biases, lambda name, bias: meanings_of(bias, bias.weight.detach().float(), exam.width)[meaning]
+        )
+
+    return exam.undone(f"{meaning}-in-{len(names)}".replace(" ", "-").replace("/", "-"), undo)
 
 
-def _meant(exam: Exam, names: Sequence[str], meaning: str) -> AbstractContextManager[None]:
-    """Inside, the tables of these attentions are what they may have been meant to be."""
-
-    def change(name: str, bias: RelativePositionBias) -> Tensor:
-        return meanings_of(bias, bias.weight.detach().float(), exam.width)[meaning].to(bias.weight.dtype)
-
-    return with_tables({name: exam.arms.biases[name] for name in names}, change)
+def with_best(exam: Exam, names: Sequence[str]) -> Effect | None:
+    """What it brings when these attentions get the tables that are best for the source's attention; None where they are
+    not known, or of a model that predicts no next token."""
+    fidelity = exam.fidelity
+    if fidelity is None or not exam.causal or not all(name in fidelity.tables for name in names):
+        return None
+    biases = {name: exam.arms.biases[name] for name in names}
+    return exam.undone(f"refit-{len(names)}-{names[0]}", partial(with_tables, biases, lambda n, b: fidelity.tables[n]))
 
 
 def fed_otherwise(exam: Exam, ways: Sequence[str], remedy: str) -> Finding:
     """Whether the logits depend on these ways to feed a text, where those of the family itself do not."""
-    allowed = CLOSE.get(exam.arms.dtype, CLOSE[torch.float32])
-    found: dict[str, Way] = {way: exam.ways[way] for way in ways if way in exam.ways}
+    allowed = exam.ways.allowed
+    found = {way: exam.ways.by_name[way] for way in ways if way in exam.ways.by_name}
     wrong, unable = {}, []
     if found and all(way.error for way in found.values()):
         return unknown(f"the model does not run: {next(iter(found.values())).error}")
     for name, way in found.items():
         if way.difference <= allowed and not way.error and not way.broken:
             continue
-        theirs = exam.source_ways.get(name)
-        if theirs is not None and (theirs.difference > allowed or theirs.error or theirs.broken):
+        theirs = exam.source_ways.by_name.get(name)
+        if theirs is not None and (
+            theirs.difference > max(allowed, exam.source_ways.allowed) or theirs.error or theirs.broken
+        ):
             unable.append(name)
         else:
             wrong[name] = way
@@ -126,7 +173,8 @@ def fed_otherwise(exam: Exam, ways: Sequence[str], remedy: str) -> Finding:
         return unknown(f"nothing to compare{rest}", figures=figures)
     largest = max(found[name].difference for name in good)
     return excluded(
-        f"{', '.join(good)}: the same logits, within {largest:.0e} of the largest one{rest}", figures=figures
+        f"{', '.join(good)}: the same logits, within {largest:.0e} of the largest one{rest}",
+        figures={**figures, "noise": exam.ways.noise, "allowed": allowed},
     )
 
 
@@ -148,9 +196,32 @@ def coarse(exam: Exam, other: str, described: str, remedy: str) -> Finding:
         f"those of {other}{described}"
     )
     brought = fidelity.mean({name: fidelity.zeros[name] for name in richer}) - refit
-    if refit - best > FINER and refit - best > SHARE * brought:
+    if refit - best <= FINER or refit - best <= SHARE * brought:
+        return excluded(said)
+    effect = _with_richer(exam, other, list(richer))
+    if effect is None:
         return confirmed(said, remedy)
+    said = f"{said}; fitted so, against the best of these buckets: {effect}"
+    if effect.sure and effect.at_least(QUARTER):
+        return confirmed(said, remedy, effect=effect)
     return excluded(said)
+
+
+def _with_richer(exam: Exam, other: str, names: Sequence[str]) -> Effect | None:
+    """What the best tables of other buckets bring over the best of the same ones."""
+    fidelity, arms = exam.fidelity, exam.arms
+    if not exam.causal or fidelity is None:
+        return None
+    reach, biases = fidelity.richer_reach[other], {}
+    for name in names:
+        table = fidelity.richer_tables[name][other]
+        buckets = Bucketing(table.shape[1], reach, arms.biases[name].bucketing.bidirectional)
+        biases[name] = bias_of(buckets, table.to(arms.biases[name].weight.device))
+    own = {name: arms.biases[name] for name in names}
+    same = partial(with_tables, own, lambda n, b: fidelity.tables[n])
+    return exam.between(
+        (f"refit-{len(names)}-{names[0]}", same), (other.replace(" ", "-"), partial(with_biases, arms, biases))
+    )
 
 
 def content_ratios(exam: Exam) -> dict[str, float]:

@@ -16,7 +16,8 @@ from transformers.initialization import no_init_weights
 from rpb_retrofit.runtime.modeling import retrofit_class
 
 CLOSE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.bfloat16: 0.1, torch.float16: 0.05}
-"""Difference of a module's outputs, relative to the largest one, that rounding explains, by dtype."""
+"""Difference of a module's outputs, relative to the largest one, that rounding explains, by dtype. Both models run the
+same operations on the same shapes: on a CPU they agree bit for bit, on a GPU but for the order of sums."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,10 @@ class Rebuilt:
 
 
 @torch.no_grad()
-def rebuilt(model: PreTrainedModel, window: Tensor) -> Rebuilt:
-    """Compare a retrofit with itself, built anew, on a window (n,) of token ids."""
-    allowed = CLOSE.get(model.dtype, CLOSE[torch.float32])
-    own, second, fresh = _outputs(model, window), _outputs(model, window), _outputs(_anew(model), window)
+def rebuilt(model: PreTrainedModel, window: Tensor, dtype: torch.dtype) -> Rebuilt:
+    """Compare a retrofit, which computes in ``dtype``, with itself, built anew, on a window (n,) of token ids."""
+    allowed = CLOSE.get(dtype, CLOSE[torch.float32])
+    own, second, fresh = _outputs(model, window), _outputs(model, window), _outputs(anew(model), window)
     again = max((_apart(own[name], second[name]) for name in own), default=0.0)
     first, worst = None, 0.0
     for name, output in own.items():
@@ -47,11 +48,12 @@ def rebuilt(model: PreTrainedModel, window: Tensor) -> Rebuilt:
     return Rebuilt(first, worst, again, len(window), allowed)
 
 
-def _anew(model: Any) -> Any:
-    """A model of the same class, config and weights, which share their memory; nothing else is taken over."""
+def anew(model: Any, config: Any = None) -> Any:
+    """A model of the same class and weights, which share their memory, and of the same config or another; nothing else
+    is taken over."""
     cls = retrofit_class(getattr(type(model), "source_class", type(model)))
     with no_init_weights():
-        fresh = cls(deepcopy(model.config))
+        fresh = cls(deepcopy(model.config if config is None else config))
     fresh.load_state_dict(model.state_dict(), assign=True)
     fresh.tie_weights()
     return fresh.to(model.device).eval()

@@ -116,7 +116,7 @@ def _sit(portraits: dict[str, Portrait], attentions: Mapping[str, Any], far: int
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         def weights(query: Tensor, key: Tensor, mask: Tensor | None = mask) -> Tensor:
-            return _weights(partial(attend, module), query, key, value.shape[-1], mask, kwargs)
+            return weights_of(partial(attend, module), query, key, value.shape[-1], mask, kwargs)
 
         nothing = torch.zeros_like(query), torch.zeros_like(key)
         causal = getattr(module, CAUSAL)
@@ -150,7 +150,7 @@ def _sit(portraits: dict[str, Portrait], attentions: Mapping[str, Any], far: int
     return sitting
 
 
-def _weights(
+def weights_of(
     attend: Run, query: Tensor, key: Tensor, width: int, mask: Tensor | None, kwargs: dict[str, Any]
 ) -> Tensor:
     """The weights (heads, Q, K), float32, that an attention gives: the values of each key in turn are one, else zero.

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+
 from transformers import PreTrainedModel
 
 from rpb_retrofit.runtime.families import is_own
@@ -35,3 +39,24 @@ def drift(model: PreTrainedModel, source: PreTrainedModel) -> dict[str, float | 
         distance = (mine.detach().double() - theirs.double()).norm()
         found[name] = (distance / other.detach().double().norm().clamp(min=1e-12)).item()
     return found
+
+
+def kind_of(name: str) -> str:
+    """A weight's name without its layer's number."""
+    return re.sub(r"\.\d+(?=\.)", ".*", name)
+
+
+def trained_kinds(moved: Mapping[str, float | None]) -> set[str]:
+    """The kinds of weights that training moved: it moves those of all layers, as damage does not.
+
+    ``moved`` is what `drift` gives. A weight that is in no layer tells nothing.
+    """
+    kinds = defaultdict[str, list[bool]](list)
+    for name, far in moved.items():
+        if far is not None and kind_of(name) != name:
+            kinds[kind_of(name)].append(far > 0)
+    return {kind for kind, did in kinds.items() if len(did) > 1 and sum(did) >= WHOLE * len(did)}
+
+
+WHOLE = 0.9
+"""Share of the layers in which a kind of weights must have moved: adapters may leave a layer or two out."""

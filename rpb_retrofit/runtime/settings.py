@@ -84,6 +84,10 @@ OPTIONAL: dict[str, Kind] = {
         "a list of true and false",
         lambda value: isinstance(value, list) and bool(value) and all(type(item) is bool for item in value),
     ),
+    "table_checksums": Kind(
+        "checksums by the names of tables",
+        lambda value: isinstance(value, dict) and all(isinstance(x, str) for pair in value.items() for x in pair),
+    ),
     FACTOR: Kind("a layout, a start and a number of frequencies", _is_pairs),
 }
 """The settings that a retrofit may have besides."""

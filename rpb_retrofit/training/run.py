@@ -21,6 +21,7 @@ from rpb_retrofit.files.claim import remove_entry
 from rpb_retrofit.files.folder import check_absent, whole_folder
 from rpb_retrofit.files.record import DamagedError
 from rpb_retrofit.files.source import find
+from rpb_retrofit.tables.checksums import record
 from rpb_retrofit.training.checkpoints import STATE, RunFolder, run_of, seal, sealed
 from rpb_retrofit.training.identity import identity_of
 from rpb_retrofit.training.parameters import merged, prepare
@@ -224,6 +225,7 @@ class _Stages:
             wrapped = prepare(model.float(), stage, self.recipe, "")
             wrapped.load_state_dict(weights)
             model = merged(wrapped).to(dtype)
+        record(model)
         with whole_folder(target) as folder:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)

@@ -3,26 +3,26 @@ row of one head."""
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 
 from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.fidelity import Fidelity
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
-from rpb_retrofit.diagnosis.intervention import with_tables
-from rpb_retrofit.diagnosis.judge import NOTABLE
-from rpb_retrofit.diagnosis.weights import drift
+from rpb_retrofit.diagnosis.judge import NOTABLE, altered, explains, with_best
+from rpb_retrofit.diagnosis.provenance import UNKNOWN
 from rpb_retrofit.diagnosis.words import some
-from rpb_retrofit.tables import CALIBRATED
+from rpb_retrofit.tables import CALIBRATED, INITIALISATIONS
 
 CAUSE = "the tables do not suit this source"
-PREDICTS = "the source's attention is nearer without any table than with these"
+PREDICTS = (
+    "the tables are not what was written; or the source's attention is nearer without any table than with these, and "
+    "the loss falls when they are fitted anew"
+)
 KIND = Kind.NUMBERS
 REMEDY = "fit them to this source: rpb retrofit --init calibrated, with text like yours; or restore them"
 
 LOST = 0.5
-"""Share of what fitted tables bring that these must miss to be called unsuitable."""
+"""Share of what fitted tables bring that these must miss to be suspected."""
 
 WORSE, FEW = 0.1, 0.25
 """Nats of KL by which a head's row must be worse than none, while what the head hands on is farther from the source's,
@@ -31,35 +31,51 @@ tables alone can bring."""
 
 
 def examine(exam: Exam) -> Finding:
-    """Compare the tables as they are with none and with the best of the same buckets."""
+    """Compare the tables with what was written, or else with none and with the best of the same buckets."""
+    if exam.as_written:
+        return excluded("every table is what a retrofit or a training wrote, number for number")
+    if (changed := altered(exam, UNKNOWN)) and not _trained_elsewhere(exam, changed):
+        effect = with_best(exam, changed)
+        said = f"the numbers of {some(changed)} changed since they were written, in no way that is known"
+        return confirmed(f"{said}; fitted anew: {effect}" if effect else said, REMEDY, effect=effect)
     if (fidelity := exam.fidelity) is None:
         return unknown("only the source's attention tells what its tables should be; give --source")
-    poor = {}
+    if (init := exam.arms.settings.get("init")) in INITIALISATIONS and not exam.alterations:
+        return excluded(f"init='{init}' asks for tables that are fitted to no source")
+    before, zeros, refit = (fidelity.mean(kl) for kl in (fidelity.own, fidelity.zeros, fidelity.refit))
+    said = (
+        f"mean KL from the source's attention: these tables {before:.3f}, none {zeros:.3f}, the best of the same "
+        f"buckets {refit:.3f}"
+    )
+    poor = _poor(fidelity)
+    if not poor:
+        spoiled = _spoiled_rows(exam, fidelity)
+        if spoiled:
+            return confirmed(f"{said}; far worse than none are the rows of {spoiled}", REMEDY)
+        return excluded(said)
+    effect = with_best(exam, poor)
+    said = f"{said}; they miss most of what tables can bring in {some(poor)}"
+    if effect is not None and not (effect.sure and explains(exam, effect, poor)):
+        return excluded(f"{said}; with the best ones, {effect}: they are other ones, and no worse")
+    return confirmed(f"{said}; with the best ones, {effect}" if effect is not None else said, REMEDY, effect=effect)
+
+
+def _trained_elsewhere(exam: Exam, changed: list[str]) -> bool:
+    """Whether a training of the tables alone, which wrote no checksums, may have changed them: it changes most."""
+    return len(changed) > 1 and len(changed) > len(exam.arms.biases) / 2
+
+
+def _poor(fidelity: Fidelity) -> list[str]:
+    """The attentions whose tables miss most of what tables can bring, in most heads."""
+    poor = []
     for name, own in fidelity.own.items():
         if fidelity.hands_on_better(name):
             continue
         missed, brought = own - fidelity.refit[name], fidelity.zeros[name] - fidelity.refit[name]
         heads = (missed > 2 * NOTABLE) & (missed > LOST * brought)  # one head alone is another hypothesis'
         if missed.mean() > 2 * NOTABLE and missed.mean() > LOST * brought.mean() and heads.float().mean() > 0.5:
-            poor[name] = missed.mean().item()
-    before, zeros, refit = (fidelity.mean(kl) for kl in (fidelity.own, fidelity.zeros, fidelity.refit))
-    said = (
-        f"mean KL from the source's attention: these tables {before:.3f}, none {zeros:.3f}, the best of the same "
-        f"buckets {refit:.3f}"
-    )
-    if not poor:
-        spoiled = _spoiled_rows(exam, fidelity)
-        if spoiled:
-            return confirmed(f"{said}; far worse than none are the rows of {spoiled}", REMEDY)
-        return excluded(said)
-    gain = None
-    if exam.causal:
-        undone = exam.undone("tables-refit", partial(with_tables, exam.arms.biases, lambda n, b: fidelity.tables[n]))
-        gain = -undone.mean
-        said += f"; with the best ones the loss changes by {undone} nats a token"
-        if not (undone.real and undone.mean < 0):
-            return excluded(f"{said}: they are other ones, and no worse", gain=gain)
-    return confirmed(f"{said}; they miss most of what tables can bring in {some(poor)}", REMEDY, gain=gain)
+            poor.append(name)
+    return poor
 
 
 def _spoiled_rows(exam: Exam, fidelity: Fidelity) -> str:
@@ -74,7 +90,7 @@ def _spoiled_rows(exam: Exam, fidelity: Fidelity) -> str:
     if settings.get("init") != CALIBRATED or settings.get("shared") or settings.get("polish"):
         return ""
     within = tuple(f"{attention}." for attention in exam.arms.attentions)
-    moved = [name for name, far in drift(exam.arms.retrofit, source).items() if far]
+    moved = [name for name, far in exam.moved.items() if far]
     if any(not (exam.arms.folded and name.startswith(within)) for name in moved):
         return ""
     worse = {name: own - fidelity.zeros[name] > WORSE for name, own in fidelity.own.items()}

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from rpb_retrofit.diagnosis.arms import RETROFIT, SOURCE
+from rpb_retrofit.diagnosis.effect import Effect
 from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
+from rpb_retrofit.diagnosis.intervention import attending_as
 from rpb_retrofit.diagnosis.words import some
 
 CAUSE = "heads that did the source's positional work no longer do"
@@ -28,6 +32,7 @@ def examine(exam: Exam) -> Finding:
     if theirs is None or own is None:
         return unknown("only the source tells which heads did it; give --source")
     lost: dict[str, list[str]] = {}
+    which: dict[str, Tensor] = {}
     count, said = 0, []
     for kind, before, after in (
         ("previous-token", theirs.previous, own.previous),
@@ -39,6 +44,9 @@ def examine(exam: Exam) -> Finding:
         gone = working & (then < LOST * first)
         count += int(working.sum())
         lost[kind] = _heads(names, gone)
+        for name, heads in zip(names, gone, strict=True):
+            if bool(heads.any()):
+                which[name] = which.get(name, torch.zeros_like(heads)) | heads
         said.append(
             f"{int(gone.sum())} of {int(working.sum())} {kind} heads"
             + (
@@ -52,8 +60,17 @@ def examine(exam: Exam) -> Finding:
     text = f"no longer do it: {'; '.join(said)}"
     gone_count = sum(map(len, lost.values()))
     if gone_count:
-        return confirmed(text, REMEDY)
+        effect = _given_back(exam, which)
+        return confirmed(text + (f"; looking where the source's do, {effect}" if effect else ""), REMEDY, effect=effect)
     return excluded(f"all {count} previous-token and induction heads of the source still do it")
+
+
+def _given_back(exam: Exam, heads: dict[str, Tensor]) -> Effect | None:
+    """What it brings when these heads look where the source's do; None where no other attention can be put in."""
+    source = exam.arms.source
+    if source is None or not exam.causal or not exam.arms.family.uses_interface:
+        return None
+    return exam.undone("heads-given-back", partial(attending_as, exam.arms, source, heads))
 
 
 def _heads(names: list[str], gone: Tensor) -> list[str]:

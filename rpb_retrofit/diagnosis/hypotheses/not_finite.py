@@ -22,7 +22,8 @@ def examine(exam: Exam) -> Finding:
             f"{len(broken)} weights hold NaN or infinity: {', '.join(broken[:3])}{', ...' if len(broken) > 3 else ''}",
             "restore these weights from a checkpoint of before",
         )
-    wrong = {name: way.broken for name, way in exam.ways.items() if way.broken} if exam.causal else {}
+    own = exam.half_precision_ways if exam.causal else None
+    wrong = exam.ways.broken | (own.broken if own is not None else {}) if exam.causal else {}
     if wrong:
         return confirmed(
             f"logits are no numbers with {', '.join(f'{name} ({count})' for name, count in wrong.items())}",

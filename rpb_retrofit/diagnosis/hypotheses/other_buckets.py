@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from rpb_retrofit.diagnosis.exam import Exam
-from rpb_retrofit.diagnosis.fidelity import MADE_FOR
 from rpb_retrofit.diagnosis.finding import Finding, Kind, excluded, unknown
 from rpb_retrofit.diagnosis.judge import meant_otherwise
+from rpb_retrofit.diagnosis.meanings import MADE_FOR
 
 CAUSE = "the tables were made for other buckets"
 PREDICTS = "the source's attention is nearer when the same numbers are spread to another maximum distance"
@@ -18,10 +18,12 @@ REMEDY = (
 
 def examine(exam: Exam) -> Finding:
     """Look the same numbers up in buckets that reach less far, or farther."""
-    if exam.fidelity is None:
+    meanings = {what for what in (exam.alterations or {}).values() if what.startswith(MADE_FOR)}
+    if exam.fidelity is None and not meanings:
         return unknown("only the source's attention tells which distances its numbers are for; give --source")
-    meanings = sorted({m for kl in exam.fidelity.meant.values() for m in kl if m.startswith(MADE_FOR)})
-    for meaning in meanings:
+    if exam.fidelity is not None:
+        meanings |= {m for kl in exam.fidelity.meant.values() for m in kl if m.startswith(MADE_FOR)}
+    for meaning in sorted(meanings):
         if (found := meant_otherwise(exam, meaning, REMEDY)) is not None:
             return found
     return excluded("under no other maximum distance are the tables nearer to the source's attention")

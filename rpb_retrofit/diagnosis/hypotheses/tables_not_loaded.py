@@ -6,6 +6,7 @@ import torch
 
 from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded
+from rpb_retrofit.diagnosis.judge import with_best
 from rpb_retrofit.diagnosis.words import some
 
 CAUSE = "the tables were not loaded, or say nothing"
@@ -27,22 +28,25 @@ def examine(exam: Exam) -> Finding:
     broken = [name for name, table in tables.items() if not bool(table.isfinite().all())]
     if broken:
         return confirmed(f"tables hold numbers that are none (NaN or infinite) in {some(broken)}", REMEDY)
+    if exam.as_written:
+        return excluded(f"all {len(tables)} tables are what was written, number for number (init='{init}')")
     flat = [name for name, table in tables.items() if float((table.amax(1) - table.amin(1)).max()) < FLAT]
     if flat:
         zero = all(not bool(tables[name].any()) for name in flat)
-        asked = " (init='zeros' asks for just that: no positions at all)" if init == "zeros" else f" (init='{init}')"
-        return confirmed(
-            f"{len(flat)} of {len(tables)} tables {'are zero' if zero else 'hold one number a head'}{asked}: "
-            f"{some(flat)}",
-            REMEDY,
+        said = (
+            f"{len(flat)} of {len(tables)} tables {'are zero' if zero else 'hold one number a head'} (init='{init}'): "
+            f"{some(flat)}"
         )
+        if zero and init == "zeros" and not exam.alterations:
+            return excluded(f"{said}, as init='zeros' asks")
+        return confirmed(said, REMEDY, effect=with_best(exam, flat))
     alike = [
         name
         for name, table in tables.items()
         if len(table) > 1 and float((_centred(table) - _centred(table)[:1]).abs().max()) < FLAT
     ]
     if alike:
-        return confirmed(f"all heads have the same row in {some(alike)}", REMEDY)
+        return confirmed(f"all heads have the same row in {some(alike)}", REMEDY, effect=with_best(exam, alike))
     return excluded(f"all {len(tables)} tables are finite, differ by head and by bucket")
 
 

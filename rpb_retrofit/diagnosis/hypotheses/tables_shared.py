@@ -6,6 +6,7 @@ import torch
 
 from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded
+from rpb_retrofit.diagnosis.judge import with_best
 from rpb_retrofit.diagnosis.words import some
 
 CAUSE = "the tables are shared by layers that should have their own"
@@ -18,6 +19,8 @@ def examine(exam: Exam) -> Finding:
     """Compare each layer's numbers with every other's."""
     if exam.arms.settings.get("shared"):
         return excluded("one table for all layers is what the settings ask for (shared=True)")
+    if exam.as_written:
+        return excluded("every table is what was written, number for number")
     if (begun := exam.arms.settings.get("init")) == "alibi":
         return excluded(f"init='{begun}' gives all layers with as many heads the same numbers")
     twins: dict[str, list[str]] = {}
@@ -43,5 +46,6 @@ def examine(exam: Exam) -> Finding:
         return confirmed(
             f"{len(names)} of {len(biases)} layers hold the numbers of another: {some(names)}",
             REMEDY,
+            effect=with_best(exam, names),
         )
     return excluded("no two layers hold the same numbers")

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from rpb_retrofit.diagnosis.exam import Exam
-from rpb_retrofit.diagnosis.fidelity import continued
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
 from rpb_retrofit.diagnosis.intervention import with_tables
-from rpb_retrofit.diagnosis.judge import LEFT, NOTABLE, WON_BACK
+from rpb_retrofit.diagnosis.judge import LEFT, NOTABLE, WON_BACK, explains
+from rpb_retrofit.diagnosis.meanings import continued
 from rpb_retrofit.runtime.bias import RelativePositionBias
 from rpb_retrofit.runtime.buckets import first_distances
 
@@ -49,13 +49,10 @@ def examine(exam: Exam) -> Finding:
     undone = exam.undone(
         f"continued-{start}", partial(with_tables, exam.arms.biases, partial(_continued, start)), longest
     )
-    if not (undone.real and undone.mean < 0):
-        return excluded(f"{said}; continuing the bucket before changes the loss at {longest} tokens by {undone} nats")
-    return confirmed(
-        f"{said}; continuing bucket {start - 1} changes the loss at {longest} tokens by {undone} nats a token",
-        REMEDY,
-        gain=max(0.0, -undone.mean),
-    )
+    said = f"{said}; continuing bucket {start - 1} instead: {undone}"
+    if undone.loss.mean < 0 and explains(exam, undone, list(exam.arms.biases)):
+        return confirmed(said, REMEDY, effect=undone)
+    return excluded(said)
 
 
 def _continued(start: int, name: str, bias: RelativePositionBias) -> Tensor:

@@ -6,7 +6,6 @@ from statistics import median
 
 from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
-from rpb_retrofit.diagnosis.weights import drift
 
 CAUSE = "weights differ from the source's beyond what the retrofit changes"
 PREDICTS = "before training, a weight differs at all; after it, some moved very much farther than the others"
@@ -24,7 +23,7 @@ def examine(exam: Exam) -> Finding:
     """Compare every weight with the source's."""
     if exam.arms.source is None:
         return unknown("there is nothing to compare with; give --source")
-    moved = drift(exam.arms.retrofit, exam.arms.source)
+    moved = exam.moved
     missing = [name for name, far in moved.items() if far is None]
     if missing:
         return confirmed(

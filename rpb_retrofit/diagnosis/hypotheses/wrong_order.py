@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
+from typing import NamedTuple
+
 import torch
+from torch import Tensor
 
 from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.fidelity import best_order
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
-from rpb_retrofit.diagnosis.judge import LEFT, NOTABLE, WON_BACK, of_kind
+from rpb_retrofit.diagnosis.intervention import with_tables
+from rpb_retrofit.diagnosis.judge import LEFT, NOTABLE, WON_BACK, altered, explains, of_kind, with_best
+from rpb_retrofit.diagnosis.provenance import HEADS, LAYERS
 from rpb_retrofit.diagnosis.words import some
 
 CAUSE = "the tables are in the wrong order of heads or layers"
@@ -26,35 +33,76 @@ def examine(exam: Exam) -> Finding:
             f"the bias that acts is another head's or layer's than the table's in {some(acting)}",
             REMEDY,
         )
-    if (fidelity := exam.fidelity) is None:
+    if known := [*altered(exam, HEADS), *altered(exam, LAYERS)]:
+        effect = with_best(exam, known)
+        said = f"by the checksums of what was written, {some(known)} hold their rows in another order, or other layers'"
+        return confirmed(f"{said}; fitted anew: {effect}" if effect else said, REMEDY, effect=effect)
+    if exam.fidelity is None:
         return unknown("only the source's attention tells whose table it is; give --source")
-    layers = _layers(exam)
-    heads, gain = {}, 0.0
+    layers, heads = _layers(exam), _heads(exam)
+    brought = sum(gain for _, gain in heads.values())
+    if layers is not None and layers.brought > brought:
+        tables = {name: exam.arms.biases[other].weight.detach().clone() for name, other in layers.others.items()}
+        found = _confirm(exam, "layers-put-back", layers.said, tables)
+    elif heads:
+        biases = exam.arms.biases
+        tables = {name: biases[name].weight.detach()[order].clone() for name, (order, _) in heads.items()}
+        found = _confirm(exam, "heads-put-back", _said(heads), tables)
+    else:
+        return excluded("no exchange of rows or of tables brings the attention nearer to the source's")
+    return found
+
+
+def _confirm(exam: Exam, name: str, said: str, tables: Mapping[str, Tensor]) -> Finding:
+    """Whether it is borne out by the running model with these tables."""
+    if not exam.causal:
+        return confirmed(said, REMEDY)
+    biases = {name: exam.arms.biases[name] for name in tables}
+    effect = exam.undone(name, partial(with_tables, biases, lambda n, b: tables[n]))
+    if explains(exam, effect, list(tables)):
+        return confirmed(f"{said}; {effect}", REMEDY, effect=effect)
+    return excluded(f"{said}, but {effect}")
+
+
+def _heads(exam: Exam) -> dict[str, tuple[list[int], float]]:
+    """The attentions in which heads are to exchange rows: the row of each head, and the KL that it wins, summed."""
+    fidelity, found = exam.fidelity, dict[str, tuple[list[int], float]]()
+    assert fidelity is not None
     for name, cost in fidelity.swaps.items():
         order, best, now = best_order(cost)
         excess = (fidelity.own[name] - fidelity.refit[name]).sum().item()
-        moved = [head for head, other in enumerate(order) if head != other]
+        moved = _moved(order)
         left = 2 * LEFT * (fidelity.zeros[name] - fidelity.refit[name]).sum().item()
         near = best - fidelity.refit[name].sum().item() < left  # random rows, too, suit other heads by chance
         if moved and (now - best) / len(moved) > NOTABLE and now - best > WON_BACK * excess and near:
-            heads[name] = moved
-            gain += now - best
-    if layers is not None and layers[1] > gain:
-        return confirmed(layers[0], REMEDY)
-    if heads:
-        which = ", ".join(f"{some([n])}: heads {', '.join(map(str, moved))}" for n, moved in list(heads.items())[:4])
-        more = f" and {len(heads) - 4} more layers" if len(heads) > 4 else ""
-        return confirmed(
-            f"the source's attention is nearer by {gain / sum(map(len, heads.values())):.3f} nats of mean KL when "
-            f"heads exchange their rows ({which}{more})",
-            REMEDY,
-            figures={"heads": heads},
-        )
-    return excluded("no exchange of rows or of tables brings the attention nearer to the source's")
+            found[name] = order, now - best
+    return found
 
 
-def _layers(exam: Exam) -> tuple[str, float] | None:
-    """The evidence for exchanged layers, and the KL that putting them back wins, summed over heads."""
+def _moved(order: list[int]) -> list[int]:
+    return [head for head, other in enumerate(order) if head != other]
+
+
+def _said(heads: Mapping[str, tuple[list[int], float]]) -> str:
+    moved = {name: _moved(order) for name, (order, _) in heads.items()}
+    brought = sum(gain for _, gain in heads.values()) / sum(map(len, moved.values()))
+    which = ", ".join(f"{some([n])}: heads {', '.join(map(str, heads))}" for n, heads in list(moved.items())[:4])
+    more = f" and {len(moved) - 4} more layers" if len(moved) > 4 else ""
+    return (
+        f"the source's attention is nearer by {brought:.3f} nats of mean KL when heads exchange their rows "
+        f"({which}{more})"
+    )
+
+
+class _Layers(NamedTuple):
+    """Exchanged layers: the evidence, the KL that putting them back wins, summed over heads, and whose each is."""
+
+    said: str
+    brought: float
+    others: dict[str, str]
+
+
+def _layers(exam: Exam) -> _Layers | None:
     fidelity = exam.fidelity
     assert fidelity is not None
     names = list(fidelity.layers)
@@ -70,8 +118,9 @@ def _layers(exam: Exam) -> tuple[str, float] | None:
     if not moved or (now - best) / len(moved) < NOTABLE or now - best < WON_BACK * excess:
         return None
     heads = len(next(iter(fidelity.own.values())))
-    return (
+    return _Layers(
         f"the source's attention says that the tables of {some(moved)} are one another's: exchanged, their mean KL "
         f"falls by {(now - best) / len(moved):.3f} nats",
         (now - best) * heads,
+        {name: names[other] for name, other in zip(names, order, strict=True) if name != names[other]},
     )

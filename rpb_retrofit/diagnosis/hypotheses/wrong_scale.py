@@ -6,11 +6,12 @@ import math
 from contextlib import AbstractContextManager
 from functools import partial
 
+from rpb_retrofit.diagnosis.effect import Effect
 from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
 from rpb_retrofit.diagnosis.intervention import Change, changed
 from rpb_retrofit.diagnosis.judge import content_ratios, meant_otherwise, scale_in_weights
-from rpb_retrofit.diagnosis.weights import collinear, drift
+from rpb_retrofit.diagnosis.weights import collinear
 from rpb_retrofit.diagnosis.words import some
 
 CAUSE = "the bias is scaled, or the content is not"
@@ -46,7 +47,7 @@ def examine(exam: Exam) -> Finding:
             f"the product of query and key is multiplied by {ratio:.3g} times what the "
             f"{'source' if exam.arms.source is not None else 'family'} multiplies it by{known}, in {some(wrong)}",
             REMEDY,
-            gain=_gain(exam, 1 / ratio),
+            effect=_effect(exam, 1 / ratio),
         )
     if exam.arms.source is not None:
         if unfolded := _unfolded(exam):
@@ -84,10 +85,8 @@ def _with(exam: Exam, factor: float) -> AbstractContextManager[None]:
     return changed(exam.arms.retrofit, exam.arms.family, Change(scale=factor))
 
 
-def _gain(exam: Exam, factor: float) -> float | None:
-    if not exam.causal:
-        return None
-    return -exam.undone(f"content-{factor:.3f}", partial(_with, exam, factor)).mean
+def _effect(exam: Exam, factor: float) -> Effect | None:
+    return exam.undone(f"content-{factor:.3f}", partial(_with, exam, factor)) if exam.causal else None
 
 
 def _stretched(exam: Exam) -> dict[str, float]:
@@ -105,7 +104,7 @@ def _stretched(exam: Exam) -> dict[str, float]:
 def _unfolded(exam: Exam) -> list[str]:
     """Attentions of an unscaled retrofit without a weight that differs from the source's."""
     assert exam.arms.source is not None
-    moved = drift(exam.arms.retrofit, exam.arms.source)
+    moved = exam.moved
     return [
         attention
         for attention in exam.arms.attentions
