@@ -162,7 +162,7 @@ def _write_all_but_weights(
     from rpb_retrofit.checkpoint.rewrite import Change
     from rpb_retrofit.filling import first_tables, parameters_of, places
     from rpb_retrofit.inplace import folded, retrofit
-    from rpb_retrofit.runtime.modeling import own_names, save_config, table_names, write_runtime
+    from rpb_retrofit.runtime.modeling import own_names, save_config, write_runtime
     from rpb_retrofit.tables.checksums import record
 
     settings = source.config()
@@ -182,7 +182,7 @@ def _write_all_but_weights(
             model = model_class(settings)(settings)
         report, changes = retrofit(model, config), {}
         tables = parameters_of(first_tables(model, config), places(model, config))
-        record(model, {name: tables[name] for name in table_names(model)})
+        record(model, tables)
     model.config.architectures = [type(model).__name__]
     save_config(model.config, folder)
     write_runtime(folder)

@@ -32,6 +32,12 @@ class Kind(IntEnum):
     BEHAVIOUR = 3
 
 
+QUARTER = 0.25
+"""Share of what was lost that undoing a cause must bring back to be the first one. Of a mistake in some layers, where
+it is not known whether the numbers are what was written, it is the share of what those layers would have lost if all
+lost the same: no mistake in one layer of thirty explains a quarter of what the thirty lost."""
+
+
 @dataclass(frozen=True)
 class Finding:
     """The outcome of one hypothesis.
@@ -65,11 +71,19 @@ class Outcome:
         """Whether the evidence names it."""
         return self.finding.verdict is Verdict.CONFIRMED
 
+    @property
+    def explains(self) -> bool:
+        """Whether it may be the first cause: the model runs wrongly, or its numbers are not as meant, or undoing it
+        brings back a quarter of what was lost, as far as that can be told. Others contribute."""
+        effect = self.finding.effect
+        return self.kind <= Kind.NUMBERS or effect is None or effect.at_least(QUARTER)
+
 
 def ranked(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """The confirmed ones, the first cause first: the deeper kind, and of one kind as they were tested, special ones
-    before general ones, since what is special explains what a general probe sees."""
-    return sorted((outcome for outcome in outcomes if outcome.confirmed), key=lambda outcome: outcome.kind)
+    """The confirmed ones, the first cause first: before all others those that explain enough to be a first cause; then
+    the deeper kind, and of one kind as they were tested, special ones before general ones, since what is special
+    explains what a general probe sees."""
+    return sorted((o for o in outcomes if o.confirmed), key=lambda outcome: (not outcome.explains, outcome.kind))
 
 
 def confirmed(because: str, remedy: str, **more: Any) -> Finding:

@@ -11,7 +11,7 @@ from rpb_retrofit.diagnosis.consistency import Way
 from rpb_retrofit.diagnosis.effect import Effect
 from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.fidelity import NOTABLE, Fidelity
-from rpb_retrofit.diagnosis.finding import Finding, confirmed, excluded, unknown
+from rpb_retrofit.diagnosis.finding import QUARTER, Finding, confirmed, excluded, unknown
 from rpb_retrofit.diagnosis.intervention import bias_of, with_biases, with_reach, with_tables
 from rpb_retrofit.diagnosis.meanings import MADE_FOR, meanings_of
 from rpb_retrofit.diagnosis.words import some
@@ -27,11 +27,6 @@ LEFT = 0.25
 HANDED_ON = 0.1
 """Share of what a layer's heads miss of the source's outputs that undoing a mistake must bring back to be suspected."""
 
-QUARTER = 0.25
-"""Share of what was lost that undoing a mistake must bring back to be a cause. Of a mistake in some layers, where it is
-not known whether the numbers are what was written, it is the share of what those layers would have lost if all lost the
-same: no mistake in one layer of thirty explains a quarter of what the thirty lost."""
-
 
 def of_kind(exam: Exam, kind: str) -> list[str]:
     """The attentions whose acting bias is related to the table in this way."""
@@ -44,15 +39,10 @@ def altered(exam: Exam, what: str) -> list[str]:
 
 
 def explains(exam: Exam, effect: Effect, layers: Sequence[str]) -> bool:
-    """Whether a mistake in the tables of these attentions, whose undoing had this effect, is a cause.
-
-    It is where undoing it brings back a quarter of what was lost, for sure. Where the numbers are known to have changed
-    since they were written, it need only do no harm: that something happened to them is then a fact.
-    """
-    changed = exam.alterations
-    if changed and all(name in changed for name in layers):
-        return not effect.harmful
-    part = 1.0 if exam.as_written else len(layers) / len(exam.arms.attentions)
+    """Whether a mistake in the tables of these attentions, whose undoing had this effect, is a cause: it brings back a
+    quarter of what was lost, for sure."""
+    known = exam.alterations is not None and not any(name in exam.alterations for name in layers)
+    part = 1.0 if known else len(layers) / len(exam.arms.attentions)
     return effect.sure and effect.at_least(QUARTER * part)
 
 
@@ -93,7 +83,7 @@ def _suspected(exam: Exam, meaning: str) -> dict[str, float]:
         return {}
     for name, own in fidelity.own.items():
         other = fidelity.meant[name].get(meaning)
-        if other is None:
+        if other is None or name in (exam.alterations or {}):  # what became of these is known
             continue
         excess, gain = (own - fidelity.refit[name]).mean().item(), (own - other).mean().item()
         missed = (other - fidelity.refit[name]).mean().item()
@@ -202,7 +192,7 @@ def coarse(exam: Exam, other: str, described: str, remedy: str) -> Finding:
     if effect is None:
         return confirmed(said, remedy)
     said = f"{said}; fitted so, against the best of these buckets: {effect}"
-    if effect.sure and effect.at_least(QUARTER):
+    if effect.sure:
         return confirmed(said, remedy, effect=effect)
     return excluded(said)
 

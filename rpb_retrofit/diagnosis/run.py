@@ -74,8 +74,11 @@ class Diagnosis:
             )
             return f"No cause of a regression found: {len(self.outcomes) - untold} were excluded{rest}.{lost}"
         first, *others = self.causes
+        if not first.explains:
+            lost = "; ".join(f"{o.cause}{_part(o)}" for o in self.causes)
+            return f"It runs as it should, and no cause explains a quarter of what was lost. Contributing: {lost}."
         also = f" Also confirmed: {'; '.join(o.cause for o in others)}." if others else ""
-        return f"First cause: {first.cause}.{also}"
+        return f"First cause: {first.cause}{_part(first)}.{also}"
 
     def cost(self, length: int | None = None) -> Figures | None:
         """What the retrofit loses above the control, or else the source, at a length, by default the longest."""
@@ -147,6 +150,12 @@ class Diagnosis:
             "skipped": self.skipped,
             "seconds": self.seconds,
         }
+
+
+def _part(outcome: Outcome) -> str:
+    """How much of what was lost it explains, in words; nothing where that is not known."""
+    effect = outcome.finding.effect
+    return "" if effect is None or effect.share is None else f" ({effect.share:.0%} of what was lost)"
 
 
 def diagnose(

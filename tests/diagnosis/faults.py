@@ -20,7 +20,7 @@ from rpb_retrofit.runtime import interface
 from rpb_retrofit.runtime.families import UNSCALED
 from rpb_retrofit.runtime.mechanisms import position_zero, remove_hooks
 from rpb_retrofit.runtime.modeling import drop_scale, submodels
-from tests.diagnosis.small_model import CONTEXT, language, plain_language, retrofitted, train, trained
+from tests.diagnosis.small_model import language, plain_language, retrofitted, train, trained
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,28 @@ def fault(name: str, cause: str, exam: dict[str, Any] | None = None, **severitie
     return register
 
 
-def tables(arms: Arms) -> list[nn.Parameter]:
-    return [bias.weight for bias in arms.biases.values()]
+EVERYWHERE: dict[str, Any] = {"in all layers": None, "in one layer": 1}
+"""The two severities of what a layer can have."""
+
+
+def tables(arms: Arms, count: int | None = None) -> list[nn.Parameter]:
+    return [bias.weight for bias in _some(arms.biases.values(), count)]
 
 
 def layers(arms: Arms, count: int | None) -> list[Any]:
-    return list(arms.attentions.values())[:count]
+    return _some(arms.attentions.values(), count)
+
+
+def _some(things: Any, count: int | None) -> list[Any]:
+    """All of a list by layers, or so many from its first third on."""
+    things = list(things)
+    return things if count is None else things[len(things) // 3 :][:count]
+
+
+def root(arms: Arms) -> float:
+    """sqrt(d) of a head."""
+    config = arms.retrofit.config
+    return math.sqrt(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def reloaded(model: Any, **settings: Any) -> Any:
@@ -84,7 +100,7 @@ def answer(arms: Arms, change: Callable[[Any, Any], Any], count: int | None = No
 # --- the running model ---------------------------------------------------------------------------------------------
 
 
-@fault("RoPE goes on", "mechanism_active", **{"in all layers": None, "in one layer": 1})
+@fault("RoPE goes on", "mechanism_active", **EVERYWHERE)
 def rope_goes_on(arms: Arms, count: int | None) -> None:
     model: Any = arms.retrofit
     rotary = model.model.rotary_emb
@@ -100,31 +116,31 @@ def rope_goes_on(arms: Arms, count: int | None) -> None:
     layers(arms, count)[0].register_forward_pre_hook(rotated, with_kwargs=True)
 
 
-@fault("offset reversed", "offset_reversed", **{"in all layers": None, "in one layer": 1})
+@fault("offset reversed", "offset_reversed", **EVERYWHERE)
 def offset_reversed(arms: Arms, count: int | None) -> None:
     answer(arms, lambda bias, offset: bias(-offset), count)
 
 
-@fault("offset off by one", "off_by_one", **{"in all layers": None, "in one layer": 1})
+@fault("offset off by one", "off_by_one", **EVERYWHERE)
 def off_by_one(arms: Arms, count: int | None) -> None:
     answer(arms, lambda bias, offset: bias(offset + 1), count)
 
 
-@fault("bias scaled by 1/sqrt(d)", "wrong_scale", **{"in all layers": None, "in one layer": 1})
+@fault("bias scaled by 1/sqrt(d)", "wrong_scale", **EVERYWHERE)
 def bias_scaled(arms: Arms, count: int | None) -> None:
-    answer(arms, lambda bias, offset: bias(offset) / 4, count)
+    answer(arms, lambda bias, offset: bias(offset) / root(arms), count)
 
 
-@fault("content not scaled", "wrong_scale", **{"in all layers": None, "in one layer": 1})
+@fault("content not scaled", "wrong_scale", **EVERYWHERE)
 def content_unscaled(arms: Arms, count: int | None) -> None:
     for module in layers(arms, count):
         module.scaling = 1.0
 
 
-@fault("query projection times sqrt(d)", "wrong_scale", **{"in all layers": None, "in one layer": 1})
+@fault("query projection times sqrt(d)", "wrong_scale", **EVERYWHERE)
 def query_projection_scaled(arms: Arms, count: int | None) -> None:
     for module in layers(arms, count):
-        module.q_proj.weight.data *= 4.0
+        module.q_proj.weight.data *= root(arms)
 
 
 @fault("scale said to be in the weights, where it is not", "wrong_scale")
@@ -135,10 +151,16 @@ def unfolded_scale(arms: Arms) -> None:
         submodel.config.rpb_retrofit = {**submodel.config.rpb_retrofit, "scale": UNSCALED}
 
 
-@fault("tables times 1/sqrt(d) in the file", "wrong_scale")
-def tables_scaled(arms: Arms) -> None:
-    for table in tables(arms):
-        table.data /= 4
+@fault("tables times 1/sqrt(d) in the file", "wrong_scale", **EVERYWHERE)
+def tables_scaled(arms: Arms, count: int | None) -> None:
+    for table in tables(arms, count):
+        table.data /= root(arms)
+
+
+@fault("tables halved", "wrong_scale", **EVERYWHERE)
+def tables_halved(arms: Arms, count: int | None) -> None:
+    for table in tables(arms, count):
+        table.data /= 2
 
 
 @fault("bias dropped: another implementation is set", "bias_dropped")
@@ -153,7 +175,7 @@ def other_implementation_unguarded(arms: Arms) -> None:
         remove_hooks(module, interface.pass_offset)
 
 
-@fault("bias dropped: zero answers", "bias_dropped", **{"in all layers": None, "in one layer": 1})
+@fault("bias dropped: zero answers", "bias_dropped", **EVERYWHERE)
 def zero_answers(arms: Arms, count: int | None) -> None:
     answer(arms, lambda bias, offset: bias(offset) * 0, count)
 
@@ -182,7 +204,7 @@ def static_cache_offset(arms: Arms) -> None:
         module.register_forward_pre_hook(late, with_kwargs=True)
 
 
-@fault("the next token is seen", "sees_the_future", **{"in all layers": None, "in one layer": 1})
+@fault("the next token is seen", "sees_the_future", **EVERYWHERE)
 def next_token_seen(arms: Arms, count: int | None) -> None:
     def leaking(module: Any, args: Any, kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -223,7 +245,9 @@ def packing_seen(arms: Arms) -> None:
 
 @fault("YaRN was left in the config", "position_scaling", **{"of 4": 4.0, "of 1.5": 1.5})
 def yarn_left(arms: Arms, factor: float) -> Arms:
-    rope = {"rope_type": "yarn", "factor": factor, "rope_theta": 10_000.0, "original_max_position_embeddings": CONTEXT}
+    config = arms.retrofit.config
+    context, theta = config.max_position_embeddings, config.rope_parameters["rope_theta"]
+    rope = {"rope_type": "yarn", "factor": factor, "rope_theta": theta, "original_max_position_embeddings": context}
     return replace(arms, retrofit=reloaded(arms.retrofit, rope_parameters=rope))
 
 
@@ -269,82 +293,83 @@ def wrong_late(arms: Arms) -> None:
 # --- the numbers ---------------------------------------------------------------------------------------------------
 
 
-@fault("tables not loaded: zeros", "tables_not_loaded", **{"in all layers": None, "in one layer": 1})
+@fault("tables not loaded: zeros", "tables_not_loaded", **EVERYWHERE)
 def tables_zero(arms: Arms, count: int | None) -> None:
-    for table in tables(arms)[:count]:
+    for table in tables(arms, count):
         table.data.zero_()
 
 
-@fault("tables not loaded: one number", "tables_not_loaded")
-def tables_constant(arms: Arms) -> None:
-    for table in tables(arms):
+@fault("tables not loaded: one number", "tables_not_loaded", **EVERYWHERE)
+def tables_constant(arms: Arms, count: int | None) -> None:
+    for table in tables(arms, count):
         table.data[:] = table.data[:, :1]
 
 
-@fault("all heads alike", "tables_not_loaded")
-def heads_alike(arms: Arms) -> None:
-    for table in tables(arms):
+@fault("all heads alike", "tables_not_loaded", **EVERYWHERE)
+def heads_alike(arms: Arms, count: int | None) -> None:
+    for table in tables(arms, count):
         table.data[:] = table.data[:1]
 
 
-@fault("tables of random numbers", "foreign_tables")
-def tables_random(arms: Arms) -> None:
-    for number, table in enumerate(tables(arms)):
+@fault("tables of random numbers", "foreign_tables", **EVERYWHERE)
+def tables_random(arms: Arms, count: int | None) -> None:
+    for number, table in enumerate(tables(arms, count)):
         table.data.normal_(0, 2, generator=torch.Generator().manual_seed(number))
 
 
-@fault("one table for all layers", "tables_shared")
-def tables_shared(arms: Arms) -> None:
-    first, *others = tables(arms)
-    for table in others:
-        table.data.copy_(first.data)
+@fault("another layer's table", "tables_shared", **EVERYWHERE)
+def tables_shared(arms: Arms, count: int | None) -> None:
+    first = tables(arms)[-1].data.clone()
+    for table in tables(arms, count):
+        table.data.copy_(first)
 
 
 @fault("one head's row upside down", "foreign_tables", **{"head 0": 0, "head 1": 1, "head 2": 2, "head 3": 3})
 def row_flipped(arms: Arms, head: int) -> None:
-    tables(arms)[1].data[head] *= -1
+    tables(arms)[len(tables(arms)) // 2].data[head] *= -1
 
 
 @fault("heads in another order", "wrong_order", **{"rolled in all layers": None, "rolled in one layer": 1})
 def heads_rolled(arms: Arms, count: int | None) -> None:
-    for table in tables(arms)[:count]:
+    for table in tables(arms, count):
         table.data.copy_(table.data.roll(1, 0))
 
 
-@fault("layers in another order", "wrong_order")
-def layers_reversed(arms: Arms) -> None:
-    before = [table.data.clone() for table in tables(arms)]
-    for table, other in zip(tables(arms), reversed(before), strict=True):
+@fault("layers in another order", "wrong_order", all=None, two=2)
+def layers_reversed(arms: Arms, count: int | None) -> None:
+    before = [table.data.clone() for table in tables(arms, count)]
+    for table, other in zip(tables(arms, count), reversed(before), strict=True):
         table.data.copy_(other)
 
 
-@fault("the maximum distance of the config was changed", "other_buckets", **{"to a quarter": 64, "to twice": 512})
-def other_distance(arms: Arms, distance: int) -> Arms:
+@fault("the maximum distance of the config was changed", "other_buckets", **{"to a quarter": 0.25, "to twice": 2})
+def other_distance(arms: Arms, factor: float) -> Arms:
+    distance = round(factor * arms.settings["relative_attention_max_distance"])
     settings = {**arms.settings, "relative_attention_max_distance": distance}
     return replace(arms, retrofit=reloaded(arms.retrofit, rpb_retrofit=settings))
 
 
-@fault("sign of the tables reversed", "wrong_scale")
-def tables_negated(arms: Arms) -> None:
-    for table in tables(arms):
+@fault("sign of the tables reversed", "wrong_scale", **EVERYWHERE)
+def tables_negated(arms: Arms, count: int | None) -> None:
+    for table in tables(arms, count):
         table.data.neg_()
 
 
-@fault("tables moved by one bucket", "off_by_one")
-def tables_moved(arms: Arms) -> None:
-    for table in tables(arms):
+@fault("tables moved by one bucket", "off_by_one", **EVERYWHERE)
+def tables_moved(arms: Arms, count: int | None) -> None:
+    for table in tables(arms, count):
         table.data.copy_(torch.cat([table.data[:, :1], table.data[:, :-1]], 1))
 
 
-@fault("tables rounded to bfloat16", "precision")
-def tables_rounded(arms: Arms) -> None:
-    for table in tables(arms):
+@fault("tables rounded to bfloat16", "precision", **EVERYWHERE)
+def tables_rounded(arms: Arms, count: int | None) -> None:
+    for table in tables(arms, count):
         table.data.copy_(table.data.bfloat16().float())
 
 
-@fault("tables cast to bfloat16", "precision")
-def tables_cast(arms: Arms) -> None:
-    for table in tables(arms):
+@fault("tables cast to bfloat16", "precision", **EVERYWHERE)
+def tables_cast(arms: Arms, count: int | None) -> None:
+    for table in tables(arms, count):
         table.data = table.data.bfloat16()
 
 
@@ -395,11 +420,19 @@ def queries_grow(arms: Arms) -> None:
 @fault("far buckets were not trained", "untrained_buckets", **{"they hold noise": 3.0, "they hold zeros": 0.0})
 def far_buckets(arms: Arms, size: float) -> None:
     for number, table in enumerate(tables(arms)):
-        noise = torch.randn(4, 12, generator=torch.Generator().manual_seed(number))
-        table.data[:, 20:] = size * noise + (0 if size else table.data.amax())
+        far = table.data[:, table.shape[1] * 5 // 8 :]
+        noise = torch.randn(far.shape, generator=torch.Generator().manual_seed(number))
+        far.copy_(size * noise + (0 if size else table.data.amax()))
 
 
 # --- the settings, and what training did ---------------------------------------------------------------------------
+
+
+@fault("the tables were never fitted", "not_fitted", zeros="zeros", normal="normal", alibi="alibi")
+def never_fitted(arms: Arms, init: str) -> Arms:
+    model = deepcopy(arms.source)
+    rpb.retrofit(model, rpb.RetrofitConfig(init=init))
+    return replace(arms, retrofit=model)
 
 
 @fault("the last bucket begins at 8", "far_order_lost")

@@ -8,7 +8,6 @@ from rpb_retrofit.diagnosis.arms import RETROFIT, SOURCE
 from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
 from rpb_retrofit.diagnosis.intervention import Change, changed
-from rpb_retrofit.diagnosis.judge import QUARTER
 
 CAUSE = "attention spreads with length"
 PREDICTS = (
@@ -42,6 +41,6 @@ def examine(exam: Exam) -> Finding:
     undone = exam.undone("length-factor", partial(changed, exam.arms.retrofit, exam.arms.family, change), longest)
     said += f"; a factor that grows with log n from {change.trained} keys on: at {longest} tokens {undone}"
     faster = theirs is None or grows > theirs.slopes().mean().item() + FASTER
-    if undone.sure and undone.loss.mean < -NOTABLE and undone.at_least(QUARTER) and faster:
+    if undone.sure and undone.loss.mean < -NOTABLE and faster:
         return confirmed(said, REMEDY, effect=undone)
     return excluded(said)

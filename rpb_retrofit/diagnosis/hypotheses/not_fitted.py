@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
-from rpb_retrofit.diagnosis.judge import QUARTER, with_best
+from rpb_retrofit.diagnosis.judge import with_best
 from rpb_retrofit.tables import CALIBRATED
 
 CAUSE = "the tables were not fitted to this source, or on other text"
@@ -24,6 +24,6 @@ def examine(exam: Exam) -> Finding:
     assert effect is not None
     init = exam.arms.settings.get("init", CALIBRATED)
     said = f"the tables began with init='{init}'; with those that are best for the source's attention: {effect}"
-    if effect.sure and effect.at_least(QUARTER):
+    if effect.sure:
         return confirmed(said, REMEDY, effect=effect)
     return excluded(said)

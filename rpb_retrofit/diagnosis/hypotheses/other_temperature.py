@@ -8,7 +8,6 @@ from functools import partial
 from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
 from rpb_retrofit.diagnosis.intervention import Change, changed
-from rpb_retrofit.diagnosis.judge import QUARTER
 
 CAUSE = "attention is too sharp or too flat"
 PREDICTS = "the loss falls when the content term is multiplied by 1/sqrt(d), or by sqrt(d), or by a little"
@@ -37,6 +36,6 @@ def examine(exam: Exam) -> Finding:
     best = min(tried, key=lambda factor: tried[factor].loss.mean)
     said = ", ".join(f"times {factor:.3g}: {change.loss.mean:+.3f}" for factor, change in tried.items())
     said = f"the content term multiplied by a number changes the loss, in nats a token: {said}"
-    if tried[best].sure and tried[best].loss.mean < -NOTABLE and tried[best].at_least(QUARTER):
+    if tried[best].sure and tried[best].loss.mean < -NOTABLE:
         return confirmed(said, REMEDY, effect=tried[best])
     return excluded(said)

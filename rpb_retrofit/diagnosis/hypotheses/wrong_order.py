@@ -14,7 +14,7 @@ from rpb_retrofit.diagnosis.fidelity import best_order
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
 from rpb_retrofit.diagnosis.intervention import with_tables
 from rpb_retrofit.diagnosis.judge import LEFT, NOTABLE, WON_BACK, altered, explains, of_kind, with_best
-from rpb_retrofit.diagnosis.provenance import HEADS, LAYERS
+from rpb_retrofit.diagnosis.provenance import HEADS, LAYERS, is_written
 from rpb_retrofit.diagnosis.words import some
 
 CAUSE = "the tables are in the wrong order of heads or layers"
@@ -59,7 +59,7 @@ def _confirm(exam: Exam, name: str, said: str, tables: Mapping[str, Tensor]) -> 
         return confirmed(said, REMEDY)
     biases = {name: exam.arms.biases[name] for name in tables}
     effect = exam.undone(name, partial(with_tables, biases, lambda n, b: tables[n]))
-    if explains(exam, effect, list(tables)):
+    if explains(exam, effect, list(tables)) or all(is_written(exam.arms, n, table) for n, table in tables.items()):
         return confirmed(f"{said}; {effect}", REMEDY, effect=effect)
     return excluded(f"{said}, but {effect}")
 
@@ -74,7 +74,10 @@ def _heads(exam: Exam) -> dict[str, tuple[list[int], float]]:
         moved = _moved(order)
         left = 2 * LEFT * (fidelity.zeros[name] - fidelity.refit[name]).sum().item()
         near = best - fidelity.refit[name].sum().item() < left  # random rows, too, suit other heads by chance
-        if moved and (now - best) / len(moved) > NOTABLE and now - best > WON_BACK * excess and near:
+        if name in (exam.alterations or {}):
+            if moved and is_written(exam.arms, name, exam.arms.biases[name].weight.detach()[order]):
+                found[name] = order, now - best
+        elif moved and (now - best) / len(moved) > NOTABLE and now - best > WON_BACK * excess and near:
             found[name] = order, now - best
     return found
 
