@@ -156,7 +156,13 @@ def _print(found: Diagnosis) -> None:
     from rich.text import Text
 
     console = Console(highlight=False)
-    console.print(Text(f"\n{one_line(found.headline)}", style="bold"))
+    console.print(Text(f"\n{one_line(found.headline)}\n", style="bold"))
+    if found.figures:
+        for question, answers in found.to_dict()["summary"].items():
+            console.print(Text(question, style="bold"))
+            for answer in answers:
+                console.print(Text(f"  {one_line(answer)}"))
+        console.print()
     for name, why in found.failed.items():
         console.print(Text(one_line(f"measuring {name} failed, so this says nothing of it: {why}")))
     table = Table(show_lines=True)

@@ -24,12 +24,14 @@ noise of one batch may happen to be zero."""
 class Way:
     """One way to feed a text: the largest difference of its logits from the plain pass, relative to the largest one.
 
-    ``error``: what was raised in the place of logits; ``broken``: logits that are no numbers.
+    ``error``: what was raised in the place of logits; ``broken``: logits that are no numbers; ``far``: KL of what is
+    predicted then from what the plain pass predicts, in nats a token.
     """
 
     difference: float
     error: str = ""
     broken: int = 0
+    far: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -139,4 +141,8 @@ def _compare(fed: Callable[[], Tensor], plain: Callable[[], Tensor]) -> Way:
         return Way(0.0, f"{type(error).__name__}: {error}".splitlines()[0])
     broken = int((~got.isfinite()).sum() + (~want.isfinite()).sum())
     size = want.nan_to_num().abs().max().clamp(min=1e-12)
-    return Way(((got - want).nan_to_num().abs().max() / size).item(), "", broken)
+    far = 0.0
+    if not broken:
+        own, plainly = got.log_softmax(-1), want.log_softmax(-1)
+        far = max(0.0, (plainly.exp() * (plainly - own)).sum(-1).mean().item())
+    return Way(((got - want).nan_to_num().abs().max() / size).item(), "", broken, far)

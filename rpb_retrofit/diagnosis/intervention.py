@@ -198,3 +198,16 @@ def _with_weights(theirs: Mapping[str, Tensor], heads: Mapping[str, Tensor], nam
         return output, weights
 
     return run
+
+
+@contextmanager
+def with_weights(model: PreTrainedModel, source: PreTrainedModel, names: Sequence[str]) -> Iterator[None]:
+    """Inside, these weights of a model are its source's."""
+    kept = {name: model.get_parameter(name).data for name in names}
+    try:
+        for name, own in kept.items():
+            model.get_parameter(name).data = source.get_parameter(name).data.to(own)
+        yield
+    finally:
+        for name, own in kept.items():
+            model.get_parameter(name).data = own

@@ -12,7 +12,7 @@ from rpb_retrofit.diagnosis.effect import Effect
 from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.fidelity import NOTABLE, Fidelity
 from rpb_retrofit.diagnosis.finding import QUARTER, Finding, confirmed, excluded, unknown
-from rpb_retrofit.diagnosis.intervention import bias_of, with_biases, with_reach, with_tables
+from rpb_retrofit.diagnosis.intervention import bias_of, with_biases, with_reach, with_tables, with_weights
 from rpb_retrofit.diagnosis.meanings import MADE_FOR, meanings_of
 from rpb_retrofit.diagnosis.words import some
 from rpb_retrofit.runtime.buckets import Bucketing
@@ -61,6 +61,8 @@ def meant_otherwise(exam: Exam, meaning: str, remedy: str) -> Finding | None:
             remedy,
             effect=effect,
         )
+    if exam.as_written:  # what calibration wrote is what was meant, and whether it fits is another hypothesis'
+        return None
     won = _suspected(exam, meaning)
     if not won or exam.fidelity is None:
         return None
@@ -132,6 +134,16 @@ def with_best(exam: Exam, names: Sequence[str]) -> Effect | None:
     return exam.undone(f"refit-{len(names)}-{names[0]}", partial(with_tables, biases, lambda n, b: fidelity.tables[n]))
 
 
+def weights_back(exam: Exam, names: Sequence[str]) -> Effect | None:
+    """What it brings when these weights are the source's again; None without a source, or of a model that predicts no
+    next token."""
+    source = exam.arms.source
+    if source is None or not exam.causal:
+        return None
+    undo = partial(with_weights, exam.arms.retrofit, source, names)
+    return exam.undone(f"weights-back-{len(names)}-{names[0]}", undo)
+
+
 def fed_otherwise(exam: Exam, ways: Sequence[str], remedy: str) -> Finding:
     """Whether the logits depend on these ways to feed a text, where those of the family itself do not."""
     allowed = exam.ways.allowed
@@ -155,6 +167,7 @@ def fed_otherwise(exam: Exam, ways: Sequence[str], remedy: str) -> Finding:
         return confirmed(
             f"{said}; the family itself shows no such difference",
             remedy,
+            gain=max(way.far for way in wrong.values()),
             figures=figures,
         )
     good = [name for name in found if name not in unable]
@@ -241,4 +254,4 @@ def _said(way: Way) -> str:
         return way.error
     if way.broken:
         return f"{way.broken} logits are no numbers"
-    return f"logits differ by {way.difference:.1%} of the largest one"
+    return f"logits differ by {way.difference:.1%} of the largest one, predictions by {way.far:.3f} nats a token"

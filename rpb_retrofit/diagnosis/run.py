@@ -13,6 +13,8 @@ from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Kind, Outcome, ranked
 from rpb_retrofit.diagnosis.hypotheses import HYPOTHESES, Hypothesis
 from rpb_retrofit.diagnosis.measures import Figures, all_figures
+from rpb_retrofit.diagnosis.repair import with_gains
+from rpb_retrofit.diagnosis.summary import summary
 from rpb_retrofit.runtime.modeling import UNSAVED
 from rpb_retrofit.version import __version__
 
@@ -133,7 +135,7 @@ class Diagnosis:
 
     def to_dict(self) -> Figures:
         """All of it, as JSON takes it."""
-        return {
+        result = {
             "version": self.version,
             "headline": self.headline,
             "causes": [outcome.name for outcome in self.causes],
@@ -143,13 +145,20 @@ class Diagnosis:
             "text": self.text,
             "plan": self.plan,
             "hypotheses": [
-                {**asdict(outcome), "kind": outcome.kind.name.lower(), "confirmed": outcome.confirmed}
+                {
+                    **asdict(outcome),
+                    "kind": outcome.kind.name.lower(),
+                    "confirmed": outcome.confirmed,
+                    "explains": outcome.explains,
+                    "share": None if outcome.finding.effect is None else outcome.finding.effect.share,
+                }
                 for outcome in self.outcomes
             ],
             "figures": self.figures,
             "skipped": self.skipped,
             "seconds": self.seconds,
         }
+        return {**result, "summary": summary(result)}
 
 
 def _part(outcome: Outcome) -> str:
@@ -176,6 +185,7 @@ def diagnose(
     for number, hypothesis in enumerate(hypotheses, 1):
         progress(f"[{number}/{len(hypotheses)}] is it that {hypothesis.cause}?")
         outcomes.append(hypothesis(exam))
+    outcomes = with_gains(exam, outcomes)
     measured: Figures = {}
     hopeless = [outcome for outcome in outcomes if outcome.confirmed and outcome.name in HOPELESS]
     if hopeless and figures:

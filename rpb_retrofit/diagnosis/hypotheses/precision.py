@@ -6,6 +6,7 @@ import torch
 
 from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded
+from rpb_retrofit.diagnosis.judge import with_best
 from rpb_retrofit.diagnosis.words import some
 
 CAUSE = "the tables lost precision"
@@ -23,7 +24,11 @@ def examine(exam: Exam) -> Finding:
     half = [name for name, table in tables.items() if table.dtype != torch.float32]
     if half:
         kinds = {str(tables[name].dtype).removeprefix("torch.") for name in half}
-        return confirmed(f"the tables of {some(half)} are {' and '.join(sorted(kinds))}, not float32", REMEDY)
+        return confirmed(
+            f"the tables of {some(half)} are {' and '.join(sorted(kinds))}, not float32",
+            REMEDY,
+            effect=with_best(exam, half),
+        )
     if exam.as_written:
         return excluded(f"the {len(tables)} tables are float32, and what was written, bit for bit")
     for dtype in (torch.bfloat16, torch.float16):
@@ -41,5 +46,6 @@ def examine(exam: Exam) -> Finding:
                 f"every number in the tables of {some(rounded)} is one that {str(dtype).removeprefix('torch.')} can "
                 f"express: they were rounded, by up to {step:.3f} nats",
                 REMEDY,
+                effect=with_best(exam, rounded),
             )
     return excluded(f"the {len(tables)} tables are float32 with more digits than half precision")

@@ -46,5 +46,5 @@ def examine(exam: Exam) -> Finding:
     if cost is not None:
         said += f"; text costs {cost.mean:+.3f} nats a token"
     if lost and cost is not None and cost.mean < HOLDS:
-        return confirmed(said, REMEDY)
+        return confirmed(said, REMEDY, gain=max(-change.mean for change, _ in lost))
     return excluded(said if not lost else f"{said}: both are lost, not retrieval alone")

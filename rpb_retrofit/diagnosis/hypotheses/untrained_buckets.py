@@ -32,6 +32,8 @@ def examine(exam: Exam) -> Finding:
     told = _untouched(exam)
     start = told if told is not None else _by_the_source(exam)
     if start is None:
+        if exam.as_written:
+            return excluded("every table is what was written, number for number")
         if exam.fidelity is None and exam.arms.untrained is None:
             return unknown("the source's attention or the untrained retrofit would tell; give --source or --untrained")
         return excluded("no run of buckets to the far end is better replaced by the bucket before it")
@@ -83,7 +85,7 @@ def _untouched(exam: Exam) -> int | None:
 
 def _by_the_source(exam: Exam) -> int | None:
     """The bucket from which on the tables are better continued, by the source's attention."""
-    if exam.fidelity is None:
+    if exam.as_written or exam.fidelity is None:
         return None
     fidelity = exam.fidelity
     own, refit = fidelity.mean(fidelity.own), fidelity.mean(fidelity.refit)

@@ -6,6 +6,8 @@ from statistics import median
 
 from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
+from rpb_retrofit.diagnosis.judge import weights_back
+from rpb_retrofit.diagnosis.weights import kind_of, trained_kinds
 
 CAUSE = "weights differ from the source's beyond what the retrofit changes"
 PREDICTS = "before training, a weight differs at all; after it, some moved very much farther than the others"
@@ -40,26 +42,32 @@ def examine(exam: Exam) -> Finding:
             f"the median weight is {typical:.0%} of its size away from the source's: they are not this source's",
             "give the source that the retrofit was made from; its config names "
             f"'{exam.arms.settings.get('source', 'none')}'",
+            effect=weights_back(exam, list(changed)),
         )
-    if typical == 0:  # most weights are the source's: nothing was trained
-        odd = {name: far for name, far in changed.items() if not (folded and name in attention)}
-        if odd:
-            worst = sorted(odd, key=lambda name: -odd[name])
-            return confirmed(
-                f"{len(odd)} of {len(sizes)} weights are not the source's, all others are: {', '.join(worst[:3])} "
-                f"(by {odd[worst[0]]:.1%} of its size)",
-                REMEDY,
-            )
+    trained = trained_kinds(moved)
+    tuned = {name for name in changed if kind_of(name) in trained}
+    odd = {name: far for name, far in changed.items() if name not in tuned and not (folded and name in attention)}
+    if typical == 0 and odd:  # most weights are the source's, and these belong to no kind that was trained
+        return _damaged(exam, odd, f"{len(odd)} of {len(sizes)} weights are not the source's, {_others(tuned)}")
+    usual = typical or (median(sizes[name] for name in tuned) if tuned else 0.0)
+    if not usual:
         rest = ", but for what makes the queries, into which something was folded" if changed else ""
         return excluded(f"all {len(sizes)} weights are the source's{rest}")
-    odd = {name: far for name, far in changed.items() if far > max(FAR, OUTLIER * typical)}
+    odd = {name: far for name, far in changed.items() if far > max(FAR, OUTLIER * usual)}
     if odd:
-        worst = sorted(odd, key=lambda name: -odd[name])
-        return confirmed(
-            f"{len(odd)} weights moved by up to {odd[worst[0]]:.0%} of their size, the median one by {typical:.1%}: "
-            f"{', '.join(worst[:3])}",
-            REMEDY,
-        )
+        said = f"{len(odd)} weights moved by up to {max(odd.values()):.0%} of their size, the median one by {usual:.1%}"
+        return _damaged(exam, odd, said)
     return excluded(
-        f"weights moved as training moves them: by {typical:.1%} of their size, at most {max(sizes.values()):.0%}"
+        f"weights moved as training moves them: by {usual:.1%} of their size, at most {max(sizes.values()):.0%}"
     )
+
+
+def _others(tuned: set[str]) -> str:
+    return f"others are but for {len(tuned)} of kinds that moved in all layers" if tuned else "all others are"
+
+
+def _damaged(exam: Exam, odd: dict[str, float], said: str) -> Finding:
+    worst = sorted(odd, key=lambda name: -odd[name])
+    said = f"{said}: {', '.join(worst[:3])} (by {odd[worst[0]]:.1%} of its size)"
+    effect = weights_back(exam, worst)
+    return confirmed(f"{said}; {effect}" if effect is not None else said, REMEDY, effect=effect)

@@ -37,6 +37,8 @@ def examine(exam: Exam) -> Finding:
         effect = with_best(exam, known)
         said = f"by the checksums of what was written, {some(known)} hold their rows in another order, or other layers'"
         return confirmed(f"{said}; fitted anew: {effect}" if effect else said, REMEDY, effect=effect)
+    if exam.as_written:
+        return excluded("every table is what a retrofit or a training wrote, number for number")
     if exam.fidelity is None:
         return unknown("only the source's attention tells whose table it is; give --source")
     layers, heads = _layers(exam), _heads(exam)

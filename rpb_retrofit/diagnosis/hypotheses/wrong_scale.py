@@ -10,7 +10,7 @@ from rpb_retrofit.diagnosis.effect import Effect
 from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
 from rpb_retrofit.diagnosis.intervention import Change, changed
-from rpb_retrofit.diagnosis.judge import content_ratios, meant_otherwise, scale_in_weights
+from rpb_retrofit.diagnosis.judge import content_ratios, meant_otherwise, scale_in_weights, weights_back
 from rpb_retrofit.diagnosis.weights import collinear
 from rpb_retrofit.diagnosis.words import some
 
@@ -54,6 +54,7 @@ def examine(exam: Exam) -> Finding:
             return confirmed(
                 f"the config says that the scale is in the weights, but those of {some(unfolded)} are the source's",
                 "retrofit again with --scale unscaled, or set scale in the config to 'source'",
+                effect=_effect(exam, scale_in_weights(exam, unfolded[0])),
             )
         if stretched := _stretched(exam):
             factor = next(iter(stretched.values()))
@@ -62,6 +63,7 @@ def examine(exam: Exam) -> Finding:
                 f"{len(stretched)} weights of the attention are the source's times {factor:.3g}{known}: "
                 f"{', '.join(list(stretched)[:3])}{', ...' if len(stretched) > 3 else ''}",
                 REMEDY,
+                effect=weights_back(exam, list(stretched)),
             )
         for meaning in (
             "scaled by 1/sqrt(d)",

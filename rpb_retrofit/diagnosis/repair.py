@@ -1,0 +1,40 @@
+"""The retrofit as it should run: built anew from its weights, and from its config with the source's settings."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import replace
+
+from rpb_retrofit.diagnosis.effect import Effect
+from rpb_retrofit.diagnosis.exam import Exam
+from rpb_retrofit.diagnosis.finding import Finding, Kind, Outcome
+from rpb_retrofit.diagnosis.rebuilt import anew
+from rpb_retrofit.diagnosis.settings import other_settings
+
+
+def with_gains(exam: Exam, outcomes: list[Outcome]) -> list[Outcome]:
+    """The outcomes; what makes the model run wrongly and could not be undone by itself with what mending it all brings.
+
+    A wrong way to feed it has its own figure, and where the model gives no numbers there is none.
+    """
+    wrong = [o for o in outcomes if o.confirmed and o.kind is Kind.RUNNING and o.finding.gain is None]
+    if not wrong or not exam.causal:
+        return outcomes
+    effect = exam.attempt("what running as it should brings", lambda: _mended(exam), None)
+    if effect is None:
+        return outcomes
+    return [replace(o, finding=_told(o, effect)) if o in wrong else o for o in outcomes]
+
+
+def _told(outcome: Outcome, effect: Effect) -> Finding:
+    said = f"{outcome.finding.because}; built anew with the source's settings, {effect}"
+    return replace(outcome.finding, because=said, gain=-effect.loss.mean, effect=effect)
+
+
+def _mended(exam: Exam) -> Effect:
+    config = deepcopy(exam.arms.retrofit.config)
+    source = exam.arms.source
+    if source is not None:
+        for key in {name.partition(".")[0] for name in other_settings(exam.arms)}:
+            setattr(config, key, deepcopy(getattr(source.config, key, None)))
+    return exam.replaced("built anew", anew(exam.arms.retrofit, config))
