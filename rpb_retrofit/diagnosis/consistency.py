@@ -36,8 +36,8 @@ class Way:
 
 @dataclass(frozen=True)
 class Ways:
-    """The ways by name. ``noise``: by how much logits differ where only the number of equal rows does, which is
-    rounding; ``allowed``: the difference that it explains."""
+    """The ways by name. ``noise``: by how much logits differ where only the number of equal rows does, or of tokens
+    that follow, which is rounding; ``allowed``: the difference that it explains."""
 
     by_name: dict[str, Way]
     noise: float
@@ -87,14 +87,20 @@ def _ways(model: Any, ids: Tensor, long: Tensor) -> dict[str, Way]:
             parts.append(logits[0, -1:].float())
         return torch.cat(parts[1:])
 
+    cuts = [max(2, length - 3), max(2, length // 3)]
     steps = [half, *range(half + 1, min(half + 9, length - 1)), length]
     pair = torch.cat([torch.cat([pad, first], 1), ids[:, : half + pad.shape[1]]])
     mask = torch.ones_like(pair)
     mask[0, : pad.shape[1]] = 0
     ways: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
         "noise": (
-            lambda: torch.cat([row.float() for row in model(input_ids=ids.repeat(2, 1), use_cache=False).logits]),
-            lambda: logits(ids).repeat(2, 1),
+            lambda: torch.cat(
+                [
+                    *(row.float() for row in model(input_ids=ids.repeat(2, 1), use_cache=False).logits),
+                    *(logits(ids[:, :cut]) for cut in cuts),
+                ]
+            ),
+            lambda: torch.cat([whole_text[:cut] for whole_text in [logits(ids)] for cut in (length, length, *cuts)]),
         ),
         "dynamic cache": (lambda: cached(DynamicCache(config=model.config), steps), lambda: logits(ids)),
         "static cache": (

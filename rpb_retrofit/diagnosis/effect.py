@@ -90,7 +90,7 @@ class Effect:
         said = f"undone, the loss changes by {self.loss.interval} nats a token"
         if self.share is None:
             return said
-        return f"{said}, and the distance from the source's predictions by {self.share:.1%} of it less"
+        return f"{said}, and the distance from the source's predictions by {-self.share:+.1%} of it"
 
 
 def predictions(

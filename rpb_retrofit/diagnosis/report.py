@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rpb_retrofit.diagnosis.exhibits import exhibits
+from rpb_retrofit.diagnosis.summary import summary
 from rpb_retrofit.pages.page import write
 from rpb_retrofit.pages.words import interval
 
@@ -60,6 +61,7 @@ def write_report(result: Mapping[str, Any], command: str, file: Path) -> None:
         title=f"Diagnosis of {result['arms']['retrofit']}",
         contents={"repeat": "How to repeat it", "hypotheses": "The hypotheses", **shown},
         result=result,
+        summary=summary(result),
         command=command,
         exhibits=found,
         evidence={

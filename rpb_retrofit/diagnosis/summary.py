@@ -55,9 +55,9 @@ def _runs(result: Mapping[str, Any]) -> list[str]:
 def _lost(result: Mapping[str, Any]) -> list[str]:
     figures, said = result["figures"], []
     costs = (figures.get("loss") or {}).get("costs", [])
-    above = CONTROL if CONTROL in result["arms"] else SOURCE
-    own = [cost for cost in costs if cost["arm"] == RETROFIT and cost["above"] == above]
-    if own:
+    costs = [cost for cost in costs if cost["arm"] == RETROFIT]
+    above = next((role for role in (CONTROL, SOURCE) if any(cost["above"] == role for cost in costs)), "")
+    if own := [cost for cost in costs if cost["above"] == above]:
         by_length = ", ".join(
             f"{c['mean']:+.3f} at {c['length']:,} tokens{'' if c['real'] else ' (not sure)'}" for c in own
         )
@@ -95,8 +95,8 @@ def _cause(result: Mapping[str, Any]) -> list[str]:
 def _share(hypothesis: Mapping[str, Any]) -> str:
     share, gain = hypothesis["share"], hypothesis["finding"]["gain"]
     if share is not None:
-        return f" ({share:.0%} of what was lost)"
-    return "" if gain is None else f" ({gain:+.3f} nats a token)"
+        return f" ({share:.0%} of what was lost)" if share > 0 else " (mending it makes up for nothing that was lost)"
+    return "" if gain is None else f" ({gain:.3f} nats a token)"
 
 
 def _next(result: Mapping[str, Any]) -> str:

@@ -18,6 +18,9 @@ from rpb_retrofit.diagnosis import exactly
 from rpb_retrofit.diagnosis.arms import Arms
 from rpb_retrofit.diagnosis.effect import LIKELIEST, Effect, predictions, scores
 from rpb_retrofit.diagnosis.exactly import in_float32
+from rpb_retrofit.diagnosis.exam import Exam, Plan
+from rpb_retrofit.diagnosis.finding import Verdict
+from rpb_retrofit.diagnosis.hypotheses import not_finite
 from rpb_retrofit.diagnosis.intervention import attending_as
 from rpb_retrofit.diagnosis.provenance import HEADS, LAYERS, UNKNOWN, alterations
 from rpb_retrofit.diagnosis.weights import trained_kinds
@@ -143,3 +146,17 @@ def test_training_moves_a_kind_of_weights_damage_does_not() -> None:
     adapters = {name: 0.01 * name.count("q_proj") for name in names}
     assert trained_kinds(adapters) == {"model.layers.*.q_proj.weight"}
     assert trained_kinds({**dict.fromkeys(names, 0.0), names[2]: 0.5}) == set()
+
+
+def test_what_overflows_in_half_precision_alone(source: PreTrainedModel) -> None:
+    """In float32 it is well: the logits of float16 itself are looked at, too."""
+    before = copy.deepcopy(source).half()
+    model = copy.deepcopy(before)
+    rpb.retrofit(model, rpb.RetrofitConfig(init="normal"))
+    arms = Arms(model, before)
+    documents = [language(600, 9)]
+    plan = Plan(lengths=(64,), tokens=512)
+    assert not_finite.examine(Exam(arms, documents, None, plan)).verdict is Verdict.EXCLUDED
+    next(iter(arms.attentions.values())).register_forward_hook(lambda m, args, out: (out[0] * 1e6 / 1e6, *out[1:]))
+    found = not_finite.examine(Exam(arms, documents, None, plan))
+    assert found.verdict is Verdict.CONFIRMED and "left padding" in found.because

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from rpb_retrofit.cli.app import app
 from rpb_retrofit.diagnosis import pictures
 from rpb_retrofit.diagnosis.hypotheses import HYPOTHESES
 from rpb_retrofit.diagnosis.report import EVIDENCE, write_report
+from rpb_retrofit.diagnosis.summary import AGAIN, CAUSE, COMMANDS, LOST, NEXT, RUNS, summary
 from rpb_retrofit.pages.drawing import as_data_uri
 from rpb_retrofit.pages.words import number
 from tests.page import Page
@@ -49,6 +52,8 @@ def result(confirmed: tuple[str, ...] = (), costs: list[dict[str, Any]] | None =
             "predicts": h.predicts,
             "kind": h.kind.name.lower(),
             "confirmed": h.name in confirmed,
+            "explains": True,
+            "share": 0.6 if h.name in confirmed else None,
             "finding": {
                 "verdict": "confirmed"
                 if h.name in confirmed
@@ -77,6 +82,7 @@ def result(confirmed: tuple[str, ...] = (), costs: list[dict[str, Any]] | None =
         "hypotheses": hypotheses,
         "figures": figures(costs if costs is not None else [cost(64, 0.1), cost(256, 0.2)]),
         "skipped": {},
+        "failed": {},
         "seconds": 3.0,
         **more,
     }
@@ -200,7 +206,7 @@ def test_the_verdict_names_the_first_cause_with_evidence_gain_and_remedy(tmp_pat
     assert "First cause: the bias is scaled, or the content is not." in said
     assert "Also confirmed: the tables do not suit this source." in said
     assert "Evidence of wrong_scale." in said
-    assert "Undoing it brings back 0.321 nats a token." in said
+    assert "Undoing it brings back 0.321 nats a token, 60% of what was lost." in said
     assert "Remedy of wrong_scale." in said
     assert "+0.200 (95% interval +0.180 to +0.220) nats a token against the source in windows of 256" in said
     assert "control: what the text did, cannot be told" in said
@@ -311,3 +317,35 @@ def test_a_picture_is_the_same_bytes_for_the_same_numbers() -> None:
     first, again = (as_data_uri(lambda: pictures.entropy(rows)) for _ in range(2))
     assert first == again
     assert b"<svg" in base64.b64decode(first.partition(",")[2])
+
+
+def test_the_first_screen_answers_in_order() -> None:
+    """Does it run right; what was lost, where; the likely cause with its share; the command to type."""
+    said = summary(result(("wrong_scale", "heads_lost")))
+    assert list(said) == [RUNS, LOST, CAUSE, NEXT]
+    assert said[RUNS] == ["No: the bias is scaled, or the content is not."]
+    assert "+0.100 at 64 tokens, +0.200 at 256 tokens" in said[LOST][0] and "above the source" in said[LOST][0]
+    assert any("repeated span" in line for line in said[LOST])
+    assert said[CAUSE][0] == "The bias is scaled, or the content is not (60% of what was lost)."
+    assert said[NEXT] == ["rpb retrofit org/source org/retrofit-again --calibration TEXT"]
+    fine = summary(result())
+    assert fine[RUNS][0].startswith("Yes") and fine[CAUSE] == ["None was found."]
+    assert fine[NEXT] == ["rpb finetune org/retrofit org/retrofit-healed --data TEXT"]
+    failed = summary(result(failed={"precision": "KeyError: 'x'"}))
+    assert failed[NEXT] == ["rpb diagnose org/retrofit --source org/source --only precision"]
+
+
+def test_what_explains_little_is_not_the_cause() -> None:
+    told = result(("heads_lost",))
+    for hypothesis in told["hypotheses"]:
+        hypothesis |= {"explains": False, "share": 0.16 if hypothesis["confirmed"] else None}
+    (said,) = summary(told)[CAUSE]
+    assert said.startswith("No single one explains 25% of what was lost. Contributing: heads") and "(16% of" in said
+
+
+def test_every_command_is_one_that_there_is() -> None:
+    for name, command in [*COMMANDS.items(), ("again", AGAIN)]:
+        words = command.format(source="S", retrofit="R").split()
+        known = CliRunner().invoke(app, [words[1], "--help"]).output
+        assert name == "again" or name in {h.name for h in HYPOTHESES}
+        assert all(word in known for word in words if word.startswith("--")), command

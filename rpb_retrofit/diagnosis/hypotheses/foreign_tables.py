@@ -34,7 +34,7 @@ def examine(exam: Exam) -> Finding:
     """Compare the tables with what was written, or else with none and with the best of the same buckets."""
     if exam.as_written:
         return excluded("every table is what a retrofit or a training wrote, number for number")
-    if (changed := altered(exam, UNKNOWN)) and not _trained_elsewhere(exam, changed):
+    if changed := altered(exam, UNKNOWN):
         effect = with_best(exam, changed)
         said = f"the numbers of {some(changed)} changed since they were written, in no way that is known"
         return confirmed(f"{said}; fitted anew: {effect}" if effect else said, REMEDY, effect=effect)
@@ -58,11 +58,6 @@ def examine(exam: Exam) -> Finding:
     if effect is not None and not (effect.sure and explains(exam, effect, poor)):
         return excluded(f"{said}; with the best ones, {effect}: they are other ones, and no worse")
     return confirmed(f"{said}; with the best ones, {effect}" if effect is not None else said, REMEDY, effect=effect)
-
-
-def _trained_elsewhere(exam: Exam, changed: list[str]) -> bool:
-    """Whether a training of the tables alone, which wrote no checksums, may have changed them: it changes most."""
-    return len(changed) > 1 and len(changed) > len(exam.arms.biases) / 2
 
 
 def _poor(fidelity: Fidelity) -> list[str]:

@@ -47,7 +47,6 @@ def examine(exam: Exam) -> Finding:
             f"the product of query and key is multiplied by {ratio:.3g} times what the "
             f"{'source' if exam.arms.source is not None else 'family'} multiplies it by{known}, in {some(wrong)}",
             REMEDY,
-            effect=_effect(exam, 1 / ratio),
         )
     if exam.arms.source is not None:
         if unfolded := _unfolded(exam):
