@@ -38,11 +38,11 @@ def altered(exam: Exam, what: str) -> list[str]:
     return [name for name, became in (exam.alterations or {}).items() if became == what]
 
 
-def explains(exam: Exam, effect: Effect, layers: Sequence[str]) -> bool:
-    """Whether a mistake in the tables of these attentions, whose undoing had this effect, is a cause: it brings back a
-    quarter of what was lost, for sure."""
-    known = exam.alterations is not None and not any(name in exam.alterations for name in layers)
-    part = 1.0 if known else len(layers) / len(exam.arms.attentions)
+def explains(exam: Exam, effect: Effect, layers: Sequence[str], buckets: float = 1.0) -> bool:
+    """Whether a mistake in the tables of these attentions, in a share of their ``buckets``, whose undoing had this
+    effect, is a cause: it brings back a quarter of what was lost, for sure."""
+    written = exam.alterations is not None and not any(name in exam.alterations for name in layers)
+    part = 1.0 if written else buckets * len(layers) / len(exam.arms.attentions)
     return effect.sure and effect.at_least(QUARTER * part)
 
 
@@ -127,11 +127,16 @@ def _effect(exam: Exam, names: Sequence[str], meaning: str) -> Effect | None:
 def with_best(exam: Exam, names: Sequence[str]) -> Effect | None:
     """What it brings when these attentions get the tables that are best for the source's attention; None where they are
     not known, or of a model that predicts no next token."""
-    fidelity = exam.fidelity
-    if fidelity is None or not exam.causal or not all(name in fidelity.tables for name in names):
-        return None
-    biases = {name: exam.arms.biases[name] for name in names}
-    return exam.undone(f"refit-{len(names)}-{names[0]}", partial(with_tables, biases, lambda n, b: fidelity.tables[n]))
+
+    def measure() -> Effect | None:
+        fidelity = exam.fidelity
+        if fidelity is None or not all(name in fidelity.tables for name in names):
+            return None
+        biases = {name: exam.arms.biases[name] for name in names}
+        undo = partial(with_tables, biases, lambda name, bias: fidelity.tables[name])
+        return exam.undone(f"refit-{len(names)}-{names[0]}", undo)
+
+    return exam.attempt("what fitted tables would bring", measure, None) if exam.causal else None
 
 
 def weights_back(exam: Exam, names: Sequence[str]) -> Effect | None:
@@ -141,7 +146,8 @@ def weights_back(exam: Exam, names: Sequence[str]) -> Effect | None:
     if source is None or not exam.causal:
         return None
     undo = partial(with_weights, exam.arms.retrofit, source, names)
-    return exam.undone(f"weights-back-{len(names)}-{names[0]}", undo)
+    name = f"weights-back-{len(names)}-{names[0]}"
+    return exam.attempt("what the source's weights would bring", lambda: exam.undone(name, undo), None)
 
 
 def fed_otherwise(exam: Exam, ways: Sequence[str], remedy: str) -> Finding:

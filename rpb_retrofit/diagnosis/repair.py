@@ -11,12 +11,17 @@ from rpb_retrofit.diagnosis.finding import Finding, Kind, Outcome
 from rpb_retrofit.diagnosis.rebuilt import anew
 from rpb_retrofit.diagnosis.settings import other_settings
 
+HOPELESS = ("does_not_run", "not_finite")
+"""Hypotheses under which no figure can be measured."""
+
 
 def with_gains(exam: Exam, outcomes: list[Outcome]) -> list[Outcome]:
     """The outcomes; what makes the model run wrongly and could not be undone by itself with what mending it all brings.
 
     A wrong way to feed it has its own figure, and where the model gives no numbers there is none.
     """
+    if any(o.confirmed and o.name in HOPELESS for o in outcomes):
+        return outcomes
     wrong = [o for o in outcomes if o.confirmed and o.kind is Kind.RUNNING and o.finding.gain is None]
     if not wrong or not exam.causal:
         return outcomes

@@ -13,7 +13,7 @@ from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Kind, Outcome, ranked
 from rpb_retrofit.diagnosis.hypotheses import HYPOTHESES, Hypothesis
 from rpb_retrofit.diagnosis.measures import Figures, all_figures
-from rpb_retrofit.diagnosis.repair import with_gains
+from rpb_retrofit.diagnosis.repair import HOPELESS, with_gains
 from rpb_retrofit.diagnosis.summary import summary
 from rpb_retrofit.runtime.modeling import UNSAVED
 from rpb_retrofit.version import __version__
@@ -24,10 +24,6 @@ MISSING = {
     "untrained": "what training changed",
 }
 """What cannot be concluded without an arm."""
-
-
-HOPELESS = ("does_not_run", "not_finite")
-"""Hypotheses under which no figure can be measured."""
 
 
 @dataclass(frozen=True)

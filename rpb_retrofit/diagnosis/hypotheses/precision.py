@@ -27,7 +27,6 @@ def examine(exam: Exam) -> Finding:
         return confirmed(
             f"the tables of {some(half)} are {' and '.join(sorted(kinds))}, not float32",
             REMEDY,
-            effect=with_best(exam, half),
         )
     if exam.as_written:
         return excluded(f"the {len(tables)} tables are float32, and what was written, bit for bit")

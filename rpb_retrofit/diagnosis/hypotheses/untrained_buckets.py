@@ -52,7 +52,8 @@ def examine(exam: Exam) -> Finding:
         f"continued-{start}", partial(with_tables, exam.arms.biases, partial(_continued, start)), longest
     )
     said = f"{said}; continuing bucket {start - 1} instead: {undone}"
-    if undone.loss.mean < 0 and explains(exam, undone, list(exam.arms.biases)):
+    far = 1 - start / bias.bucketing.per_direction
+    if undone.loss.mean < 0 and explains(exam, undone, list(exam.arms.biases), far):
         return confirmed(said, REMEDY, effect=undone)
     return excluded(said)
 
