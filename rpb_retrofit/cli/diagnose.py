@@ -37,7 +37,7 @@ def command(
     tokens: Annotated[str, typer.Option(metavar="N", help="Tokens of text, the same ones at every length.")] = "4096",
     probed: Annotated[str, typer.Option(metavar="N", help="Tokens on which a suspected cause is undone.")] = "1024",
     items: Annotated[int, typer.Option(help="Questions of each kind, length and depth; 0 for none.")] = 2,
-    rounds: Annotated[int, typer.Option(help="Rounds of timing; 0 for none.")] = 2,
+    rounds: Annotated[int, typer.Option(help="Rounds of timing; 0 for none.")] = 1,
     bos: Bos = "auto",
     only: Annotated[
         str | None, typer.Option(metavar="NAMES", help="Test these hypotheses only, and draw no report.")

@@ -47,21 +47,8 @@ DEPTHS = (0.1, 0.9)
 
 
 MEASURED = (
-    *(
-        StillLife,
-        Portrait,
-        Rebuilt,
-        Way,
-        Ways,
-        Fidelity,
-        Gaze,
-        Losses,
-        Scores,
-        Predictions,
-        SpeedResult,
-        Seconds,
-        Skipped,
-    ),
+    *(StillLife, Portrait, Rebuilt, Way, Ways, Fidelity, Gaze),
+    *(Losses, Scores, Predictions, SpeedResult, Seconds, Skipped),
 )
 """The data classes of measurements, which a journal may hold."""
 
@@ -233,7 +220,7 @@ class Exam:
 
         def measure() -> Rebuilt:
             with in_float32(self.arms.retrofit) as dtype:
-                return rebuilt(self.arms.retrofit, self.window(self.within(2048)), dtype)
+                return rebuilt(self.arms.retrofit, self.window(self.within(1024)), dtype)
 
         return self.journal("rebuilt", measure)
 
@@ -280,7 +267,9 @@ class Exam:
         if source is None or arms.family.mechanism == "t5" or not self.running:
             return None
         windows = self.suggesting
-        return self.journal("fidelity", lambda: fidelity(arms, source, windows, self.width))
+        changed = self.alterations
+        suspected = list(arms.attentions) if changed is None else [n for n, what in changed.items() if what == UNKNOWN]
+        return self.journal("fidelity", lambda: fidelity(arms, source, windows, self.width, suspected))
 
     @property
     def suggesting(self) -> list[Tensor]:
@@ -364,7 +353,7 @@ class Exam:
             return []
         longest = self.within(max(self.lengths)) - span - 1
         distances = [d for d in (2 * span, 128, 512, 1024) if d <= longest]
-        count = max(8, 2 * self.plan.items)
+        count = max(6, 2 * self.plan.items)
         items = make_inductions(self.documents, distances, count, self.plan.seed, span, self.bos)
         return self.journal(f"induction-{role}", lambda: measure(model, items))
 
@@ -374,7 +363,7 @@ class Exam:
         length = min(256, self.within(self.middle))
         if model is None:
             return None
-        items = make_local_orders(self.documents, [length], max(8, 2 * self.plan.items), self.plan.seed, self.bos)
+        items = make_local_orders(self.documents, [length], max(6, 2 * self.plan.items), self.plan.seed, self.bos)
         return self.journal(f"order-{role}", lambda: measure(model, items))
 
     def questions(self, role: str) -> list[dict[str, Any]] | None:

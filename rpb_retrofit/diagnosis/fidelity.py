@@ -10,8 +10,9 @@ values: there what lower layers lost counts under any table.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from rpb_retrofit.runtime.bias import RelativePositionBias
 from rpb_retrofit.runtime.buckets import Bucketing
 from rpb_retrofit.runtime.families import FACTOR
 from rpb_retrofit.runtime.modeling import attention_modules
-from rpb_retrofit.tables.fit import fit, loss, target_of
+from rpb_retrofit.tables.fit import Loss, Target, fit, loss, target_of
 from rpb_retrofit.tables.form import Form
 from rpb_retrofit.tables.outputs import Outputs
 from rpb_retrofit.tables.reader import metrics
@@ -99,8 +100,11 @@ class Fidelity:
 
 
 @torch.no_grad()
-def fidelity(arms: Arms, source: PreTrainedModel, windows: Sequence[Tensor], width: int) -> Fidelity:
-    """Compare the retrofit's tables with ``source`` on windows of text; heads are ``width`` wide."""
+def fidelity(
+    arms: Arms, source: PreTrainedModel, windows: Sequence[Tensor], width: int, suspected: Collection[str]
+) -> Fidelity:
+    """Compare the retrofit's tables with ``source`` on windows of text; heads are ``width`` wide. What tables may have
+    been meant to be is only asked of the ``suspected`` attentions': not of those that are what was written."""
     found = Fidelity()
     with temporary_spool() as spool:
         theirs = attention_modules(source, arms.family)
@@ -109,9 +113,17 @@ def fidelity(arms: Arms, source: PreTrainedModel, windows: Sequence[Tensor], wid
         biases = arms.biases
         for name in tqdm(names, desc="attention beside the source's", unit="layer", leave=False):
             pairs, bias = _Pairs(spool, name, len(windows), arms.attentions[name]), biases[name]
-            _examine(found, name, pairs, bias, width, measures.get(name))
-            few = _Pairs(spool, name, 1, arms.attentions[name], THIN)
-            _try_others(found, name, few, biases, names)
+            form = Form(bias.bucketing, bias.tail is not None)
+            target, outputs = target_of(pairs, form), Outputs.of(pairs, form, measures.get(name))
+            far = partial(loss, target=target, pairs=pairs, form=form, thin=None, term=outputs)
+            _own_and_best(found, name, _numbers(bias), fit(pairs, form, target=target).numbers, form, far)
+            _richer_tables(found, name, pairs, bias)
+            if name in suspected:
+                some = _Some(found.own[name], _numbers(bias), replace(pairs, thin=THIN), form)
+                _meanings(found, name, bias, width, some, far)
+                _continued(found, name, bias, some)
+                _try_heads(found, name, some)
+                _try_others(found, name, _Pairs(spool, name, 1, arms.attentions[name], THIN), biases, names)
     return found
 
 
@@ -151,66 +163,80 @@ class _Pairs:
             yield theirs.part(part), own.part(part)
 
 
-def _examine(
-    found: Fidelity, name: str, pairs: _Pairs, bias: RelativePositionBias, width: int, metric: Tensor | None
+class _Some:
+    """KL of other numbers, by how much farther or nearer they are than the ``own`` on some of the rows."""
+
+    def __init__(self, known: Tensor, own: Tensor, pairs: _Pairs, form: Form) -> None:
+        self.known, self.own, self.pairs, self.form = known, own, pairs, form
+        self.target = target_of(pairs, form)
+        self.plain = self._loss(own, self.target, form)
+
+    def __call__(self, numbers: Tensor) -> Tensor:
+        return self.known + self._loss(numbers, self.target, self.form) - self.plain
+
+    def in_buckets(self, bucketing: Bucketing) -> Tensor:
+        """Of the same numbers in other buckets."""
+        form = Form(bucketing, self.form.tail)
+        return self.known + self._loss(self.own, target_of(self.pairs, form), form) - self.plain
+
+    def _loss(self, numbers: Tensor, target: Target, form: Form) -> Tensor:
+        return loss(numbers, target, self.pairs, form, thin=None).kl.cpu()
+
+
+def _own_and_best(
+    found: Fidelity, name: str, own: Tensor, best: Tensor, form: Form, far: Callable[[Tensor], Loss]
 ) -> None:
-    form = Form(bias.bucketing, bias.tail is not None)
-    target, outputs = target_of(pairs, form), Outputs.of(pairs, form, metric)
-    own = _numbers(bias)
-
-    some = replace(pairs, thin=THIN)
-    fewer = target_of(some, form)
-    plain = loss(own, fewer, some, form, thin=None).kl.cpu()
-
-    def kl(numbers: Tensor) -> Tensor:
-        """Of other numbers, by how much farther or nearer they are than the own on some of the rows."""
-        return found.own[name] + loss(numbers, fewer, some, form, thin=None).kl.cpu() - plain
-
-    best = fit(pairs, form, target=target)
+    """How far the own tables are, none, and the best of the same buckets."""
     for numbers, attention, missed in (
         (own, found.own, found.missed),
         (torch.zeros_like(own), found.zeros, found.missed_without),
-        (best.numbers, found.refit, found.missed_by_attention),
+        (best, found.refit, found.missed_by_attention),
     ):
-        far = loss(numbers, target, pairs, form, None, outputs)
-        attention[name] = far.kl.cpu()
-        if far.beside is not None:
-            missed[name] = far.beside.cpu()
-    found.tables[name] = form.table(best.numbers).cpu()
-    meanings = meanings_of(bias, own, width)
-    found.meant[name] = {what: kl(numbers) for what, numbers in meanings.items()}
-    found.missed_if_meant[name] = {
-        what: far.beside.cpu()
-        for what, numbers in meanings.items()
-        if (found.own[name] - found.meant[name][what]).mean() > NOTABLE
-        and (far := loss(numbers, target, pairs, form, None, outputs)).beside is not None
-    }
-    for factor in (2, 0.5, 4, 0.25):
-        if bias.bucketing.num_exact < (distance := round(bias.bucketing.max_distance * factor)):
-            buckets = bias.bucketing
-            other = Form(Bucketing(buckets.num_buckets, distance, buckets.bidirectional), form.tail)
-            far_off = loss(own, target_of(some, other), some, other, thin=None).kl.cpu()
-            found.meant[name][f"{MADE_FOR} {distance}"] = found.own[name] + far_off - plain
-    for start in range(bias.bucketing.num_exact // 2 + 1, bias.bucketing.per_direction):
-        found.continued.setdefault(start, {})[name] = kl(
-            torch.cat(
-                [
-                    continued(own[:, : bias.bucketing.num_buckets], start, bias.bucketing),
-                    own[:, bias.bucketing.num_buckets :],
-                ],
-                1,
-            )
-        )
-    heads = len(own)
-    swaps = torch.stack([kl(own.roll(-shift, 0)) for shift in range(heads)], 1)  # (head, shift)
-    column = (torch.arange(heads)[:, None] + torch.arange(heads)) % heads
-    found.swaps[name] = torch.empty_like(swaps).scatter_(1, column, swaps)
+        apart = far(numbers)
+        attention[name] = apart.kl.cpu()
+        if apart.beside is not None:
+            missed[name] = apart.beside.cpu()
+    found.tables[name] = form.table(best).cpu()
+
+
+def _richer_tables(found: Fidelity, name: str, pairs: _Pairs, bias: RelativePositionBias) -> None:
     for what, bucketing in _richer(bias.bucketing, pairs).items():
         richer = Form(bucketing)
         better = fit(pairs, richer, rough=ROUGH)
         found.richer.setdefault(name, {})[what] = better.after.cpu()
         found.richer_tables.setdefault(name, {})[what] = richer.table(better.numbers).cpu()
         found.richer_reach[what] = bucketing.max_distance
+
+
+def _meanings(
+    found: Fidelity, name: str, bias: RelativePositionBias, width: int, some: _Some, far: Callable[[Tensor], Loss]
+) -> None:
+    meanings, buckets = meanings_of(bias, some.own, width), bias.bucketing
+    found.meant[name] = {what: some(numbers) for what, numbers in meanings.items()}
+    found.missed_if_meant[name] = {
+        what: apart.beside.cpu()
+        for what, numbers in meanings.items()
+        if (found.own[name] - found.meant[name][what]).mean() > NOTABLE and (apart := far(numbers)).beside is not None
+    }
+    for factor in (2, 0.5, 4, 0.25):
+        if buckets.num_exact < (distance := round(buckets.max_distance * factor)):
+            other = Bucketing(buckets.num_buckets, distance, buckets.bidirectional)
+            found.meant[name][f"{MADE_FOR} {distance}"] = some.in_buckets(other)
+
+
+def _continued(found: Fidelity, name: str, bias: RelativePositionBias, some: _Some) -> None:
+    buckets = bias.bucketing
+    table, rest = some.own[:, : buckets.num_buckets], some.own[:, buckets.num_buckets :]
+    for start in range(buckets.num_exact // 2 + 1, buckets.per_direction):
+        numbers = torch.cat([continued(table, start, buckets), rest], 1)
+        found.continued.setdefault(start, {})[name] = some(numbers)
+
+
+def _try_heads(found: Fidelity, name: str, some: _Some) -> None:
+    heads = len(some.own)
+    swaps = torch.stack([some(some.own.roll(-shift, 0)) for shift in range(heads)], 1)  # (head, shift)
+    column = (torch.arange(heads)[:, None] + torch.arange(heads)) % heads
+    found.swaps[name] = torch.empty_like(swaps).scatter_(1, column, swaps)
 
 
 def _numbers(bias: RelativePositionBias) -> Tensor:

@@ -61,7 +61,7 @@ def meant_otherwise(exam: Exam, meaning: str, remedy: str) -> Finding | None:
             remedy,
             effect=effect,
         )
-    if exam.as_written:  # what calibration wrote is what was meant, and whether it fits is another hypothesis'
+    if exam.alterations is not None:  # what was written was meant, and what became of the rest is known
         return None
     won = _suspected(exam, meaning)
     if not won or exam.fidelity is None:
@@ -84,8 +84,8 @@ def _suspected(exam: Exam, meaning: str) -> dict[str, float]:
     if fidelity is None or exam.arms.settings.get("shared"):  # a table for all layers is no single layer's best
         return {}
     for name, own in fidelity.own.items():
-        other = fidelity.meant[name].get(meaning)
-        if other is None or name in (exam.alterations or {}):  # what became of these is known
+        other = fidelity.meant.get(name, {}).get(meaning)
+        if other is None:
             continue
         excess, gain = (own - fidelity.refit[name]).mean().item(), (own - other).mean().item()
         missed = (other - fidelity.refit[name]).mean().item()

@@ -160,7 +160,7 @@ class Diagnosis:
 def _part(outcome: Outcome) -> str:
     """How much of what was lost it explains, in words; nothing where that is not known."""
     effect = outcome.finding.effect
-    return f" ({effect.share:.0%} of what was lost)" if effect is not None and (effect.share or 0) > 0 else ""
+    return f" ({effect.share:.0%} of what was lost)" if effect is not None and (effect.share or 0) > 0.005 else ""
 
 
 def diagnose(

@@ -95,7 +95,7 @@ def _cause(result: Mapping[str, Any]) -> list[str]:
 def _share(hypothesis: Mapping[str, Any]) -> str:
     share, gain = hypothesis["share"], hypothesis["finding"]["gain"]
     if share is not None:
-        return f" ({share:.0%} of what was lost)" if share > 0 else " (mending it makes up for nothing that was lost)"
+        return f" ({share:.0%} of what was lost)" if share > 0.005 else " (none of what was lost on this text)"
     return "" if gain is None else f" ({gain:.3f} nats a token)"
 
 

@@ -38,6 +38,8 @@ def examine(exam: Exam) -> Finding:
         effect = with_best(exam, changed)
         said = f"the numbers of {some(changed)} changed since they were written, in no way that is known"
         return confirmed(f"{said}; fitted anew: {effect}" if effect else said, REMEDY, effect=effect)
+    if exam.alterations is not None:
+        return excluded("what became of the tables since they were written is known, and another hypothesis'")
     if (fidelity := exam.fidelity) is None:
         return unknown("only the source's attention tells what its tables should be; give --source")
     if (init := exam.arms.settings.get("init")) in INITIALISATIONS and not exam.alterations:

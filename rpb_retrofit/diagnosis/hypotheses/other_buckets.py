@@ -18,13 +18,15 @@ REMEDY = (
 
 def examine(exam: Exam) -> Finding:
     """Look the same numbers up in buckets that reach less far, or farther."""
-    meanings = {what for what in (exam.alterations or {}).values() if what.startswith(MADE_FOR)}
-    if exam.as_written:
+    known = exam.alterations
+    if known == {}:
         return excluded("every table is what was written, for the buckets that it has")
-    if exam.fidelity is None and not meanings:
+    if known is not None:
+        meanings = {what for what in known.values() if what.startswith(MADE_FOR)}
+    elif exam.fidelity is None:
         return unknown("only the source's attention tells which distances its numbers are for; give --source")
-    if exam.fidelity is not None:
-        meanings |= {m for kl in exam.fidelity.meant.values() for m in kl if m.startswith(MADE_FOR)}
+    else:
+        meanings = {what for kl in exam.fidelity.meant.values() for what in kl if what.startswith(MADE_FOR)}
     for meaning in sorted(meanings):
         if (found := meant_otherwise(exam, meaning, REMEDY)) is not None:
             return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from functools import partial
 
+from rpb_retrofit.diagnosis.effect import Effect
 from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
 from rpb_retrofit.diagnosis.intervention import Change, changed
@@ -26,13 +27,19 @@ def examine(exam: Exam) -> Finding:
     if not exam.causal or not exam.arms.family.uses_interface:
         return unknown("this family keeps its queries to itself: no other temperature can be tried")
     root = math.sqrt(exam.width)
-    tried = {
-        factor: exam.undone(
-            f"content-{factor:.3f}",
-            partial(changed, exam.arms.retrofit, exam.arms.family, Change(scale=factor)),
-        )
-        for factor in (1 / root, 0.8, 1.25, root)
-    }
+
+    def attempt(*factors: float) -> dict[float, Effect]:
+        return {
+            factor: exam.undone(
+                f"content-{factor:.3f}",
+                partial(changed, exam.arms.retrofit, exam.arms.family, Change(scale=factor)),
+            )
+            for factor in factors
+        }
+
+    tried = attempt(0.8, 1.25)
+    if any(change.loss.mean < 0 for change in tried.values()):  # what is far off by a factor is helped by a little, too
+        tried |= attempt(1 / root, root)
     best = min(tried, key=lambda factor: tried[factor].loss.mean)
     said = ", ".join(f"times {factor:.3g}: {change.loss.mean:+.3f}" for factor, change in tried.items())
     said = f"the content term multiplied by a number changes the loss, in nats a token: {said}"

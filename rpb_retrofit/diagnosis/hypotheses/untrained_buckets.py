@@ -86,7 +86,7 @@ def _untouched(exam: Exam) -> int | None:
 
 def _by_the_source(exam: Exam) -> int | None:
     """The bucket from which on the tables are better continued, by the source's attention."""
-    if exam.as_written or exam.fidelity is None:
+    if exam.alterations is not None or exam.fidelity is None:
         return None
     fidelity = exam.fidelity
     own, refit = fidelity.mean(fidelity.own), fidelity.mean(fidelity.refit)

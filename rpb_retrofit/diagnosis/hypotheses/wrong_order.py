@@ -41,7 +41,7 @@ def examine(exam: Exam) -> Finding:
         return excluded("every table is what a retrofit or a training wrote, number for number")
     if exam.fidelity is None:
         return unknown("only the source's attention tells whose table it is; give --source")
-    layers, heads = _layers(exam), _heads(exam)
+    layers, heads = _layers(exam) if exam.alterations is None else None, _heads(exam)
     brought = sum(gain for _, gain in heads.values())
     if layers is not None and layers.brought > brought:
         tables = {name: exam.arms.biases[other].weight.detach().clone() for name, other in layers.others.items()}
