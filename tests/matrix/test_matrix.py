@@ -44,7 +44,10 @@ def test_a_planted_fault_is_named_first(fault: str, folder: Path) -> None:
 def test_the_matrix_is_large_and_resumes(tmp_path: Path) -> None:
     cases = [*healthy(), *planted()]
     assert len({case.name for case in cases}) == len(cases) and len(list(healthy())) >= 60
-    rows = ['{"case": "a", "truth": null, "named": [], "failed": {}}', '{"case": "b", "truth": "x", "named": ["y"]}']
+    rows = [
+        '{"case": "a, b, c", "truth": null, "named": [], "failed": {}}',
+        '{"case": "d, e, f: g", "truth": "x", "named": ["y"], "failed": {}}',
+    ]
     (tmp_path / "diagnoses-0-of-1.jsonl").write_text("\n".join(rows))
     said = table(read(tmp_path))
     assert "1 diagnoses, 0 false alarms" in said and "0 of 1 named first" in said and "(wrong: x)" in said
