@@ -140,11 +140,11 @@ def retrofit(
             factors = len(snapshot.folded)
             scales = unscale(model, attentions, snapshot.folded) if unscaled else 0
             snapshot.fingerprints |= {name: _fingerprint(model.get_parameter(name)) for name in snapshot.folded}
+            record(model)
         except BaseException:
             _unfold(model, snapshot)
             revert(model)
             raise
-    record(model)
     _rename(model)
     said = [*([str(choice)] if choice else []), *notes]
     if config.calibrate == CONTENT:

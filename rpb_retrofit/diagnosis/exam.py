@@ -23,7 +23,7 @@ from rpb_retrofit.diagnosis.promise import Comparison, compare
 from rpb_retrofit.diagnosis.provenance import UNKNOWN, alterations
 from rpb_retrofit.diagnosis.rebuilt import Rebuilt, rebuilt
 from rpb_retrofit.diagnosis.still_life import Portrait, StillLife, still_life
-from rpb_retrofit.diagnosis.weights import drift, kind_of, trained_kinds
+from rpb_retrofit.diagnosis.weights import drift, trained
 from rpb_retrofit.errors import DataError
 from rpb_retrofit.evaluation.context_use import make_inductions, make_local_orders
 from rpb_retrofit.evaluation.journal import Journal
@@ -175,7 +175,7 @@ class Exam:
     @cached_property
     def comparisons(self) -> dict[str, Comparison]:
         """Whether the bias that acts in each attention is its table's."""
-        biases, dtype = self.arms.biases, computes_in(self.arms.retrofit)
+        biases, dtype = self.arms.biases, self.precision
         return {
             name: compare(name, portrait, biases, self.width, dtype)
             for name, portrait in self.still_life.portraits.items()
@@ -194,14 +194,18 @@ class Exam:
             before = dict(self.arms.untrained.named_parameters())
             own = self.arms.retrofit.named_parameters()
             return any(not torch.equal(p, before[n].to(p.dtype)) for n, p in own if n in before)
-        return bool(trained_kinds(self.moved) - self._folded_kinds)
+        return self.weights_trained
 
-    @property
-    def _folded_kinds(self) -> set[str]:
-        """The kinds of weights into which a retrofit folds something."""
-        if not self.arms.folded:
-            return set()
-        return {kind_of(name) for name in self.moved if name.startswith(tuple(f"{a}." for a in self.arms.attentions))}
+    @cached_property
+    def weights_trained(self) -> bool:
+        """Whether weights moved as training moves them, other than those into which a retrofit folds something."""
+        within = tuple(f"{attention}." for attention in self.arms.attentions) if self.arms.folded else ()
+        return any(not (within and name.startswith(within)) for name in trained(self.moved))
+
+    @cached_property
+    def precision(self) -> torch.dtype:
+        """In which the retrofit computes where its equal ways are compared."""
+        return computes_in(self.arms.retrofit)
 
     @property
     def width(self) -> int:
@@ -218,9 +222,12 @@ class Exam:
     def rebuilt(self) -> Rebuilt:
         """The retrofit beside one built anew from its config and weights; in float32 where memory allows."""
 
-        def measure() -> Rebuilt:
-            with in_float32(self.arms.retrofit) as dtype:
-                return rebuilt(self.arms.retrofit, self.window(self.within(1024)), dtype)
+        model = self.arms.retrofit
+        rounded = next((b.dtype for b in model.buffers() if b.is_floating_point() and b.element_size() == 2), None)
+
+        def measure() -> Rebuilt:  # buffers that a cast rounded are none that a new model has
+            with in_float32(model) as dtype:
+                return rebuilt(model, self.window(self.within(1024)), rounded or dtype)
 
         return self.journal("rebuilt", measure)
 
@@ -246,7 +253,7 @@ class Exam:
         """The retrofit's in float16, where `ways` took float32: what overflows does so here alone. None of any other
         dtype: bfloat16 reaches as far as float32."""
         model, ids = self.arms.retrofit, self.window(self.within(96))
-        if model.dtype != torch.float16 or computes_in(model) == model.dtype:
+        if model.dtype != torch.float16 or self.precision == model.dtype:
             return None
         return self.journal("ways-half-precision", lambda: consistency(model, ids, ids, model.dtype))
 
@@ -286,12 +293,11 @@ class Exam:
 
     @cached_property
     def alterations(self) -> dict[str, str] | None:
-        """What became of the tables since they were written; None where that is not known, or where a training that
-        wrote no checksums changed them: it moves a kind of weights in all layers, or most tables in no simple way."""
+        """What became of the tables since they were written. None where that is not known: without checksums, or where
+        a training that wrote none changed some in no simple way."""
         found = alterations(self.arms, self.width)
         strange = [name for name, became in (found or {}).items() if became == UNKNOWN]
-        trained = len(strange) > 1 and len(strange) > len(self.arms.biases) / 2
-        return None if found and (trained or self.trained_since) else found
+        return None if strange and (len(strange) > len(self.arms.biases) / 2 or self.weights_trained) else found
 
     @property
     def as_written(self) -> bool:
@@ -418,6 +424,14 @@ class Exam:
         length = length or self.middle
         return Effect.of(
             self._probed(RETROFIT, AS_IT_IS, nullcontext, length), self._probed(RETROFIT, name, undo, length)
+        )
+
+    def brings(self, name: str, undo: Within, length: int | None = None) -> Effect | None:
+        """What undoing brings; None where that ends in an error, which is noted, and of what predicts no next token."""
+        return (
+            self.attempt(f"what undoing {name} brings", lambda: self.undone(name, undo, length), None)
+            if self.causal
+            else None
         )
 
     def between(self, first: tuple[str, Within], second: tuple[str, Within]) -> Effect:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -15,6 +16,7 @@ from rpb_retrofit.diagnosis.finding import QUARTER, Finding, confirmed, excluded
 from rpb_retrofit.diagnosis.intervention import bias_of, with_biases, with_reach, with_tables, with_weights
 from rpb_retrofit.diagnosis.meanings import MADE_FOR, meanings_of
 from rpb_retrofit.diagnosis.words import some
+from rpb_retrofit.files.digest import digest_of
 from rpb_retrofit.runtime.buckets import Bucketing
 from rpb_retrofit.runtime.modeling import SCALING
 
@@ -110,8 +112,6 @@ def _hands_on_more(fidelity: Fidelity, name: str, meaning: str) -> bool:
 def _effect(exam: Exam, names: Sequence[str], meaning: str) -> Effect | None:
     """What it brings when the tables of these attentions are what they may have been meant to be; None of a model that
     predicts no next token."""
-    if not exam.causal:
-        return None
     biases = {name: exam.arms.biases[name] for name in names}
 
     def undo() -> AbstractContextManager[None]:
@@ -121,7 +121,12 @@ def _effect(exam: Exam, names: Sequence[str], meaning: str) -> Effect | None:
             biases, lambda name, bias: meanings_of(bias, bias.weight.detach().float(), exam.width)[meaning]
         )
 
-    return exam.undone(f"{meaning}-in-{len(names)}".replace(" ", "-").replace("/", "-"), undo)
+    return exam.brings(of_all(meaning, names), undo)
+
+
+def of_all(what: str, names: Sequence[str]) -> str:
+    """A name, which a file can have, for undoing something in these attentions or weights."""
+    return f"{re.sub('[^a-z0-9]+', '-', what)}-{digest_of([name.encode() for name in names])[:12]}"
 
 
 def with_best(exam: Exam, names: Sequence[str]) -> Effect | None:
@@ -134,7 +139,7 @@ def with_best(exam: Exam, names: Sequence[str]) -> Effect | None:
             return None
         biases = {name: exam.arms.biases[name] for name in names}
         undo = partial(with_tables, biases, lambda name, bias: fidelity.tables[name])
-        return exam.undone(f"refit-{len(names)}-{names[0]}", undo)
+        return exam.undone(of_all("fitted-anew", names), undo)
 
     return exam.attempt("what fitted tables would bring", measure, None) if exam.causal else None
 
@@ -143,11 +148,9 @@ def weights_back(exam: Exam, names: Sequence[str]) -> Effect | None:
     """What it brings when these weights are the source's again; None without a source, or of a model that predicts no
     next token."""
     source = exam.arms.source
-    if source is None or not exam.causal:
+    if source is None:
         return None
-    undo = partial(with_weights, exam.arms.retrofit, source, names)
-    name = f"weights-back-{len(names)}-{names[0]}"
-    return exam.attempt("what the source's weights would bring", lambda: exam.undone(name, undo), None)
+    return exam.brings(of_all("weights-back", names), partial(with_weights, exam.arms.retrofit, source, names))
 
 
 def fed_otherwise(exam: Exam, ways: Sequence[str], remedy: str) -> Finding:
@@ -228,8 +231,11 @@ def _with_richer(exam: Exam, other: str, names: Sequence[str]) -> Effect | None:
         biases[name] = bias_of(buckets, table.to(arms.biases[name].weight.device))
     own = {name: arms.biases[name] for name in names}
     same = partial(with_tables, own, lambda n, b: fidelity.tables[n])
-    return exam.between(
-        (f"refit-{len(names)}-{names[0]}", same), (other.replace(" ", "-"), partial(with_biases, arms, biases))
+    richer = partial(with_biases, arms, biases)
+    return exam.attempt(
+        f"what {other} bring",
+        lambda: exam.between((of_all("fitted-anew", names), same), (of_all(other, names), richer)),
+        None,
     )
 
 

@@ -29,7 +29,7 @@ MISSING = {
 @dataclass(frozen=True)
 class Diagnosis:
     """The outcome of an examination. ``causes``: the confirmed hypotheses, the first cause first. ``broken``: figures
-    that could not be measured, since that ended in an error."""
+    that could not be measured, since that ended in an error; ``mechanism``: the source's."""
 
     arms: dict[str, str]
     text: str
@@ -39,6 +39,7 @@ class Diagnosis:
     skipped: dict[str, str]
     seconds: float
     broken: dict[str, str] = field(default_factory=dict)
+    mechanism: str = ""
     version: str = __version__
 
     @property
@@ -136,6 +137,7 @@ class Diagnosis:
             "headline": self.headline,
             "causes": [outcome.name for outcome in self.causes],
             "arms": self.arms,
+            "mechanism": self.mechanism,
             "missing": self.missing,
             "failed": self.failed,
             "text": self.text,
@@ -200,4 +202,5 @@ def diagnose(
         dict(exam.skipped),
         time.perf_counter() - start,
         dict(exam.failed),
+        exam.arms.family.mechanism,
     )

@@ -19,8 +19,11 @@ RUNS, LOST, CAUSE, NEXT = (
 AGAIN = "rpb retrofit {source} {retrofit}-again --calibration TEXT"
 HEAL = "rpb finetune {retrofit} {retrofit}-healed --data TEXT"
 
+ROTARY = " --calibrate tables+content --keep-frequencies auto"
+"""What helps heads and neighbours most, where positions rotate."""
+
 COMMANDS: Mapping[str, str] = {
-    "heads_lost": f"{AGAIN} --calibrate tables+content --keep-frequencies auto",
+    "heads_lost": f"{AGAIN} --buckets auto",
     "local_order_lost": f"{AGAIN} --buckets auto",
     "far_order_lost": f"{AGAIN} --buckets auto",
     "outside_trained_length": f"{AGAIN} --calibration-length 8k",
@@ -102,10 +105,13 @@ def _share(hypothesis: Mapping[str, Any]) -> str:
 def _next(result: Mapping[str, Any]) -> str:
     arms = {role: shlex.quote(name) for role, name in result["arms"].items()}
     places = {RETROFIT: arms[RETROFIT], SOURCE: arms.get(SOURCE, "SOURCE")}
-    if result["failed"]:
-        return f"rpb diagnose {places[RETROFIT]} --source {places[SOURCE]} --only {next(iter(result['failed']))}"
     if result["causes"]:
-        return COMMANDS.get(result["causes"][0], AGAIN).format(**places)
+        first = result["causes"][0]
+        more = ROTARY if result["mechanism"] == "rope" and first in ("heads_lost", "local_order_lost") else ""
+        return COMMANDS.get(first, AGAIN).format(**places) + more
+    probes = [h["name"] for h in result["hypotheses"] if h["finding"]["failed"]]
+    if probes:
+        return f"rpb diagnose {places[RETROFIT]} --source {places[SOURCE]} --only {','.join(probes)}"
     costs = [c for c in (result["figures"].get("loss") or {}).get("costs", []) if c["arm"] == RETROFIT]
     worse = any(cost["real"] and cost["mean"] > 0 for cost in costs)
     return (HEAL if worse else "rpb card {retrofit}").format(**places)

@@ -46,17 +46,21 @@ def kind_of(name: str) -> str:
     return re.sub(r"\.\d+(?=\.)", ".*", name)
 
 
-def trained_kinds(moved: Mapping[str, float | None]) -> set[str]:
-    """The kinds of weights that training moved: it moves those of all layers, as damage does not.
+def trained(moved: Mapping[str, float | None]) -> set[str]:
+    """The weights that training moved: those of a kind that moved in all layers, or of a layer that moved as a whole.
+    Damage hits few.
 
     ``moved`` is what `drift` gives. A weight that is in no layer tells nothing.
     """
-    kinds = defaultdict[str, list[bool]](list)
+    kinds, layers = defaultdict[str, list[str]](list), defaultdict[str, list[str]](list)
     for name, far in moved.items():
         if far is not None and kind_of(name) != name:
-            kinds[kind_of(name)].append(far > 0)
-    return {kind for kind, did in kinds.items() if len(did) > 1 and sum(did) >= WHOLE * len(did)}
+            kinds[kind_of(name)].append(name)
+            layers[re.match(r".*?\.\d+\.", name)[0]].append(name)  # type: ignore[index]
+    groups = [names for names in (*kinds.values(), *layers.values()) if len(names) > 1]
+    did = {name for name, far in moved.items() if far}
+    return {name for names in groups if len(did & set(names)) >= WHOLE * len(names) for name in did & set(names)}
 
 
 WHOLE = 0.9
-"""Share of the layers in which a kind of weights must have moved: adapters may leave a layer or two out."""
+"""Share of a kind, or of a layer, that must have moved: adapters may leave one or two out."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -20,13 +21,26 @@ from rpb_retrofit.diagnosis.effect import LIKELIEST, Effect, predictions, scores
 from rpb_retrofit.diagnosis.exactly import in_float32
 from rpb_retrofit.diagnosis.exam import Exam, Plan
 from rpb_retrofit.diagnosis.finding import Verdict
-from rpb_retrofit.diagnosis.hypotheses import not_finite
+from rpb_retrofit.diagnosis.hypotheses import (
+    foreign_tables,
+    not_finite,
+    off_by_one,
+    offset_reversed,
+    tables_not_loaded,
+    weights_differ,
+    wrong_scale,
+)
 from rpb_retrofit.diagnosis.intervention import attending_as
+from rpb_retrofit.diagnosis.judge import of_all
+from rpb_retrofit.diagnosis.meanings import meanings_of
 from rpb_retrofit.diagnosis.provenance import HEADS, LAYERS, UNKNOWN, alterations
-from rpb_retrofit.diagnosis.weights import trained_kinds
+from rpb_retrofit.diagnosis.weights import trained
+from rpb_retrofit.runtime.bias import RelativePositionBias
 from rpb_retrofit.runtime.buckets import Bucketing
-from rpb_retrofit.tables.checksums import KEY, checksums
+from rpb_retrofit.tables.checksums import KEY, checksums, record
 from tests.diagnosis.small_model import language, retrofitted
+from tests.families.cases import CASES
+from tests.families.test_contract import build
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +98,7 @@ def test_no_number_changes_unseen(head: int, bucket: int, change: float) -> None
     buckets, table = Bucketing(32, 128, False), torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
     other = table.clone()
     other[head, bucket] += change
-    assert (checksums(table, buckets) == checksums(other, buckets)) == torch.equal(table, other)
+    assert (checksums(table, None, buckets) == checksums(other, None, buckets)) == torch.equal(table, other)
 
 
 def test_float32_for_a_while(source: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,11 +155,116 @@ def test_heads_that_look_where_the_sources_do(source: PreTrainedModel, fitted: P
         assert torch.equal(model(ids).logits, plain), "afterwards as before"
 
 
-def test_training_moves_a_kind_of_weights_damage_does_not() -> None:
+def test_training_moves_kinds_and_layers_damage_does_not() -> None:
     names = [f"model.layers.{n}.{kind}.weight" for n in range(4) for kind in ("q_proj", "k_proj")]
     adapters = {name: 0.01 * name.count("q_proj") for name in names}
-    assert trained_kinds(adapters) == {"model.layers.*.q_proj.weight"}
-    assert trained_kinds({**dict.fromkeys(names, 0.0), names[2]: 0.5}) == set()
+    assert trained(adapters) == {name for name in names if "q_proj" in name}
+    last = {name: 0.01 * name.count(".3.") for name in names}
+    assert trained(last) == {name for name in names if ".3." in name}
+    assert trained({**dict.fromkeys(names, 0.0), names[2]: 0.5}) == set()
+
+
+def test_every_meaning_is_some_hypothesis_and_needs_no_source(fitted: PreTrainedModel) -> None:
+    claimed = {*offset_reversed.MEANINGS, *off_by_one.MEANINGS, *wrong_scale.MEANINGS}
+    bias = RelativePositionBias(2, Bucketing(8, 16, True))
+    assert claimed == set(meanings_of(bias, bias.weight.detach(), 16))
+    for what in ("negated", "far and near exchanged"):
+        model = copy.deepcopy(fitted)
+        for bias in Arms(model).biases.values():
+            bias.weight.data.copy_(MISTAKES[what](bias.weight.data.clone()))
+        exam = Exam(Arms(model), [language(600, 9)], None, Plan(lengths=(64,), tokens=512, probed=128))
+        found = (wrong_scale if what == "negated" else offset_reversed).examine(exam)
+        assert found.verdict is Verdict.CONFIRMED and what in found.because
+
+
+def built(family: str, **config: Any) -> Any:
+    case = next(case for case in CASES if case.family == family)
+    model = build(case)
+    small = {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 16}
+    rpb.retrofit(model, rpb.RetrofitConfig(**{"init": "normal", **small, **config}))
+    return model.eval()
+
+
+@pytest.mark.parametrize("family", ["bart", "t5", "llama", "bert"])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("tail", ["flat", "log"])
+def test_tables_of_all_stacks_and_their_tails(family: str, shared: bool, tail: str) -> None:
+    model = built(family, shared=shared, tail=tail)
+    arms = Arms(model)
+    assert alterations(arms, 8) == {}
+    last = list(arms.biases)[-1]
+    changed = arms.biases[last].tail if tail == "log" else arms.biases[last].weight
+    assert changed is not None
+    with torch.no_grad():
+        changed.view(-1)[0] -= 3
+    told = alterations(arms, 8) or {}
+    assert last in told and set(told.values()) == {UNKNOWN}
+
+
+def test_mistakes_that_rounding_hides_and_any_two_heads() -> None:
+    model = built("llama")
+    name, bias = list(Arms(model).biases.items())[1]
+    before = bias.weight.data.clone()
+    for change, what in (
+        (lambda t: t / 96**0.5, "scaled by 1/sqrt(d)"),
+        (lambda t: t / 1.5, "made smaller by a third"),
+        (lambda t: t[[0, 3, 2, 1]], HEADS),
+    ):
+        bias.weight.data.copy_(change(before))
+        assert alterations(Arms(model), 96) == {name: what}
+
+
+def test_what_was_trained_elsewhere_is_not_accused(source: PreTrainedModel, fitted: PreTrainedModel) -> None:
+    """The last layer and its table, by a loop of the user's own, which writes no checksums."""
+    model = copy.deepcopy(fitted)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".layers.1." in name:
+                parameter += 1e-3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    exam = Exam(Arms(model, source), [language(4096, 9)], None, Plan(lengths=(64,), tokens=2048, probed=1024))
+    assert exam.alterations is None
+    for hypothesis in (foreign_tables, weights_differ):
+        assert hypothesis.examine(exam).verdict is not Verdict.CONFIRMED
+
+
+def test_a_healed_retrofit_keeps_its_provenance(source: PreTrainedModel, fitted: PreTrainedModel) -> None:
+    model = copy.deepcopy(fitted)
+    with torch.no_grad():
+        for number, parameter in enumerate(model.parameters()):
+            parameter += 1e-3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+    record(model)
+    name, bias = list(Arms(model).biases.items())[1]
+    bias.weight.data.neg_()
+    for arms in (Arms(model, source), Arms(model, untrained=fitted)):
+        exam = Exam(arms, [language(600, 9)], None, Plan(lengths=(64,), tokens=512))
+        assert exam.alterations == {name: "negated"}
+
+
+def test_zeros_that_were_trained_and_lost(source: PreTrainedModel) -> None:
+    model = copy.deepcopy(source)
+    rpb.retrofit(model, rpb.RetrofitConfig(init="zeros"))
+    exam = Exam(Arms(model), [language(600, 9)], None, Plan(lengths=(64,), tokens=512))
+    assert tables_not_loaded.examine(exam).verdict is Verdict.EXCLUDED
+    for bias in Arms(model).biases.values():
+        bias.weight.data += torch.arange(32)
+    record(model)
+    for bias in Arms(model).biases.values():
+        bias.weight.data.zero_()
+    exam = Exam(Arms(model), [language(600, 9)], None, Plan(lengths=(64,), tokens=512))
+    assert tables_not_loaded.examine(exam).verdict is Verdict.CONFIRMED
+
+
+def test_undoing_in_other_layers_is_another_measurement() -> None:
+    names = [["a.0", "a.1"], ["a.0", "a.2"], ["a.0"]]
+    assert len({of_all("scaled by 1/sqrt(d)", each) for each in names}) == 3
+    assert re.fullmatch("[a-z0-9-]+", of_all("scaled by 1/sqrt(d)", names[0]))
+
+
+def test_a_cast_rounds_buffers_and_is_no_fault() -> None:
+    """Rotary frequencies that were cast with the model differ from those that a new model computes."""
+    model = built("llama", keep_frequencies=2).to(torch.bfloat16)
+    exam = Exam(Arms(model), [torch.randint(3, 61, (400,))], None, Plan(lengths=(24, 40), tokens=400))
+    assert exam.rebuilt.module is None, exam.rebuilt
 
 
 def test_what_overflows_in_half_precision_alone(source: PreTrainedModel) -> None:

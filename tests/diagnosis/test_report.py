@@ -15,7 +15,7 @@ from rpb_retrofit.cli.app import app
 from rpb_retrofit.diagnosis import pictures
 from rpb_retrofit.diagnosis.hypotheses import HYPOTHESES
 from rpb_retrofit.diagnosis.report import EVIDENCE, write_report
-from rpb_retrofit.diagnosis.summary import AGAIN, CAUSE, COMMANDS, LOST, NEXT, RUNS, summary
+from rpb_retrofit.diagnosis.summary import AGAIN, CAUSE, COMMANDS, LOST, NEXT, ROTARY, RUNS, summary
 from rpb_retrofit.pages.drawing import as_data_uri
 from rpb_retrofit.pages.words import number
 from tests.page import Page
@@ -83,6 +83,7 @@ def result(confirmed: tuple[str, ...] = (), costs: list[dict[str, Any]] | None =
         "figures": figures(costs if costs is not None else [cost(64, 0.1), cost(256, 0.2)]),
         "skipped": {},
         "failed": {},
+        "mechanism": "rope",
         "seconds": 3.0,
         **more,
     }
@@ -331,7 +332,9 @@ def test_the_first_screen_answers_in_order() -> None:
     fine = summary(result())
     assert fine[RUNS][0].startswith("Yes") and fine[CAUSE] == ["None was found."]
     assert fine[NEXT] == ["rpb finetune org/retrofit org/retrofit-healed --data TEXT"]
-    failed = summary(result(failed={"precision": "KeyError: 'x'"}))
+    told = result()
+    next(h for h in told["hypotheses"] if h["name"] == "precision")["finding"]["failed"] = True
+    failed = summary(told)
     assert failed[NEXT] == ["rpb diagnose org/retrofit --source org/source --only precision"]
 
 
@@ -344,7 +347,7 @@ def test_what_explains_little_is_not_the_cause() -> None:
 
 
 def test_every_command_is_one_that_there_is() -> None:
-    for name, command in [*COMMANDS.items(), ("again", AGAIN)]:
+    for name, command in [*COMMANDS.items(), ("again", AGAIN + ROTARY)]:
         words = command.format(source="S", retrofit="R").split()
         known = CliRunner().invoke(app, [words[1], "--help"]).output
         assert name == "again" or name in {h.name for h in HYPOTHESES}

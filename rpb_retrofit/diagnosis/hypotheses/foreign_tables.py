@@ -4,6 +4,7 @@ row of one head."""
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.fidelity import Fidelity
@@ -35,9 +36,7 @@ def examine(exam: Exam) -> Finding:
     if exam.as_written:
         return excluded("every table is what a retrofit or a training wrote, number for number")
     if changed := altered(exam, UNKNOWN):
-        effect = with_best(exam, changed)
-        said = f"the numbers of {some(changed)} changed since they were written, in no way that is known"
-        return confirmed(f"{said}; fitted anew: {effect}" if effect else said, REMEDY, effect=effect)
+        return _changed(exam, changed)
     if exam.alterations is not None:
         return excluded("what became of the tables since they were written is known, and another hypothesis'")
     if (fidelity := exam.fidelity) is None:
@@ -60,6 +59,19 @@ def examine(exam: Exam) -> Finding:
     if effect is not None and not (effect.sure and explains(exam, effect, poor)):
         return excluded(f"{said}; with the best ones, {effect}: they are other ones, and no worse")
     return confirmed(f"{said}; with the best ones, {effect}" if effect is not None else said, REMEDY, effect=effect)
+
+
+def _changed(exam: Exam, names: list[str]) -> Finding:
+    """Of tables that something changed in no way that is known: training may have, and wrote no checksums."""
+    said = f"the numbers of {some(names)} changed since they were written, in no way that is known"
+    effect, fidelity = with_best(exam, names), exam.fidelity
+    if effect is not None:
+        said = f"{said}; fitted anew, {effect}"
+    if effect is not None and explains(exam, effect, names):
+        return confirmed(said, REMEDY, effect=effect)
+    if fidelity is not None and (rows := _rows(fidelity, names)):
+        return confirmed(f"{said}; far worse than none are the rows of {rows}", REMEDY, effect=effect)
+    return unknown(f"{said}: by training, or by damage that costs little")
 
 
 def _poor(fidelity: Fidelity) -> list[str]:
@@ -90,11 +102,23 @@ def _spoiled_rows(exam: Exam, fidelity: Fidelity) -> str:
     moved = [name for name, far in exam.moved.items() if far]
     if any(not (exam.arms.folded and name.startswith(within)) for name in moved):
         return ""
+    worse = _worse(fidelity)
+    if torch.cat(list(worse.values())).float().mean() > FEW:
+        return ""
+    return _rows(fidelity, list(worse))
+
+
+def _worse(fidelity: Fidelity) -> dict[str, Tensor]:
+    """Heads (heads,), bool, whose rows are far worse than none, in attention and in what they hand on."""
     worse = {name: own - fidelity.zeros[name] > WORSE for name, own in fidelity.own.items()}
     for name, missed in fidelity.missed.items():
         worse[name] &= missed > fidelity.missed_without[name]
-    if torch.cat(list(worse.values())).float().mean() > FEW:
-        return ""
-    heads = {some([name]): by.nonzero().flatten().tolist() for name, by in worse.items()}
+    return worse
+
+
+def _rows(fidelity: Fidelity, names: list[str]) -> str:
+    """Those of these attentions, in words; empty where there are none."""
+    worse = _worse(fidelity)
+    heads = {some([name]): worse[name].nonzero().flatten().tolist() for name in names}
     named = [f"{layer}: {', '.join(map(str, which))}" for layer, which in heads.items() if which]
     return "heads " + "; ".join(named) if named else ""

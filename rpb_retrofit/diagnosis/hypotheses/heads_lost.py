@@ -68,9 +68,9 @@ def examine(exam: Exam) -> Finding:
 def _given_back(exam: Exam, heads: dict[str, Tensor]) -> Effect | None:
     """What it brings when these heads look where the source's do; None where no other attention can be put in."""
     source = exam.arms.source
-    if source is None or not exam.causal or not exam.arms.family.uses_interface:
+    if source is None or not exam.arms.family.uses_interface:
         return None
-    return exam.undone("heads-given-back", partial(attending_as, exam.arms, source, heads))
+    return exam.brings("heads-given-back", partial(attending_as, exam.arms, source, heads))
 
 
 def _heads(names: list[str], gone: Tensor) -> list[str]:

@@ -11,8 +11,8 @@ CAUSE = "local order is lost: buckets are too wide"
 PREDICTS = "the source attends otherwise at offsets that share a bucket: finer buckets bring tables nearer to it"
 KIND = Kind.CHOICE
 REMEDY = (
-    "give the tables more buckets (--buckets auto), or keep RoPE's highest frequencies, which tell neighbours apart "
-    "(--keep-frequencies auto)"
+    "give the tables more buckets (--buckets auto), or, of a source with RoPE, keep its highest frequencies, "
+    "which tell neighbours apart (--keep-frequencies auto)"
 )
 
 

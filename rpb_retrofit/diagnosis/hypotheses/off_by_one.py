@@ -15,6 +15,8 @@ PREDICTS = (
 KIND = Kind.RUNNING
 REMEDY = "count offsets from 0 for the query's own position: query position minus key position"
 
+MEANINGS = ("shifted by one bucket", "shifted by minus one bucket")
+
 
 def examine(exam: Exam) -> Finding:
     """Compare what acts with the table moved along."""
@@ -25,7 +27,7 @@ def examine(exam: Exam) -> Finding:
             f"the bias that acts at an offset is the table's at the offset {shift:+d} in {some(shifted)}",
             REMEDY,
         )
-    for moved in ("shifted by one bucket", "shifted by minus one bucket"):
+    for moved in MEANINGS:
         found = meant_otherwise(exam, moved, f"{REMEDY}; put the tables back by one bucket, or calibrate them again")
         if found is not None:
             return found

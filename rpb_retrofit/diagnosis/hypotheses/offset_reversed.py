@@ -15,6 +15,8 @@ PREDICTS = (
 KIND = Kind.RUNNING
 REMEDY = "count offsets as query minus key; Transformers' T5 counts the other way: convert its tables by --init from:"
 
+MEANINGS = ("before and after exchanged", "far and near exchanged")
+
 
 def examine(exam: Exam) -> Finding:
     """Compare what acts with the table read backwards."""
@@ -24,7 +26,7 @@ def examine(exam: Exam) -> Finding:
             f"the bias that acts is the table's at the negative of each offset in {some(reversed_)}",
             REMEDY,
         )
-    exchanged = meant_otherwise(exam, "before and after exchanged", REMEDY)
-    if exchanged is not None:
-        return exchanged
+    for meaning in MEANINGS:
+        if (exchanged := meant_otherwise(exam, meaning, REMEDY)) is not None:
+            return exchanged
     return excluded("the bias that acts follows the table from near to far, not its mirror image")

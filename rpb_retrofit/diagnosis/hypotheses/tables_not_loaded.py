@@ -7,6 +7,7 @@ import torch
 from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded
 from rpb_retrofit.diagnosis.judge import with_best
+from rpb_retrofit.diagnosis.provenance import is_written
 from rpb_retrofit.diagnosis.words import some
 
 CAUSE = "the tables were not loaded, or say nothing"
@@ -37,7 +38,7 @@ def examine(exam: Exam) -> Finding:
             f"{len(flat)} of {len(tables)} tables {'are zero' if zero else 'hold one number a head'} (init='{init}'): "
             f"{some(flat)}"
         )
-        if zero and init == "zeros" and not exam.alterations:
+        if zero and init == "zeros" and all(is_written(exam.arms, name, tables[name]) for name in flat):
             return excluded(f"{said}, as init='zeros' asks")
         return confirmed(said, REMEDY, effect=with_best(exam, flat))
     alike = [

@@ -7,7 +7,7 @@ from statistics import median
 from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
 from rpb_retrofit.diagnosis.judge import weights_back
-from rpb_retrofit.diagnosis.weights import kind_of, trained_kinds
+from rpb_retrofit.diagnosis.weights import trained
 
 CAUSE = "weights differ from the source's beyond what the retrofit changes"
 PREDICTS = "before training, a weight differs at all; after it, some moved very much farther than the others"
@@ -44,10 +44,9 @@ def examine(exam: Exam) -> Finding:
             f"'{exam.arms.settings.get('source', 'none')}'",
             effect=weights_back(exam, list(changed)),
         )
-    trained = trained_kinds(moved)
-    tuned = {name for name in changed if kind_of(name) in trained}
+    tuned = trained(moved)
     odd = {name: far for name, far in changed.items() if name not in tuned and not (folded and name in attention)}
-    if typical == 0 and odd:  # most weights are the source's, and these belong to no kind that was trained
+    if typical == 0 and odd:  # most weights are the source's, and training moved none of these
         return _damaged(exam, odd, f"{len(odd)} of {len(sizes)} weights are not the source's, {_others(tuned)}")
     usual = typical or (median(sizes[name] for name in tuned) if tuned else 0.0)
     if not usual:
@@ -63,7 +62,7 @@ def examine(exam: Exam) -> Finding:
 
 
 def _others(tuned: set[str]) -> str:
-    return f"others are but for {len(tuned)} of kinds that moved in all layers" if tuned else "all others are"
+    return f"all others are but for {len(tuned)} that moved with their kind or layer" if tuned else "all others are"
 
 
 def _damaged(exam: Exam, odd: dict[str, float], said: str) -> Finding:

@@ -57,11 +57,11 @@ def examine(exam: Exam) -> Finding:
 
 def _confirm(exam: Exam, name: str, said: str, tables: Mapping[str, Tensor]) -> Finding:
     """Whether it is borne out by the running model with these tables."""
-    if not exam.causal:
-        return confirmed(said, REMEDY)
     biases = {name: exam.arms.biases[name] for name in tables}
-    effect = exam.undone(name, partial(with_tables, biases, lambda n, b: tables[n]))
-    if explains(exam, effect, list(tables)) or all(is_written(exam.arms, n, table) for n, table in tables.items()):
+    effect = exam.brings(name, partial(with_tables, biases, lambda n, b: tables[n]))
+    if effect is None:
+        return confirmed(said, REMEDY)
+    if explains(exam, effect, list(tables)) or exam.alterations is not None:
         return confirmed(f"{said}; {effect}", REMEDY, effect=effect)
     return excluded(f"{said}, but {effect}")
 

@@ -27,6 +27,11 @@ REMEDY = (
 APART = 0.03
 """Relative difference of two scales that is more than rounding."""
 
+MEANINGS = (
+    *("scaled by 1/sqrt(d)", "scaled by sqrt(d)", "negated"),
+    *("halved", "doubled", "made smaller by a third"),
+)
+
 
 def examine(exam: Exam) -> Finding:
     """Compare both scales with what they should be, and try whether others would do better."""
@@ -64,16 +69,9 @@ def examine(exam: Exam) -> Finding:
                 REMEDY,
                 effect=weights_back(exam, list(stretched)),
             )
-        for meaning in (
-            "scaled by 1/sqrt(d)",
-            "scaled by sqrt(d)",
-            "negated",
-            "halved",
-            "doubled",
-            "made smaller by a third",
-        ):
-            if (found := meant_otherwise(exam, meaning, REMEDY)) is not None:
-                return found
+    for meaning in MEANINGS:
+        if (found := meant_otherwise(exam, meaning, REMEDY)) is not None:
+            return found
     if not ratios:
         return unknown("the bias acts unscaled; this family keeps its queries to itself, so their scale cannot be seen")
     return excluded(
@@ -87,7 +85,7 @@ def _with(exam: Exam, factor: float) -> AbstractContextManager[None]:
 
 
 def _effect(exam: Exam, factor: float) -> Effect | None:
-    return exam.undone(f"content-{factor:.3f}", partial(_with, exam, factor)) if exam.causal else None
+    return exam.brings(f"content-{factor:.3f}", partial(_with, exam, factor))
 
 
 def _stretched(exam: Exam) -> dict[str, float]:
