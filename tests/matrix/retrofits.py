@@ -33,7 +33,8 @@ class Sort:
     stage: Stage | None = None
 
 
-STEPS, BATCH = 20, 512
+STEPS, BATCH = 20, 128
+"""Of training, and tokens of a step."""
 
 SORTS: dict[str, Sort] = {
     "tables": Sort(),
@@ -51,8 +52,8 @@ SORTS: dict[str, Sort] = {
     "alibi": Sort({"init": "alibi"}),
     "from another": Sort({"init": "from:{}"}, start="kept 16"),
     "polished": Sort({"polish": STEPS}),
-    "healed": Sort(start="tables", stage=Stage(train="all", tokens=STEPS * BATCH, rate=1e-4)),
-    "LoRA merged": Sort(start="tables", stage=Stage(train="lora", tokens=STEPS * BATCH)),
+    "healed": Sort(start="tables", stage=Stage(train="all", tokens=STEPS * BATCH, rate=1e-4, lengths={BATCH: 1.0})),
+    "LoRA merged": Sort(start="tables", stage=Stage(train="lora", tokens=STEPS * BATCH, lengths={BATCH: 1.0})),
 }
 
 
