@@ -62,10 +62,15 @@ def test_planted_fault_is_named_first(fault: Fault, source: PreTrainedModel, hea
     assert found.causes[0].finding.remedy
 
 
+SLIGHT = ("one layer", "one head's row")
+"""In the names of faults that may cost too little to be a cause, where no checksum proves that something changed."""
+
 IN_TABLES = ("wrong_scale", "wrong_order", "off_by_one", "foreign_tables", "tables_not_loaded")
 
 
-@pytest.mark.parametrize("fault", [f for f in FAULTS if f.cause in IN_TABLES and "one layer" not in f.name], ids=str)
+@pytest.mark.parametrize(
+    "fault", [f for f in FAULTS if f.cause in IN_TABLES and not any(slight in f.name for slight in SLIGHT)], ids=str
+)
 def test_planted_fault_is_named_without_checksums(fault: Fault, source: PreTrainedModel, healthy: str) -> None:
     """By the source's attention alone, and by what undoing it brings."""
     arms = Arms(rpb.load(healthy).eval(), copy.deepcopy(source))

@@ -3,15 +3,19 @@ row of one head."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.fidelity import Fidelity
-from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
+from rpb_retrofit.diagnosis.finding import QUARTER, Finding, Kind, confirmed, excluded, unknown
+from rpb_retrofit.diagnosis.intervention import with_tables
 from rpb_retrofit.diagnosis.judge import NOTABLE, altered, explains, with_best
 from rpb_retrofit.diagnosis.provenance import UNKNOWN
 from rpb_retrofit.diagnosis.words import some
+from rpb_retrofit.runtime.bias import RelativePositionBias
 from rpb_retrofit.tables import CALIBRATED, INITIALISATIONS
 
 CAUSE = "the tables do not suit this source"
@@ -50,15 +54,33 @@ def examine(exam: Exam) -> Finding:
     )
     poor = _poor(fidelity)
     if not poor:
-        spoiled = _spoiled_rows(exam, fidelity)
-        if spoiled:
-            return confirmed(f"{said}; far worse than none are the rows of {spoiled}", REMEDY)
-        return excluded(said)
+        return _spoiled(exam, fidelity, said)
     effect = with_best(exam, poor)
     said = f"{said}; they miss most of what tables can bring in {some(poor)}"
     if effect is not None and not (effect.sure and explains(exam, effect, poor)):
         return excluded(f"{said}; with the best ones, {effect}: they are other ones, and no worse")
     return confirmed(f"{said}; with the best ones, {effect}" if effect is not None else said, REMEDY, effect=effect)
+
+
+def _spoiled(exam: Exam, fidelity: Fidelity, said: str) -> Finding:
+    """Whether some rows alone are spoiled: far worse than none, and fitted ones in their place bring something back."""
+    rows = _spoiled_rows(exam, fidelity)
+    if not rows:
+        return excluded(said)
+    worse = {name: heads for name, heads in _worse(fidelity).items() if bool(heads.any())}
+    biases = {name: exam.arms.biases[name] for name in worse}
+
+    def fitted(name: str, bias: RelativePositionBias) -> Tensor:
+        return torch.where(
+            worse[name][:, None].to(bias.weight.device), fidelity.tables[name].to(bias.weight), bias.weight
+        )
+
+    effect = exam.brings("fitted-rows", partial(with_tables, biases, fitted))
+    said = f"{said}; far worse than none are the rows of {rows}"
+    part = sum(int(heads.sum()) for heads in worse.values()) / sum(len(own) for own in fidelity.own.values())
+    if effect is None or not (effect.sure and effect.at_least(QUARTER * part)):
+        return excluded(f"{said}; with fitted ones, {effect}" if effect is not None else said)
+    return confirmed(f"{said}; with fitted ones, {effect}", REMEDY, effect=effect)
 
 
 def _changed(exam: Exam, names: list[str]) -> Finding:
