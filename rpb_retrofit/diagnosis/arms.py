@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -103,11 +102,6 @@ class Arms:
         plain.tie_weights()
         plain.name_or_path = model.name_or_path
         return plain.to(model.device).eval()
-
-    @cached_property
-    def dtype(self) -> torch.dtype:
-        """In which the retrofit computes."""
-        return self.retrofit.dtype
 
 
 WRITTEN = (

@@ -70,12 +70,6 @@ class Effect:
         return main.mean < 0 and main.p < LEVEL / CANDIDATES and not (self.loss.real and self.loss.mean > 0)
 
     @property
-    def harmful(self) -> bool:
-        """Whether undoing it makes things worse for sure."""
-        main = self.loss if self.distance is None else self.distance
-        return main.real and main.mean > 0
-
-    @property
     def share(self) -> float | None:
         """Which part of what was lost it brings back; None without a source, which alone tells what was lost."""
         if self.distance is None or self.lost is None:

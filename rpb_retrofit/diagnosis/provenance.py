@@ -18,6 +18,7 @@ from rpb_retrofit.runtime.families import TABLE
 from rpb_retrofit.tables.checksums import KEY, Checksums, checksum, checksums, inner
 
 HEADS, LAYERS, UNKNOWN = "heads in another order", "another layer's table", "changed in no way that is known"
+ROW = "spoiled in the row of one head"
 
 
 def alterations(arms: Arms, width: int) -> dict[str, str] | None:
@@ -71,6 +72,8 @@ def _what_became(bias: RelativePositionBias, written: Checksums, others: set[str
             return what
     if any(checksum(numbers, distance) == written.whole for numbers in _orders(own)):
         return HEADS
+    if any(checksum(numbers, distance) == written.whole for numbers in _rows(bias, own, width)):
+        return ROW
     for what, part in (("shifted by one bucket", slice(2, None)), ("shifted by minus one bucket", slice(0, -2))):
         if checksum(inner(own, bias.bucketing, part), distance) == written.inner:
             return what
@@ -90,3 +93,12 @@ def _orders(own: Tensor) -> Iterator[Tensor]:
         order = list(range(len(own)))
         order[first], order[second] = second, first
         yield own[order]
+
+
+def _rows(bias: RelativePositionBias, own: Tensor, width: int) -> Iterator[Tensor]:
+    """A table (heads, buckets) in which one head's row is what it may have been meant to be."""
+    for meant in meanings_of(bias, own, width).values():
+        for head in range(len(own)):
+            numbers = own.clone()
+            numbers[head] = meant[head]
+            yield numbers

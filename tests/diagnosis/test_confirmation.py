@@ -33,7 +33,7 @@ from rpb_retrofit.diagnosis.hypotheses import (
 from rpb_retrofit.diagnosis.intervention import attending_as
 from rpb_retrofit.diagnosis.judge import of_all
 from rpb_retrofit.diagnosis.meanings import meanings_of
-from rpb_retrofit.diagnosis.provenance import HEADS, LAYERS, UNKNOWN, alterations
+from rpb_retrofit.diagnosis.provenance import HEADS, LAYERS, ROW, UNKNOWN, alterations
 from rpb_retrofit.diagnosis.weights import trained
 from rpb_retrofit.runtime.bias import RelativePositionBias
 from rpb_retrofit.runtime.buckets import Bucketing
@@ -58,6 +58,7 @@ MISTAKES: dict[str, Callable[[Tensor], Tensor]] = {
     "shifted by minus one bucket": lambda t: torch.cat([t[:, 1:], t[:, -1:]], 1),
     "far and near exchanged": lambda t: t.flip(1),
     HEADS: lambda t: t.roll(2, 0),
+    ROW: lambda t: torch.cat([t[:2], -t[2:3], t[3:]]),
     UNKNOWN: lambda t: t + 0.01 * torch.arange(t.shape[1]) ** 2,
 }
 
@@ -132,7 +133,7 @@ def test_distance_is_the_divergence_of_predictions(source: PreTrainedModel, fitt
             target = ids[0, 1:, None]
             assert torch.allclose(losses.losses[window].double(), -p.gather(1, target)[:, 0], atol=1e-5)
     same = Effect.of(own, own)
-    assert same.share == 0 and not same.sure and not same.harmful
+    assert same.share == 0 and not same.sure
 
 
 def test_heads_that_look_where_the_sources_do(source: PreTrainedModel, fitted: PreTrainedModel) -> None:

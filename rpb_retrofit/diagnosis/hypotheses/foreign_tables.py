@@ -13,7 +13,7 @@ from rpb_retrofit.diagnosis.fidelity import Fidelity
 from rpb_retrofit.diagnosis.finding import QUARTER, Finding, Kind, confirmed, excluded, unknown
 from rpb_retrofit.diagnosis.intervention import with_tables
 from rpb_retrofit.diagnosis.judge import NOTABLE, altered, explains, with_best
-from rpb_retrofit.diagnosis.provenance import UNKNOWN
+from rpb_retrofit.diagnosis.provenance import ROW, UNKNOWN
 from rpb_retrofit.diagnosis.words import some
 from rpb_retrofit.runtime.bias import RelativePositionBias
 from rpb_retrofit.tables import CALIBRATED, INITIALISATIONS
@@ -41,6 +41,10 @@ def examine(exam: Exam) -> Finding:
         return excluded("every table is what a retrofit or a training wrote, number for number")
     if changed := altered(exam, UNKNOWN):
         return _changed(exam, changed)
+    if rows := altered(exam, ROW):
+        effect = with_best(exam, rows)
+        said = f"in {some(rows)} the row of one head is not what was written, by the checksums"
+        return confirmed(f"{said}; fitted anew, {effect}" if effect else said, REMEDY, effect=effect)
     if exam.alterations is not None:
         return excluded("what became of the tables since they were written is known, and another hypothesis'")
     if (fidelity := exam.fidelity) is None:
