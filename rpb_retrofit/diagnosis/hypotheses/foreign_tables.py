@@ -3,6 +3,7 @@ row of one head."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -49,7 +50,7 @@ def examine(exam: Exam) -> Finding:
         return excluded("what became of the tables since they were written is known, and another hypothesis'")
     if (fidelity := exam.fidelity) is None:
         return unknown("only the source's attention tells what its tables should be; give --source")
-    if (init := exam.arms.settings.get("init")) in INITIALISATIONS and not exam.alterations:
+    if (init := exam.arms.settings.get("init")) in INITIALISATIONS:
         return excluded(f"init='{init}' asks for tables that are fitted to no source")
     before, zeros, refit = (fidelity.mean(kl) for kl in (fidelity.own, fidelity.zeros, fidelity.refit))
     said = (
@@ -61,7 +62,7 @@ def examine(exam: Exam) -> Finding:
         return _spoiled(exam, fidelity, said)
     effect = with_best(exam, poor)
     said = f"{said}; they miss most of what tables can bring in {some(poor)}"
-    if effect is not None and not (effect.sure and explains(exam, effect, poor)):
+    if effect is not None and not explains(exam, effect, poor):
         return excluded(f"{said}; with the best ones, {effect}: they are other ones, and no worse")
     return confirmed(f"{said}; with the best ones, {effect}" if effect is not None else said, REMEDY, effect=effect)
 
@@ -95,7 +96,7 @@ def _changed(exam: Exam, names: list[str]) -> Finding:
         said = f"{said}; fitted anew, {effect}"
     if effect is not None and explains(exam, effect, names):
         return confirmed(said, REMEDY, effect=effect)
-    if fidelity is not None and (rows := _rows(fidelity, names)):
+    if fidelity is not None and (rows := _rows(_worse(fidelity), names)):
         return confirmed(f"{said}; far worse than none are the rows of {rows}", REMEDY, effect=effect)
     return unknown(f"{said}: by training, or by damage that costs little")
 
@@ -131,7 +132,7 @@ def _spoiled_rows(exam: Exam, fidelity: Fidelity) -> str:
     worse = _worse(fidelity)
     if torch.cat(list(worse.values())).float().mean() > FEW:
         return ""
-    return _rows(fidelity, list(worse))
+    return _rows(worse, list(worse))
 
 
 def _worse(fidelity: Fidelity) -> dict[str, Tensor]:
@@ -142,9 +143,8 @@ def _worse(fidelity: Fidelity) -> dict[str, Tensor]:
     return worse
 
 
-def _rows(fidelity: Fidelity, names: list[str]) -> str:
+def _rows(worse: Mapping[str, Tensor], names: list[str]) -> str:
     """Those of these attentions, in words; empty where there are none."""
-    worse = _worse(fidelity)
     heads = {some([name]): worse[name].nonzero().flatten().tolist() for name in names}
     named = [f"{layer}: {', '.join(map(str, which))}" for layer, which in heads.items() if which]
     return "heads " + "; ".join(named) if named else ""

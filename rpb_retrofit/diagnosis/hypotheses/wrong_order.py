@@ -45,14 +45,12 @@ def examine(exam: Exam) -> Finding:
     brought = sum(gain for _, gain in heads.values())
     if layers is not None and layers.brought > brought:
         tables = {name: exam.arms.biases[other].weight.detach().clone() for name, other in layers.others.items()}
-        found = _confirm(exam, "layers-put-back", layers.said, tables)
-    elif heads:
+        return _confirm(exam, "layers-put-back", layers.said, tables)
+    if heads:
         biases = exam.arms.biases
         tables = {name: biases[name].weight.detach()[order].clone() for name, (order, _) in heads.items()}
-        found = _confirm(exam, "heads-put-back", _said(heads), tables)
-    else:
-        return excluded("no exchange of rows or of tables brings the attention nearer to the source's")
-    return found
+        return _confirm(exam, "heads-put-back", _said(heads), tables)
+    return excluded("no exchange of rows or of tables brings the attention nearer to the source's")
 
 
 def _confirm(exam: Exam, name: str, said: str, tables: Mapping[str, Tensor]) -> Finding:
