@@ -10,17 +10,17 @@ from rpb_retrofit.version import __version__
 if TYPE_CHECKING:
     from rpb_retrofit.checkpoint.load import load
     from rpb_retrofit.config import RetrofitConfig
-    from rpb_retrofit.inplace import retrofit, revert
-    from rpb_retrofit.report import RetrofitReport
+    from rpb_retrofit.swap.inplace import retrofit, revert
+    from rpb_retrofit.swap.report import RetrofitReport
 
 __all__ = ["RetrofitConfig", "RetrofitReport", "__version__", "load", "retrofit", "revert"]
 
 _HOME = {
     "RetrofitConfig": "rpb_retrofit.config",
-    "RetrofitReport": "rpb_retrofit.report",
+    "RetrofitReport": "rpb_retrofit.swap.report",
     "load": "rpb_retrofit.checkpoint.load",
-    "retrofit": "rpb_retrofit.inplace",
-    "revert": "rpb_retrofit.inplace",
+    "retrofit": "rpb_retrofit.swap.inplace",
+    "revert": "rpb_retrofit.swap.inplace",
 }
 
 

@@ -227,7 +227,7 @@ def train_scratch(folder: Path, size: Size, seed: int) -> Row:
     import rpb_retrofit as rpb
     from rpb_retrofit.comparison.run import MEASURED, Made, Row
     from rpb_retrofit.comparison.t5 import tail_begins
-    from rpb_retrofit.evaluation.journal import Journal
+    from rpb_retrofit.files.journal import Journal
 
     tokens, about = size.text_tokens + size.heal_tokens, "T5 bias from the beginning of training: the ceiling"
 
@@ -249,13 +249,15 @@ def train_scratch(folder: Path, size: Size, seed: int) -> Row:
 
 def probes_of(folder: Path, size: Size) -> Probes:
     """Every arm of every seed reads the same text: modules that fill the longest window."""
-    from rpb_retrofit.comparison.measures import Plan, Probes
+    from rpb_retrofit.comparison.measures import ComparisonPlan, Probes
     from rpb_retrofit.text import read_text, tokenise
 
     tokenizer = tokenizer_of(folder)
     documents = tokenise(tokenizer, read_text(str(folder / "scored.jsonl")).documents)
     four_times = {"beyond": 4 * size.context}
-    plan = Plan(size.lengths[-1], size.lengths, size.scored_tokens, asked=size.lengths, kinds=(), items=8, **four_times)
+    plan = ComparisonPlan(
+        size.lengths[-1], size.lengths, size.scored_tokens, asked=size.lengths, kinds=(), items=8, **four_times
+    )
     long = [ids[: size.lengths[-1]] for ids in documents if len(ids) >= size.lengths[-1]]
     return Probes.make(plan, long, None, tokenizer, {})
 
@@ -265,7 +267,7 @@ def compare_of(folder: Path, size: Size, seed: int, task: str) -> tuple[Compare,
     from rpb_retrofit.checkpoint.load import open_causal_lm
     from rpb_retrofit.comparison.healing import Healing
     from rpb_retrofit.comparison.run import MEASURED, Compare
-    from rpb_retrofit.evaluation.journal import Journal
+    from rpb_retrofit.files.journal import Journal
     from rpb_retrofit.text import CalibrationText, read_text
 
     model, tokenizer = open_causal_lm(str(folder / f"base-{seed}"))

@@ -20,9 +20,9 @@ from rpb_retrofit.checkpoint.convert import retrofit_checkpoint
 from rpb_retrofit.checkpoint.gguf import load_gguf
 from rpb_retrofit.demo.fetch import MINILM, SMOLLM2, fetch
 from rpb_retrofit.diagnosis.arms import Arms
-from rpb_retrofit.diagnosis.exam import Exam, Plan
 from rpb_retrofit.diagnosis.finding import Verdict
 from rpb_retrofit.diagnosis.hypotheses import foreign_tables
+from rpb_retrofit.diagnosis.measurements import DiagnosisPlan, Measurements
 from rpb_retrofit.evaluation.nll import Windows, nll_at_length
 from rpb_retrofit.text import CalibrationText, Text, read_text, spread_windows, tokenise
 
@@ -186,6 +186,8 @@ def test_minilm_calibrated() -> None:
     assert cosines["calibrated"] > 0.915 > 0.75 > cosines["zeros"]
     # Diagnosis finds nothing wrong with the fitted tables.
     ids = tokenizer(prose[:20000], return_tensors="pt")["input_ids"][0]
-    exam = Exam(Arms(model, source), [ids], None, Plan(lengths=(64, 256), tokens=2048, rounds=0))
-    finding = foreign_tables.examine(exam)
+    measurements = Measurements(
+        Arms(model, source), [ids], None, DiagnosisPlan(lengths=(64, 256), tokens=2048, rounds=0)
+    )
+    finding = foreign_tables.examine(measurements)
     assert finding.verdict is Verdict.EXCLUDED, finding.because

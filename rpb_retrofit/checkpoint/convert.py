@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from rpb_retrofit.checkpoint.limits import lift_limits
 from rpb_retrofit.config import RetrofitConfig
-from rpb_retrofit.eligibility import check_eligible
 from rpb_retrofit.errors import ConfigError
 from rpb_retrofit.files.contents import CODE_KEYS, without_code
 from rpb_retrofit.files.folder import check_absent, whole_folder
@@ -22,13 +21,14 @@ from rpb_retrofit.files.headers import check_headers, check_stored
 from rpb_retrofit.files.shards import place, place_without, tensor_names
 from rpb_retrofit.files.source import Source, expanded, find, model_class
 from rpb_retrofit.runtime.families import family_of, is_own
+from rpb_retrofit.swap.eligibility import check_eligible
 from rpb_retrofit.tables import CALIBRATED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from rpb_retrofit.checkpoint.rewrite import Change
-    from rpb_retrofit.report import RetrofitReport
+    from rpb_retrofit.swap.report import RetrofitReport
     from rpb_retrofit.text import CalibrationText
 
 # Transformers is imported late in this file: its import and the copying of gigabytes overlap.
@@ -160,9 +160,9 @@ def _write_all_but_weights(
 
     from rpb_retrofit.checkpoint.load import check_generation, on_gpu, open_tokenizer, open_weights
     from rpb_retrofit.checkpoint.rewrite import Change
-    from rpb_retrofit.filling import first_tables, parameters_of, places
-    from rpb_retrofit.inplace import folded, retrofit
     from rpb_retrofit.runtime.modeling import own_names, save_config, write_runtime
+    from rpb_retrofit.swap.filling import first_tables, parameters_of, table_specs
+    from rpb_retrofit.swap.inplace import folded, retrofit
     from rpb_retrofit.tables.checksums import record
 
     settings = source.config()
@@ -181,7 +181,7 @@ def _write_all_but_weights(
         with torch.device("meta"), no_init_weights():
             model = model_class(settings)(settings)
         report, changes = retrofit(model, config), {}
-        tables = parameters_of(first_tables(model, config), places(model, config))
+        tables = parameters_of(first_tables(model, config), table_specs(model, config))
         record(model, tables)
     model.config.architectures = [type(model).__name__]
     save_config(model.config, folder)
@@ -216,7 +216,7 @@ def _of(number: int, shards: list[Path]) -> str:
 def _convert_gguf(file: Path, out: Path, config: RetrofitConfig, calibration: CalibrationText | None) -> Conversion:
     from rpb_retrofit.checkpoint.gguf import load_gguf
     from rpb_retrofit.checkpoint.load import on_gpu
-    from rpb_retrofit.inplace import retrofit
+    from rpb_retrofit.swap.inplace import retrofit
 
     model, tokenizer = load_gguf(file)
     model = on_gpu(model)

@@ -100,13 +100,13 @@ def command(
     from rpb_retrofit.comparison.arms import ARMS, parse
     from rpb_retrofit.comparison.candidates import Constraints
     from rpb_retrofit.comparison.card import write_card
-    from rpb_retrofit.comparison.measures import Plan
+    from rpb_retrofit.comparison.measures import ComparisonPlan
     from rpb_retrofit.comparison.page import write_page
     from rpb_retrofit.comparison.result import result
     from rpb_retrofit.comparison.run import MEASURED, Compare
-    from rpb_retrofit.evaluation.journal import Journal
     from rpb_retrofit.evaluation.nll import check_ids
     from rpb_retrofit.files.folder import check_absent, whole_folder
+    from rpb_retrofit.files.journal import Journal
     from rpb_retrofit.runtime.families import family_of
     from rpb_retrofit.runtime.mechanisms import trained_context
     from rpb_retrofit.tables.calibrate import SHORTEST
@@ -153,7 +153,7 @@ def command(
             f"--must-keep {must_keep} and --lengths {lengths} contradict each other: none lies within the context of "
             f"{context}; add one that does"
         )
-    plan = Plan(
+    plan = ComparisonPlan(
         target,
         tuple(wanted),
         count("--tokens", tokens) or max(8192, target),

@@ -56,14 +56,14 @@ def command(
     json: Json = None,
 ) -> None:
     """What regressed after a retrofit, where, and why."""
-    from rpb_retrofit.diagnosis.exam import MEASURED, Exam, Plan
     from rpb_retrofit.diagnosis.hypotheses import HYPOTHESES
+    from rpb_retrofit.diagnosis.measurements import MEASURED, DiagnosisPlan, Measurements
     from rpb_retrofit.diagnosis.opening import identity, known_source, open_arms, trained_pairs
     from rpb_retrofit.diagnosis.report import write_report
     from rpb_retrofit.diagnosis.run import diagnose
-    from rpb_retrofit.evaluation.journal import Journal
     from rpb_retrofit.evaluation.nll import check_ids
     from rpb_retrofit.files.folder import check_absent, whole_folder
+    from rpb_retrofit.files.journal import Journal
     from rpb_retrofit.text import bos_policy, read_text, tokenise
 
     wanted = parse_lengths(lengths)
@@ -98,13 +98,13 @@ def command(
     documents = tokenise(tokenizer, text.documents)
     for _, model in arms:
         check_ids(model, documents)
-    plan = Plan(tuple(wanted), scored, undone, items, rounds, seed)
+    plan = DiagnosisPlan(tuple(wanted), scored, undone, items, rounds, seed)
     journal = Journal()
     if only is None:
         wanted_of = identity(arms_by_name, text.checksum, {**asdict(plan), "bos": bos})
         journal = Journal.open(out.with_name(f"{out.name}.run"), wanted_of, "rpb diagnose", MEASURED, say)
     with journal:
-        exam = Exam(
+        measurements = Measurements(
             arms,
             documents,
             bos_policy(tokenizer, bos),
@@ -113,7 +113,7 @@ def command(
             trained_pairs(retrofit),
             journal,
         )
-        found = diagnose(exam, text.name, say, list(chosen.values()), figures=only is None)
+        found = diagnose(measurements, text.name, say, list(chosen.values()), figures=only is None)
         _print(found)
         result = {"command": command_line(), **found.to_dict()}
         if only is None:

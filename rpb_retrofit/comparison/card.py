@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from rpb_retrofit.comparison.arms import ARMS
 from rpb_retrofit.comparison.exhibits import exhibits
 from rpb_retrofit.comparison.figures import as_difference
-from rpb_retrofit.comparison.standing import Standing
+from rpb_retrofit.comparison.ranking import Ranking
 from rpb_retrofit.files.whole_file import write_whole
 from rpb_retrofit.pages.markdown import FILTERS
 
@@ -26,9 +26,9 @@ def write_card(result: Mapping[str, Any], file: Path, title: str, about: str = "
 
     ``about`` is a paragraph in Markdown on what was compared.
     """
-    standing = Standing(result)
+    ranking = Ranking(result)
     pictures = {}
-    for exhibit in exhibits(standing):
+    for exhibit in exhibits(ranking):
         if exhibit.name in SHOWN and exhibit.picture:
             head, _, data = exhibit.picture.partition(",")
             suffix = "svg" if "svg" in head else "png"
@@ -47,7 +47,7 @@ def write_card(result: Mapping[str, Any], file: Path, title: str, about: str = "
         title=title,
         about=about,
         result=result,
-        rows=standing.rows.values(),
+        rows=ranking.rows.values(),
         answer=result["recommendation"],
         worse=list(where_t5_loses(result)),
         pictures=pictures,

@@ -11,10 +11,10 @@ from typing import Any
 from rpb_retrofit.comparison import pictures
 from rpb_retrofit.comparison.candidates import Candidate
 from rpb_retrofit.comparison.pictures import Series, Spot
-from rpb_retrofit.comparison.standing import Standing
-from rpb_retrofit.pages.context import QUESTIONS, SPANS, answers, shares, shares_width
+from rpb_retrofit.comparison.ranking import Ranking
 from rpb_retrofit.pages.drawing import as_data_uri
 from rpb_retrofit.pages.page import Exhibit, Table
+from rpb_retrofit.pages.retrieval_exhibits import QUESTIONS, SPANS, answers, shares, shares_width
 from rpb_retrofit.pages.words import EFFECT, effect, number
 
 Row = Mapping[str, Any]
@@ -25,30 +25,30 @@ MARKERS = (
 )
 
 
-def exhibits(standing: Standing) -> Iterator[Exhibit]:
+def exhibits(ranking: Ranking) -> Iterator[Exhibit]:
     """Whatever was measured, in the order of the page; the table of all rows comes after the first."""
-    yield from _quality(standing)
-    yield from _inside(standing)
-    yield from _lengths(standing)
-    yield from _positions(standing)
-    yield from _questions(standing)
-    yield from _induction(standing)
-    yield from _speed(standing)
+    yield from _quality(ranking)
+    yield from _inside(ranking)
+    yield from _lengths(ranking)
+    yield from _positions(ranking)
+    yield from _questions(ranking)
+    yield from _induction(ranking)
+    yield from _speed(ranking)
 
 
-def _quality(standing: Standing) -> Iterator[Exhibit]:
-    spots = [_spot(standing, candidate) for candidate in standing.ranked]
-    if not spots or standing.anchor is None:
+def _quality(ranking: Ranking) -> Iterator[Exhibit]:
+    spots = [_spot(ranking, candidate) for candidate in ranking.ranked]
+    if not spots or ranking.anchor is None:
         return
-    markers = MARKERS.format(anchor=standing.anchor.name)
-    untimed = [c.name for c in standing.ranked if c.slowdown is None]
-    timed = [spot for spot, candidate in zip(spots, standing.ranked, strict=True) if candidate.slowdown is not None]
+    markers = MARKERS.format(anchor=ranking.anchor.name)
+    untimed = [c.name for c in ranking.ranked if c.slowdown is None]
+    timed = [spot for spot, candidate in zip(spots, ranking.ranked, strict=True) if candidate.slowdown is not None]
     rows = []
-    for spot, candidate in zip(spots, standing.ranked, strict=True):
-        bounds = ["", ""] if standing.behind(candidate) is None else [number(spot.low), number(spot.high)]
+    for spot, candidate in zip(spots, ranking.ranked, strict=True):
+        bounds = ["", ""] if ranking.behind(candidate) is None else [number(spot.low), number(spot.high)]
         rows.append([spot.name, number(spot.loss), *bounds, number(candidate.slowdown, ".2f")])
     numbers = Table("Loss at the target in nats a token", ("arm", "loss", "low (95%)", "high (95%)", "time"), rows)
-    crossed = " A cross is a row that cannot be taken; why stands at the top of the page." if standing.rejected else ""
+    crossed = " A cross is a row that cannot be taken; why stands at the top of the page." if ranking.rejected else ""
     if not timed:
         yield Exhibit(
             "quality",
@@ -60,7 +60,7 @@ def _quality(standing: Standing) -> Iterator[Exhibit]:
             least_width=30,
         )
         return
-    limit = standing.result["constraints"]["max_slowdown"]
+    limit = ranking.result["constraints"]["max_slowdown"]
     apart = [f"Not timed, so not in the picture: {', '.join(untimed)}."] if untimed else []
     yield Exhibit(
         "quality",
@@ -77,36 +77,36 @@ def _quality(standing: Standing) -> Iterator[Exhibit]:
     )
 
 
-def _spot(standing: Standing, candidate: Candidate) -> Spot:
+def _spot(ranking: Ranking, candidate: Candidate) -> Spot:
     """A row at the target; its interval is that of its difference from the anchor."""
-    name, gap = candidate.name, standing.behind(candidate)
-    look = standing.looks[name]
-    budget = next(budget for budget, names in standing.budgets.items() if name in names)
+    name, gap = candidate.name, ranking.behind(candidate)
+    look = ranking.looks[name]
+    budget = next(budget for budget, names in ranking.budgets.items() if name in names)
     low, high = (0.0, 0.0) if gap is None else (gap.low - gap.mean, gap.high - gap.mean)
     return Spot(
-        standing.titled(name),
+        ranking.titled(name),
         candidate.loss,
         candidate.loss + low,
         candidate.loss + high,
         gap is None or gap.real,
-        replace(look, marker="x") if name in standing.rejected else look,
+        replace(look, marker="x") if name in ranking.rejected else look,
         budget,
         math.nan if candidate.slowdown is None else candidate.slowdown,
         candidate.fault is None,
     )
 
 
-def _inside(standing: Standing) -> Iterator[Exhibit]:
-    rows = [row for row in standing.rows.values() if row["inside"] and row["inside"]["above"]]
+def _inside(ranking: Ranking) -> Iterator[Exhibit]:
+    rows = [row for row in ranking.rows.values() if row["inside"] and row["inside"]["above"]]
     if not rows:
         return
     rows.sort(key=lambda row: row["inside"]["above"]["mean"])
-    length, keep = rows[0]["inside"]["length"], standing.result["constraints"]["must_keep"]
+    length, keep = rows[0]["inside"]["length"], ranking.result["constraints"]["must_keep"]
     spots = []
     for row in rows:
         mean, low, high, real = (row["inside"]["above"][key] for key in ("mean", "low", "high", "real"))
-        spots.append(Spot(standing.titled(row["id"]), mean, low, high, real, standing.looks[row["id"]]))
-    trained = " Trained rows are held against the source trained likewise." if len(standing.budgets) > 1 else ""
+        spots.append(Spot(ranking.titled(row["id"]), mean, low, high, real, ranking.looks[row["id"]]))
+    trained = " Trained rows are held against the source trained likewise." if len(ranking.budgets) > 1 else ""
     yield Exhibit(
         "inside",
         "What is lost inside the context",
@@ -125,7 +125,7 @@ def _inside(standing: Standing) -> Iterator[Exhibit]:
     )
 
 
-def _lengths(standing: Standing) -> Iterator[Exhibit]:
+def _lengths(ranking: Ranking) -> Iterator[Exhibit]:
     def drawn(row: Row) -> list[Row]:
         """Means with the intervals of their differences from the reference, which has none."""
         found: list[Row] = []
@@ -135,12 +135,12 @@ def _lengths(standing: Standing) -> Iterator[Exhibit]:
             found.append({"length": loss["length"], "mean": mean, **reach, "real": above["real"]})
         return found
 
-    panels = _panels(standing, drawn)
+    panels = _panels(ranking, drawn)
     if not panels:
         return
     rows = [
         [row["id"], f"{loss['length']:,}", number(loss["mean"]), *(effect(loss["above"]) if loss["above"] else _NONE)]
-        for row in standing.rows.values()
+        for row in ranking.rows.values()
         for loss in row["losses"]
     ]
     yield Exhibit(
@@ -149,7 +149,7 @@ def _lengths(standing: Standing) -> Iterator[Exhibit]:
         f"All positions of the windows count. {_BOLD} A filled marker really differs from the source, a hollow one "
         "does not; bars are 95% intervals of the difference. The scale is stretched towards the lowest loss.",
         [Table("Losses in nats a token, and above the source's", ("arm", "tokens", "loss", *EFFECT), rows)],
-        as_data_uri(lambda: pictures.by_length(panels, standing.looks)),
+        as_data_uri(lambda: pictures.by_length(panels, ranking.looks)),
         "Loss by length of the window, a line for each arm; numbers in the table below.",
         least_width=_LINES,
     )
@@ -162,15 +162,15 @@ _LINES = 30
 _NONE = ("", "", "", "reference")
 
 
-def _positions(standing: Standing) -> Iterator[Exhibit]:
-    panels = _panels(standing, lambda row: row["by_position"])
+def _positions(ranking: Ranking) -> Iterator[Exhibit]:
+    panels = _panels(ranking, lambda row: row["by_position"])
     if not panels:
         return
-    context, target = standing.result["context"], standing.result["target"]
+    context, target = ranking.result["context"], ranking.result["target"]
     beyond = context < target
     rows = [
         [row["id"], _range(part), *(number(part[key]) for key in ("nll", "low", "high"))]
-        for row in standing.rows.values()
+        for row in ranking.rows.values()
         for part in row["by_position"]
     ]
     yield Exhibit(
@@ -180,7 +180,7 @@ def _positions(standing: Standing) -> Iterator[Exhibit]:
         "differences, as all arms read the same text. The scale is stretched towards the lowest loss."
         f"{' The line stands where the context ends that the source was trained for.' if beyond else ''}",
         [Table("Losses in nats a token", ("arm", "positions", "loss", "low (95%)", "high (95%)"), rows)],
-        as_data_uri(lambda: pictures.by_position(panels, standing.looks, context if beyond else None)),
+        as_data_uri(lambda: pictures.by_position(panels, ranking.looks, context if beyond else None)),
         "Loss by position in the window, a line for each arm; numbers in the table below.",
         least_width=_LINES,
     )
@@ -190,10 +190,10 @@ def _range(part: Row) -> str:
     return str(part["first"]) if part["first"] == part["last"] else f"{part['first']} to {part['last']}"
 
 
-def _questions(standing: Standing) -> Iterator[Exhibit]:
+def _questions(ranking: Ranking) -> Iterator[Exhibit]:
     """One exhibit for each kind, as not all kinds have the same depths."""
     kinds: dict[str, list[Row]] = {}
-    for row in standing.rows.values():
+    for row in ranking.rows.values():
         for cell in row["retrieval"]:
             kinds.setdefault(cell["kind"], []).append({**cell, "arm": row["id"]})
     for kind, cells in kinds.items():
@@ -208,13 +208,13 @@ def _questions(standing: Standing) -> Iterator[Exhibit]:
         )
 
 
-def _induction(standing: Standing) -> Iterator[Exhibit]:
-    panels = _panels(standing, lambda row: row["induction"])
+def _induction(ranking: Ranking) -> Iterator[Exhibit]:
+    panels = _panels(ranking, lambda row: row["induction"])
     if not panels:
         return
     rows = [
         [row["id"], f"{span['distance']:,}", *effect(span)]
-        for row in standing.rows.values()
+        for row in ranking.rows.values()
         for span in row["induction"]
     ]
     yield Exhibit(
@@ -222,16 +222,16 @@ def _induction(standing: Standing) -> Iterator[Exhibit]:
         "A repeated span",
         f"{SPANS} {_BOLD}",
         [Table("Gain in nats a token", ("arm", "distance", *EFFECT), rows)],
-        as_data_uri(lambda: pictures.induction(panels, standing.looks)),
+        as_data_uri(lambda: pictures.induction(panels, ranking.looks)),
         "Gain from a repeated span by distance, a line for each arm; numbers in the table below.",
         least_width=_LINES,
     )
 
 
-def _speed(standing: Standing) -> Iterator[Exhibit]:
-    rows = {row["arm"]: row for row in standing.rows.values()}  # training changes no time
+def _speed(ranking: Ranking) -> Iterator[Exhibit]:
+    rows = {row["arm"]: row for row in ranking.rows.values()}  # training changes no time
     timed = {arm: [s for s in row["speed"] if "skipped" not in s] for arm, row in rows.items()}
-    source = {s["length"]: s for s in timed[standing.result["rows"][0]["arm"]]}
+    source = {s["length"]: s for s in timed[ranking.result["rows"][0]["arm"]]}
     panels = {}
     for title, key in (("prefill", "prefill_over"), ("decoding", "decode_over")):
         series = {arm: [_bare(s["length"], s[key]) for s in own if s[key] is not None] for arm, own in timed.items()}
@@ -249,14 +249,14 @@ def _speed(standing: Standing) -> Iterator[Exhibit]:
         *("arm", "tokens", "prefill (s)", "over the source's", "first token (s)"),
         *("decoding (ms a token)", "over the source's", "peak memory (MiB)", "over the source's"),
     )
-    limit = standing.result["constraints"]["max_slowdown"]
+    limit = ranking.result["constraints"]["max_slowdown"]
     yield Exhibit(
         "speed",
         "Speed and memory",
         "All arms in turns in one run, medians of the rounds; compare the ratios, not the numbers of other machines. "
         f"Memory is without the weights; training changes neither. {_BOLD if panels else ''}",
         [Table("Speed and memory", head, lines)],
-        as_data_uri(lambda: pictures.speed(panels, standing.looks, limit)) if panels else None,
+        as_data_uri(lambda: pictures.speed(panels, ranking.looks, limit)) if panels else None,
         "Time of prefill and of decoding over the source's by length of the prompt, a line for each arm; numbers in "
         "the table below.",
         least_width=_LINES,
@@ -280,10 +280,10 @@ def _times(timed: Row, source: Row | None) -> list[str]:
     ]
 
 
-def _panels(standing: Standing, drawn: Callable[[Row], Sequence[Row]]) -> dict[str, Series]:
+def _panels(ranking: Ranking, drawn: Callable[[Row], Sequence[Row]]) -> dict[str, Series]:
     """Rows' measurements as they are ``drawn``, by budget of training; only what there is."""
     found = {
-        budget: {name: own for name in names if (own := drawn(standing.rows[name]))}
-        for budget, names in standing.budgets.items()
+        budget: {name: own for name in names if (own := drawn(ranking.rows[name]))}
+        for budget, names in ranking.budgets.items()
     }
     return {budget: series for budget, series in found.items() if series}

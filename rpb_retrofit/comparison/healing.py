@@ -19,7 +19,7 @@ from rpb_retrofit.files.temporary import temporary_folder
 from rpb_retrofit.training.parameters import merged, prepare
 from rpb_retrofit.training.processes import open_accelerator
 from rpb_retrofit.training.recipe import Recipe
-from rpb_retrofit.training.setting import open_setting
+from rpb_retrofit.training.setup import open_setup
 from rpb_retrofit.training.stage import StageRun
 
 SEARCHED = 4
@@ -105,13 +105,13 @@ def heal(
     check_length(model, longest := max(length for stage in recipe.stages for length in stage.lengths))
     with temporary_folder() as folder:
         accelerator = open_accelerator(recipe, str(folder))
-        setting = open_setting(accelerator, recipe, model, tokenizer, teacher, label, say)
-        setting.rows.take(skip // longest, longest)
+        setup = open_setup(accelerator, recipe, model, tokenizer, teacher, label, say)
+        setup.rows.take(skip // longest, longest)
         seconds, held_out = 0.0, None
         for number, stage in enumerate(recipe.stages):
             set_seed(recipe.seed + number)
-            student = prepare(model.float(), stage, recipe, setting.objective.kind).to(accelerator.device)
-            run = StageRun(setting, number, student, folder / str(number), say)
+            student = prepare(model.float(), stage, recipe, setup.objective.kind).to(accelerator.device)
+            run = StageRun(setup, number, student, folder / str(number), say)
             run.run()
             seconds += run.progress.seconds
             if run.progress.evaluations:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rpb_retrofit.comparison.candidates import Candidate
-from rpb_retrofit.comparison.standing import Standing
+from rpb_retrofit.comparison.ranking import Ranking
 from rpb_retrofit.evaluation.statistics import Difference
 from rpb_retrofit.pages.page import Exhibit, Table
 from rpb_retrofit.pages.words import EFFECT, effect, number
@@ -16,12 +16,12 @@ NONE_FOUND = "≈"
 """Stands before a difference that may be chance."""
 
 
-def arms(standing: Standing) -> Table:
+def arms(ranking: Ranking) -> Table:
     """A row for each arm and budget of training, the lowest loss at the target first; without columns of nothing."""
-    candidates = {candidate.name: candidate for candidate in standing.figures.candidates}
-    inside = next((row["inside"]["length"] for row in standing.rows.values() if row["inside"]), 0)
+    candidates = {candidate.name: candidate for candidate in ranking.figures.candidates}
+    inside = next((row["inside"]["length"] for row in ranking.rows.values() if row["inside"]), 0)
     columns = {
-        f"loss at {standing.result['target']:,}": lambda row, _: _loss(row["beyond"]),
+        f"loss at {ranking.result['target']:,}": lambda row, _: _loss(row["beyond"]),
         "above the source (95% interval)": lambda row, _: _above(row["beyond"]),
         f"loss inside, at {inside:,}": lambda row, _: _loss(row["inside"]),
         "prefill": lambda row, _: _last_timed(row, "prefill_over"),
@@ -32,13 +32,13 @@ def arms(standing: Standing) -> Table:
         "calibration (s)": lambda row, _: f"{row['cost']['calibration_s']:,.0f}",
     }
     cells = {
-        title: [column(row, candidates[name]) for name, row in standing.rows.items()]
+        title: [column(row, candidates[name]) for name, row in ranking.rows.items()]
         for title, column in columns.items()
     }
     shown = {title: column for title, column in cells.items() if any(cell is not None for cell in column)}
     rows = [
-        [standing.titled(name), *("not measured" if cell is None else cell for cell in row)]
-        for name, row in zip(standing.rows, zip(*shown.values(), strict=True), strict=True)
+        [ranking.titled(name), *("not measured" if cell is None else cell for cell in row)]
+        for name, row in zip(ranking.rows, zip(*shown.values(), strict=True), strict=True)
     ]
     return Table(
         "The lowest loss at the target first",
@@ -70,21 +70,21 @@ def _times(value: float | None) -> str | None:
     return None if value is None else f"{value:.2f}"
 
 
-def pairs(standing: Standing) -> Exhibit | None:
+def pairs(ranking: Ranking) -> Exhibit | None:
     """Who really differs from whom at the target: a table of all pairs, and who is not behind the first."""
-    ranked, found = standing.ranked, _differences(standing)
+    ranked, found = ranking.ranked, _differences(ranking)
     if not found:
         return None
     real = sum(gap.real for gap in found.values()) // 2
     cells = [
-        [f"{place}. {standing.titled(row.name)}", *(_cell(found.get((column.name, row.name))) for column in ranked)]
+        [f"{place}. {ranking.titled(row.name)}", *(_cell(found.get((column.name, row.name))) for column in ranked)]
         for place, row in enumerate(ranked, 1)
     ]
     listed = [
         Table(
             f"The second less the first, {where}",
             ("first", "second", *EFFECT),
-            [[pair["a"], pair["b"], *effect(pair)] for pair in standing.result["pairs"] if pair["at"] == at],
+            [[pair["a"], pair["b"], *effect(pair)] for pair in ranking.result["pairs"] if pair["at"] == at],
         )
         for at, where in (("target", "at the target"), ("inside", "inside the context"))
     ]
@@ -94,17 +94,17 @@ def pairs(standing: Standing) -> Exhibit | None:
         f"Each row's loss at the target less that of the column, whose number is that of its row; {NONE_FOUND}: no "
         "difference found. All pairs are controlled together.",
         [table for table in listed if table.rows],
-        sentences=[f"Of {len(found) // 2:,} pairs {real:,} really differ.", *_not_told_apart(standing, ranked)],
+        sentences=[f"Of {len(found) // 2:,} pairs {real:,} really differ.", *_not_told_apart(ranking, ranked)],
         shown=[Table("Nats a token", ("arm", *(f"{place}." for place in range(1, len(ranked) + 1))), cells)],
     )
 
 
-def _differences(standing: Standing) -> dict[tuple[str, str], Difference]:
+def _differences(ranking: Ranking) -> dict[tuple[str, str], Difference]:
     """How much more the second of a pair loses than the first, in both orders."""
     found = {}
-    for a in standing.ranked:
-        for b in standing.ranked:
-            if a is not b and (gap := standing.difference(a, b)) is not None:
+    for a in ranking.ranked:
+        for b in ranking.ranked:
+            if a is not b and (gap := ranking.difference(a, b)) is not None:
                 found[a.name, b.name] = gap
     return found
 
@@ -115,11 +115,11 @@ def _cell(gap: Difference | None) -> str:
     return f"{'' if gap.real else f'{NONE_FOUND} '}{gap.mean:+.3f}"
 
 
-def _not_told_apart(standing: Standing, ranked: Sequence[Candidate]) -> list[str]:
-    anchor = standing.anchor
+def _not_told_apart(ranking: Ranking, ranked: Sequence[Candidate]) -> list[str]:
+    anchor = ranking.anchor
     if anchor is None:
         return []
-    tied = [c.name for c in ranked if (gap := standing.behind(c)) is not None and not gap.real]
+    tied = [c.name for c in ranked if (gap := ranking.behind(c)) is not None and not gap.real]
     if not tied:
         return [f"{anchor.name} really differs from all others."]
     return [f"Not told apart from {anchor.name}: {', '.join(tied)}."]

@@ -25,7 +25,7 @@ SPAN = 16
 
 
 @dataclass(frozen=True)
-class Plan:
+class ComparisonPlan:
     """What is measured. All lengths are in tokens and ascending.
 
     ``target``: the length that the choice is for. ``lengths``: of the windows that losses are taken in, the target
@@ -61,7 +61,7 @@ class Measured:
 class Probes:
     """The text and the questions, the same for every arm. ``bos`` begins every window."""
 
-    plan: Plan
+    plan: ComparisonPlan
     documents: Sequence[Tensor]
     bos: int | None
     questions: Sequence[Item]
@@ -69,7 +69,7 @@ class Probes:
 
     @classmethod
     def make(
-        cls, plan: Plan, documents: Sequence[Tensor], bos: int | None, tokenizer: Any, skipped: dict[str, str]
+        cls, plan: ComparisonPlan, documents: Sequence[Tensor], bos: int | None, tokenizer: Any, skipped: dict[str, str]
     ) -> Probes:
         """All of them; a question that does not fit its length is noted in ``skipped``. Without a tokenizer none."""
         questions: list[Item] = []

@@ -8,18 +8,18 @@ from typing import Any
 
 from rpb_retrofit.comparison.exhibits import exhibits
 from rpb_retrofit.comparison.listing import arms, pairs
-from rpb_retrofit.comparison.standing import Standing
+from rpb_retrofit.comparison.ranking import Ranking
 from rpb_retrofit.pages.page import write
 
 
 def write_page(result: Mapping[str, Any], file: Path) -> None:
     """Write a page about ``result``, what `rpb_retrofit.comparison.result` makes, to ``file``."""
-    standing = Standing(result)
-    shown = [*exhibits(standing), *([compared] if (compared := pairs(standing)) else [])]
+    ranking = Ranking(result)
+    shown = [*exhibits(ranking), *([compared] if (compared := pairs(ranking)) else [])]
     titles = {exhibit.name: exhibit.title for exhibit in shown}
     first = {name: title for name, title in titles.items() if name == "quality"}
     by_arm: dict[str, list[Mapping[str, Any]]] = {}
-    for row in standing.rows.values():
+    for row in ranking.rows.values():
         by_arm.setdefault(row["arm"], []).append(row)
     write(
         file,
@@ -41,8 +41,8 @@ def write_page(result: Mapping[str, Any], file: Path) -> None:
             if bound is not None
         ],
         plan={name: value for name, value in result["plan"].items() if value not in ([], (), None)},
-        rows=standing.rows,
+        rows=ranking.rows,
         by_arm=by_arm,
-        arms=arms(standing),
+        arms=arms(ranking),
         exhibits=shown,
     )

@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 from rpb_retrofit.comparison.arm import Arm, Situation, twin
 from rpb_retrofit.comparison.arms import parse
 from rpb_retrofit.comparison.healing import Healed, Healing
-from rpb_retrofit.comparison.measures import Measured, Plan, Probes
+from rpb_retrofit.comparison.measures import ComparisonPlan, Measured, Probes
 from rpb_retrofit.errors import ConfigError, InterruptedRunError, RetrofitError
-from rpb_retrofit.evaluation.journal import Journal
 from rpb_retrofit.evaluation.losses import Losses
 from rpb_retrofit.evaluation.speed import Seconds, Skipped, SpeedResult, speed
+from rpb_retrofit.files.journal import Journal
 
 SOURCE = "source"
 
@@ -62,7 +62,7 @@ class Comparison:
     """What was measured: ``rows``, the source first, and prompts' ``timed`` results by arm; what could not be, and
     why, in ``skipped``."""
 
-    plan: Plan
+    plan: ComparisonPlan
     context: int
     rows: list[Row] = field(default_factory=list)
     timed: Mapping[str, Sequence[SpeedResult | Skipped]] = field(default_factory=dict)
@@ -76,7 +76,7 @@ class Compare:
         self,
         source: PreTrainedModel,
         names: Sequence[str],
-        plan: Plan,
+        plan: ComparisonPlan,
         windows: Sequence[Tensor],
         journal: Journal | None = None,
         say: Callable[[str], None] = lambda line: None,

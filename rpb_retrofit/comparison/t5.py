@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from rpb_retrofit.comparison.arm import Arm, Situation, share
 from rpb_retrofit.config import RetrofitConfig
-from rpb_retrofit.inplace import retrofit
+from rpb_retrofit.swap.inplace import retrofit
 from rpb_retrofit.tables import CONTENT
 
 BUCKETS = 64

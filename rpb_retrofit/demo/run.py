@@ -22,7 +22,7 @@ from rpb_retrofit.evaluation.nll import LengthResult, Windows, nll_at_length
 from rpb_retrofit.evaluation.plots import bias_by_offset, loss_by_position, save
 from rpb_retrofit.files.folder import whole_folder
 from rpb_retrofit.files.strict_json import json_text
-from rpb_retrofit.report import RetrofitReport
+from rpb_retrofit.swap.report import RetrofitReport
 from rpb_retrofit.tables import CONTENT
 from rpb_retrofit.text import CalibrationText, Text, bos_policy, read_text, tokenise
 
@@ -40,7 +40,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Arm:
+class Variant:
     """One model's measurements; ``folder`` beside the report holds it, the source's none."""
 
     name: str
@@ -57,7 +57,7 @@ class Demo:
     source: str
     text: str
     policy: str
-    arms: list[Arm]
+    arms: list[Variant]
     seconds: dict[str, float]
     new_tokens: int = NEW_TOKENS
 
@@ -91,7 +91,7 @@ def run_demo(out: Path, config: RetrofitConfig, say: Callable[[str], None]) -> D
         (prose,) = whole.documents
         tested, taught = prose[: len(prose) // 2], prose[len(prose) // 2 :]
         calibration = CalibrationText(Text(f"the second half of {whole.name}", [taught]))
-        arms: list[Arm] = []
+        arms: list[Variant] = []
         for name in ("source (RoPE)", *KINDS):
             target, report = folder / re.sub(r"\W+", "-", name), None
             if name in KINDS:
@@ -105,7 +105,7 @@ def run_demo(out: Path, config: RetrofitConfig, say: Callable[[str], None]) -> D
                 results = _evaluate(model, documents, bos, name)
             with step(f"generate: {name}"):
                 continuations = [_continue(model, tokenizer, beginning) for beginning in BEGINNINGS]
-            arms.append(Arm(name, None if report is None else target.name, report, results, continuations))
+            arms.append(Variant(name, None if report is None else target.name, report, results, continuations))
             if report is not None:
                 save(bias_by_offset(model), folder / f"bias-of-{target.name}.png")
         policy = "no BOS" if bos is None else "BOS first in every window"

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rpb_retrofit.diagnosis import pictures
-from rpb_retrofit.pages.context import QUESTIONS, SPANS, answers, shares, shares_width
 from rpb_retrofit.pages.drawing import as_data_uri
 from rpb_retrofit.pages.page import Exhibit, Table
+from rpb_retrofit.pages.retrieval_exhibits import QUESTIONS, SPANS, answers, shares, shares_width
 from rpb_retrofit.pages.words import EFFECT, begun, effect, found, interval, number
 
 LISTED_OFFSETS = 14

@@ -14,9 +14,9 @@ from functools import partial
 from statistics import median
 
 from rpb_retrofit.diagnosis.arms import CONTROL, RETROFIT, SOURCE
-from rpb_retrofit.diagnosis.exam import AS_IT_IS, Exam
 from rpb_retrofit.diagnosis.intervention import Change
-from rpb_retrofit.diagnosis.judge import content_ratios, scale_in_weights
+from rpb_retrofit.diagnosis.measurements import AS_IT_IS, Measurements
+from rpb_retrofit.diagnosis.shared_evidence import content_ratios, scale_in_weights
 from rpb_retrofit.diagnosis.weights import collinear
 from rpb_retrofit.evaluation.losses import Losses, contrast
 from rpb_retrofit.evaluation.statistics import Difference
@@ -54,25 +54,32 @@ class Crossing:
         )
 
 
-def factorial(exam: Exam) -> list[Crossing]:
+def factorial(measurements: Measurements) -> list[Crossing]:
     """The crossings that apply; none without a source or where a family keeps its queries to itself.
 
     With a control, that is the source's side: it was trained as the retrofit was.
     """
-    side = CONTROL if exam.arms.control is not None else SOURCE
-    if side not in dict(exam.arms) or not exam.causal or not exam.arms.family.uses_interface or not exam.running:
+    side = CONTROL if measurements.arms.control is not None else SOURCE
+    if (
+        side not in dict(measurements.arms)
+        or not measurements.causal
+        or not measurements.arms.family.uses_interface
+        or not measurements.running
+    ):
         return []
     crossings = [
-        exam.attempt(f"the crossing of method and {factor[0]}", partial(_cross, exam, side, *factor), None)
-        for factor in _factors(exam)
+        measurements.attempt(
+            f"the crossing of method and {factor[0]}", partial(_cross, measurements, side, *factor), None
+        )
+        for factor in _factors(measurements)
     ]
     return [crossing for crossing in crossings if crossing is not None]
 
 
-def _factors(exam: Exam) -> Iterator[tuple[str, str, Change, Change, Change, Change]]:
+def _factors(measurements: Measurements) -> Iterator[tuple[str, str, Change, Change, Change, Change]]:
     """Name, description, and the changes of the four cells: source and retrofit, each without and with it."""
-    plain, length = Change(), exam.middle
-    ratio = content_ratio(exam)
+    plain, length = Change(), measurements.middle
+    ratio = content_ratio(measurements)
     if ratio is not None and abs(ratio - 1) > 0.03:
         about = f"the content term times {ratio:.3g}, as the retrofit has it, against the source's"
         yield SCALE, about, plain, Change(scale=ratio), Change(scale=1 / ratio), plain
@@ -81,10 +88,10 @@ def _factors(exam: Exam) -> Iterator[tuple[str, str, Change, Change, Change, Cha
     yield "length factor", f"the content term grows with log n from {start} keys on", plain, grown, plain, grown
     near = Change(window=max(8, length // 4))
     yield "attention window", f"keys {near.window} or more away are not seen", plain, near, plain, near
-    trained = exam.trained
-    rope = getattr(exam.arms.retrofit.config.get_text_config(), "rope_parameters", None)
+    trained = measurements.trained
+    rope = getattr(measurements.arms.retrofit.config.get_text_config(), "rope_parameters", None)
     if (
-        exam.arms.family.mechanism == "rope"
+        measurements.arms.family.mechanism == "rope"
         and trained
         and isinstance(rope, dict)
         and rope.get("rope_type") == "default"
@@ -94,16 +101,16 @@ def _factors(exam: Exam) -> Iterator[tuple[str, str, Change, Change, Change, Cha
         yield "RoPE scaling", "YaRN to twice the trained length", plain, yarn, plain, yarn
 
 
-def content_ratio(exam: Exam) -> float | None:
+def content_ratio(measurements: Measurements) -> float | None:
     """What multiplies the retrofit's content term, over what multiplies the source's; None where it cannot be seen."""
-    ratios = list(content_ratios(exam).values())
-    if not ratios or exam.arms.source is None:
+    ratios = list(content_ratios(measurements).values())
+    if not ratios or measurements.arms.source is None:
         return None
-    stretched = collinear(exam.arms.retrofit, exam.arms.source)
+    stretched = collinear(measurements.arms.retrofit, measurements.arms.source)
     by_layer = []
-    for name in exam.arms.attentions:
+    for name in measurements.arms.attentions:
         factors = [f for weight, f in stretched.items() if weight.startswith(f"{name}.") and _makes_scores(weight)]
-        by_layer.append(math.prod(factors) / scale_in_weights(exam, name))
+        by_layer.append(math.prod(factors) / scale_in_weights(measurements, name))
     return median(ratios) * median(by_layer)
 
 
@@ -114,11 +121,18 @@ def _makes_scores(weight: str) -> bool:
 
 
 def _cross(
-    exam: Exam, side: str, name: str, about: str, source_off: Change, source_on: Change, off: Change, on: Change
+    measurements: Measurements,
+    side: str,
+    name: str,
+    about: str,
+    source_off: Change,
+    source_on: Change,
+    off: Change,
+    on: Change,
 ) -> Crossing:
     def cell(role: str, change: Change, how: str) -> Losses:
         label = AS_IT_IS if change == Change() else f"{name} {how}".replace(" ", "-")
-        return exam.with_change(role, label, change, exam.middle)
+        return measurements.with_change(role, label, change, measurements.middle)
 
     a, b = cell(side, source_off, "off"), cell(side, source_on, "on")
     c, d = cell(RETROFIT, off, "off"), cell(RETROFIT, on, "on")

@@ -23,17 +23,17 @@ from transformers import PreTrainedModel
 
 from rpb_retrofit.diagnosis.arms import Arms
 from rpb_retrofit.diagnosis.meanings import MADE_FOR, continued, meanings_of
+from rpb_retrofit.files.spool import Spool, temporary_spool
 from rpb_retrofit.runtime.bias import RelativePositionBias
 from rpb_retrofit.runtime.buckets import Bucketing
 from rpb_retrofit.runtime.families import FACTOR
 from rpb_retrofit.runtime.modeling import attention_modules
+from rpb_retrofit.tables.attention_rows import AttentionRows
 from rpb_retrofit.tables.fit import Loss, Target, fit, loss, target_of
-from rpb_retrofit.tables.form import Form
+from rpb_retrofit.tables.output_metric import metrics
 from rpb_retrofit.tables.outputs import Outputs
-from rpb_retrofit.tables.reader import metrics
+from rpb_retrofit.tables.parameters import ParameterLayout
 from rpb_retrofit.tables.recording import record_source, run, watch
-from rpb_retrofit.tables.rows import Rows
-from rpb_retrofit.tables.spool import Spool, temporary_spool
 
 QUERIES = 96
 """Queries of each window that are compared, evenly spaced."""
@@ -106,24 +106,24 @@ def fidelity(
     """Compare the retrofit's tables with ``source`` on windows of text; heads are ``width`` wide. What tables may have
     been meant to be is only asked of the ``suspected`` attentions': not of those that are what was written."""
     found = Fidelity()
-    with temporary_spool() as spool:
+    with temporary_spool(AttentionRows) as spool:
         theirs = attention_modules(source, arms.family)
         names = _record(arms, source, theirs, windows, spool)
         measures = metrics(source, arms.family, theirs, windows[0])
         biases = arms.biases
         for name in tqdm(names, desc="attention beside the source's", unit="layer", leave=False):
-            pairs, bias = _Pairs(spool, name, len(windows), arms.attentions[name]), biases[name]
-            form = Form(bias.bucketing, bias.tail is not None)
-            target, outputs = target_of(pairs, form), Outputs.of(pairs, form, measures.get(name))
-            far = partial(loss, target=target, pairs=pairs, form=form, thin=None, term=outputs)
-            _own_and_best(found, name, _numbers(bias), fit(pairs, form, target=target).numbers, form, far)
+            pairs, bias = _RowPairs(spool, name, len(windows), arms.attentions[name]), biases[name]
+            layout = ParameterLayout(bias.bucketing, bias.tail is not None)
+            target, outputs = target_of(pairs, layout), Outputs.of(pairs, layout, measures.get(name))
+            far = partial(loss, target=target, pairs=pairs, layout=layout, thin=None, term=outputs)
+            _own_and_best(found, name, _numbers(bias), fit(pairs, layout, target=target).numbers, layout, far)
             _richer_tables(found, name, pairs, bias)
             if name in suspected:
-                some = _Some(found.own[name], _numbers(bias), replace(pairs, thin=THIN), form)
+                some = _Some(found.own[name], _numbers(bias), replace(pairs, thin=THIN), layout)
                 _meanings(found, name, bias, width, some, far)
                 _continued(found, name, bias, some)
                 _try_heads(found, name, some)
-                _try_others(found, name, _Pairs(spool, name, 1, arms.attentions[name], THIN), biases, names)
+                _try_others(found, name, _RowPairs(spool, name, 1, arms.attentions[name], THIN), biases, names)
     return found
 
 
@@ -136,7 +136,7 @@ def _record(
     with watch(arms.retrofit, arms.family, arms.attentions) as listen:
         for number, (window, queries) in enumerate(zip(windows, positions, strict=True)):
 
-            def take(name: str, rows: Rows, number: int = number) -> None:
+            def take(name: str, rows: AttentionRows, number: int = number) -> None:
                 spool["student", name, number] = rows
 
             listen(take, queries)
@@ -145,7 +145,7 @@ def _record(
 
 
 @dataclass(frozen=True)
-class _Pairs:
+class _RowPairs:
     """The rows of source and retrofit, window by window, from disk; with a factor that the queries get, applied."""
 
     spool: Spool
@@ -154,7 +154,7 @@ class _Pairs:
     attention: Any
     thin: int = 1
 
-    def __iter__(self) -> Iterator[tuple[Rows, Rows]]:
+    def __iter__(self) -> Iterator[tuple[AttentionRows, AttentionRows]]:
         for number in range(self.windows):
             theirs, own = (self.spool[whose, self.name, number] for whose in ("source", "student"))
             if (factor := self.attention._modules.get(FACTOR)) is not None and own.query is not None:
@@ -166,25 +166,25 @@ class _Pairs:
 class _Some:
     """KL of other numbers, by how much farther or nearer they are than the ``own`` on some of the rows."""
 
-    def __init__(self, known: Tensor, own: Tensor, pairs: _Pairs, form: Form) -> None:
-        self.known, self.own, self.pairs, self.form = known, own, pairs, form
-        self.target = target_of(pairs, form)
-        self.plain = self._loss(own, self.target, form)
+    def __init__(self, known: Tensor, own: Tensor, pairs: _RowPairs, layout: ParameterLayout) -> None:
+        self.known, self.own, self.pairs, self.layout = known, own, pairs, layout
+        self.target = target_of(pairs, layout)
+        self.plain = self._loss(own, self.target, layout)
 
     def __call__(self, numbers: Tensor) -> Tensor:
-        return self.known + self._loss(numbers, self.target, self.form) - self.plain
+        return self.known + self._loss(numbers, self.target, self.layout) - self.plain
 
     def in_buckets(self, bucketing: Bucketing) -> Tensor:
         """Of the same numbers in other buckets."""
-        form = Form(bucketing, self.form.tail)
-        return self.known + self._loss(self.own, target_of(self.pairs, form), form) - self.plain
+        layout = ParameterLayout(bucketing, self.layout.tail)
+        return self.known + self._loss(self.own, target_of(self.pairs, layout), layout) - self.plain
 
-    def _loss(self, numbers: Tensor, target: Target, form: Form) -> Tensor:
-        return loss(numbers, target, self.pairs, form, thin=None).kl.cpu()
+    def _loss(self, numbers: Tensor, target: Target, layout: ParameterLayout) -> Tensor:
+        return loss(numbers, target, self.pairs, layout, thin=None).kl.cpu()
 
 
 def _own_and_best(
-    found: Fidelity, name: str, own: Tensor, best: Tensor, form: Form, far: Callable[[Tensor], Loss]
+    found: Fidelity, name: str, own: Tensor, best: Tensor, layout: ParameterLayout, far: Callable[[Tensor], Loss]
 ) -> None:
     """How far the own tables are, none, and the best of the same buckets."""
     for numbers, attention, missed in (
@@ -196,12 +196,12 @@ def _own_and_best(
         attention[name] = apart.kl.cpu()
         if apart.beside is not None:
             missed[name] = apart.beside.cpu()
-    found.tables[name] = form.table(best).cpu()
+    found.tables[name] = layout.table(best).cpu()
 
 
-def _richer_tables(found: Fidelity, name: str, pairs: _Pairs, bias: RelativePositionBias) -> None:
+def _richer_tables(found: Fidelity, name: str, pairs: _RowPairs, bias: RelativePositionBias) -> None:
     for what, bucketing in _richer(bias.bucketing, pairs).items():
-        richer = Form(bucketing)
+        richer = ParameterLayout(bucketing)
         better = fit(pairs, richer, rough=ROUGH)
         found.richer.setdefault(name, {})[what] = better.after.cpu()
         found.richer_tables.setdefault(name, {})[what] = richer.table(better.numbers).cpu()
@@ -244,7 +244,7 @@ def _numbers(bias: RelativePositionBias) -> Tensor:
     return torch.cat(parts, 1).float()
 
 
-def _richer(bucketing: Bucketing, pairs: _Pairs) -> dict[str, Bucketing]:
+def _richer(bucketing: Bucketing, pairs: _RowPairs) -> dict[str, Bucketing]:
     """Buckets that could tell more: of the same reach but finer, and of the whole text's reach."""
     keys = next(iter(pairs))[0].keys
     reach = min(bucketing.max_distance, keys)
@@ -269,17 +269,17 @@ def _richer(bucketing: Bucketing, pairs: _Pairs) -> dict[str, Bucketing]:
 
 
 def _try_others(
-    found: Fidelity, name: str, pairs: _Pairs, biases: dict[str, RelativePositionBias], names: Sequence[str]
+    found: Fidelity, name: str, pairs: _RowPairs, biases: dict[str, RelativePositionBias], names: Sequence[str]
 ) -> None:
     own, at = biases[name], list(names).index(name)
-    form = Form(own.bucketing, own.tail is not None)
-    target = target_of(pairs, form)
+    layout = ParameterLayout(own.bucketing, own.tail is not None)
+    target = target_of(pairs, layout)
     near = {at - 2, at - 1, at, at + 1, at + 2, len(names) - 1 - at}
     for index, other in enumerate(names):
         same = biases[other].weight.shape == own.weight.shape and biases[other].bucketing == own.bucketing
         if same and (len(names) <= WHOLE or index in near):
             numbers = _numbers(biases[other])
-            found.layers.setdefault(name, {})[other] = loss(numbers, target, pairs, form, thin=None).kl.mean().item()
+            found.layers.setdefault(name, {})[other] = loss(numbers, target, pairs, layout, thin=None).kl.mean().item()
 
 
 def best_order(cost: Tensor) -> tuple[list[int], float, float]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rpb_retrofit.diagnosis.arms import Arms
-from rpb_retrofit.diagnosis.still_life import weights_of
+from rpb_retrofit.diagnosis.position_probe import weights_of
 from rpb_retrofit.runtime.bias import RelativePositionBias
 from rpb_retrofit.runtime.buckets import Bucketing
 from rpb_retrofit.runtime.families import TABLE, Family

@@ -6,8 +6,8 @@ from copy import deepcopy
 from dataclasses import replace
 
 from rpb_retrofit.diagnosis.effect import Effect
-from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Finding, Kind, Outcome
+from rpb_retrofit.diagnosis.measurements import Measurements
 from rpb_retrofit.diagnosis.rebuilt import anew
 from rpb_retrofit.diagnosis.settings import other_settings
 
@@ -15,7 +15,7 @@ HOPELESS = ("does_not_run", "not_finite")
 """Hypotheses under which no figure can be measured."""
 
 
-def with_gains(exam: Exam, outcomes: list[Outcome]) -> list[Outcome]:
+def with_gains(measurements: Measurements, outcomes: list[Outcome]) -> list[Outcome]:
     """The outcomes; what makes the model run wrongly and could not be undone by itself with what mending it all brings.
 
     A wrong way to feed it has its own figure, and where the model gives no numbers there is none.
@@ -23,9 +23,9 @@ def with_gains(exam: Exam, outcomes: list[Outcome]) -> list[Outcome]:
     if any(o.confirmed and o.name in HOPELESS for o in outcomes):
         return outcomes
     wrong = [o for o in outcomes if o.confirmed and o.kind is Kind.RUNNING and o.finding.gain is None]
-    if not wrong or not exam.causal:
+    if not wrong or not measurements.causal:
         return outcomes
-    effect = exam.attempt("what running as it should brings", lambda: _mended(exam), None)
+    effect = measurements.attempt("what running as it should brings", lambda: _mended(measurements), None)
     if effect is None:
         return outcomes
     return [replace(o, finding=_told(o, effect)) if o in wrong else o for o in outcomes]
@@ -36,10 +36,10 @@ def _told(outcome: Outcome, effect: Effect) -> Finding:
     return replace(outcome.finding, because=said, gain=-effect.loss.mean, effect=effect)
 
 
-def _mended(exam: Exam) -> Effect:
-    config = deepcopy(exam.arms.retrofit.config)
-    source = exam.arms.source
+def _mended(measurements: Measurements) -> Effect:
+    config = deepcopy(measurements.arms.retrofit.config)
+    source = measurements.arms.source
     if source is not None:
-        for key in {name.partition(".")[0] for name in other_settings(exam.arms)}:
+        for key in {name.partition(".")[0] for name in other_settings(measurements.arms)}:
             setattr(config, key, deepcopy(getattr(source.config, key, None)))
-    return exam.replaced("built anew", anew(exam.arms.retrofit, config))
+    return measurements.replaced("built anew", anew(measurements.arms.retrofit, config))

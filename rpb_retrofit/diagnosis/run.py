@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rpb_retrofit.diagnosis.arms import CONTROL, SOURCE
-from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Kind, Outcome, ranked
 from rpb_retrofit.diagnosis.hypotheses import HYPOTHESES, Hypothesis
-from rpb_retrofit.diagnosis.measures import Figures, all_figures
+from rpb_retrofit.diagnosis.measurements import Measurements
 from rpb_retrofit.diagnosis.repair import HOPELESS, with_gains
+from rpb_retrofit.diagnosis.report_data import Figures, all_figures
 from rpb_retrofit.diagnosis.summary import summary
 from rpb_retrofit.runtime.modeling import UNSAVED
 from rpb_retrofit.version import __version__
@@ -166,41 +166,43 @@ def _part(outcome: Outcome) -> str:
 
 
 def diagnose(
-    exam: Exam,
+    measurements: Measurements,
     text: str = "",
     progress: Callable[[str], None] = lambda line: None,
     hypotheses: Sequence[Hypothesis] = HYPOTHESES,
     figures: bool = True,
 ) -> Diagnosis:
-    """Test ``hypotheses`` on the models of ``exam`` and measure the ``figures`` of a report.
+    """Test ``hypotheses`` on the models of ``measurements`` and measure the ``figures`` of a report.
 
     ``text`` is what the documents are called; ``progress`` is told what is being done. DataError where the text is
     shorter than the shortest length.
     """
     start = time.perf_counter()
-    assert exam.lengths, "text that is too short for all of them is an error of its own"
+    assert measurements.lengths, "text that is too short for all of them is an error of its own"
     outcomes = []
     for number, hypothesis in enumerate(hypotheses, 1):
         progress(f"[{number}/{len(hypotheses)}] is it that {hypothesis.cause}?")
-        outcomes.append(hypothesis(exam))
-    outcomes = with_gains(exam, outcomes)
+        outcomes.append(hypothesis(measurements))
+    outcomes = with_gains(measurements, outcomes)
     measured: Figures = {}
     hopeless = [outcome for outcome in outcomes if outcome.confirmed and outcome.name in HOPELESS]
     if hopeless and figures:
-        exam.skipped["the figures"] = f"{hopeless[0].cause}: there is nothing to measure"
+        measurements.skipped["the figures"] = f"{hopeless[0].cause}: there is nothing to measure"
     elif figures:
         progress("measuring what the report shows")
-        measured = all_figures(exam)
+        measured = all_figures(measurements)
     nameless = (None, "", UNSAVED)
-    names = {role: type(m).__name__ if m.name_or_path in nameless else str(m.name_or_path) for role, m in exam.arms}
+    names = {
+        role: type(m).__name__ if m.name_or_path in nameless else str(m.name_or_path) for role, m in measurements.arms
+    }
     return Diagnosis(
         names,
         text,
-        asdict(exam.plan),
+        asdict(measurements.plan),
         outcomes,
         measured,
-        dict(exam.skipped),
+        dict(measurements.skipped),
         time.perf_counter() - start,
-        dict(exam.failed),
-        exam.arms.family.mechanism,
+        dict(measurements.failed),
+        measurements.arms.family.mechanism,
     )

@@ -124,7 +124,7 @@ def speed(
     shown: dict[str, Any] = {"disable": True} if quiet else {}  # else the user's TQDM_DISABLE counts
     with tqdm(total=runs, unit="run", leave=False, **shown) as bar, _failing_rather_than_killed(models):
         for length in lengths:
-            arms = {name: _Arm(model, prompt[:, :length], new_tokens) for name, model in models.items()}
+            arms = {name: _TimedModel(model, prompt[:, :length], new_tokens) for name, model in models.items()}
             shuffled = random.Random(0)
             for turn in [*_UNTIMED, *range(rounds)]:
                 for name in shuffled.sample([*arms], len(arms)):
@@ -148,7 +148,7 @@ class _Run(NamedTuple):
 
 
 @dataclass
-class _Arm:
+class _TimedModel:
     """A model at the prompt ``ids`` (1, n), and what its turns have found so far."""
 
     model: PreTrainedModel

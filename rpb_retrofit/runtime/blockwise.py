@@ -43,7 +43,7 @@ LONG = 4096
 """Keys from which the large blocks are the faster ones."""
 
 
-class Plan(NamedTuple):
+class BlockPlan(NamedTuple):
     """What is computed: pieces in which visibility is a rule, and a boolean mask where pieces cannot express it."""
 
     pieces: list[Piece]
@@ -52,17 +52,17 @@ class Plan(NamedTuple):
 
 def plan(
     mask: Tensor | None, batch: int, queries: int, keys: int, first_offset: int, lowest: int | None, highest: int | None
-) -> Plan:
+) -> BlockPlan:
     """By a mask of runs (batch or 1, 1, Q, 2) or booleans (batch or 1, 1 or heads, Q, K), or by one rule of offsets."""
     whole = Piece((0, batch), (0, queries), (0, keys), lowest, highest)
     if mask is None:
-        return Plan([whole], None)
+        return BlockPlan([whole], None)
     runs: Tensor | None = mask
     if not is_runs(mask):
         runs = runs_of(lambda start, end: mask[:, :, start:end], queries, keys) if mask.shape[1] == 1 else None
     if runs is None:
-        return Plan([whole._replace(lowest=None, highest=None)], mask.expand(batch, -1, -1, -1))
-    return Plan(pieces_of(runs[:, 0].expand(batch, -1, -1), first_offset), None)
+        return BlockPlan([whole._replace(lowest=None, highest=None)], mask.expand(batch, -1, -1, -1))
+    return BlockPlan(pieces_of(runs[:, 0].expand(batch, -1, -1), first_offset), None)
 
 
 class Block(NamedTuple):
@@ -96,7 +96,7 @@ class Call:
     key: Tensor
     value: Tensor
     line: Tensor
-    plan: Plan
+    plan: BlockPlan
     first_offset: int
     scale: float
     constant_from: int | None = None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .bias import keep_dtype
 
 
-class Pairs(NamedTuple):
+class RotaryPairs(NamedTuple):
     """Which of a head's dimensions rotate together: ``half`` (f and f + F) or ``interleaved`` (2 f and 2 f + 1) for the
     F ``frequencies``, from the dimension ``start`` on."""
 
@@ -32,7 +32,7 @@ class Pairs(NamedTuple):
         return first + self.start, second + self.start
 
 
-def turned(x: Tensor, factor: Tensor, pairs: Pairs) -> Tensor:
+def turned(x: Tensor, factor: Tensor, pairs: RotaryPairs) -> Tensor:
     """Vectors (heads, n, d), or with a batch before, with each pair of dimensions multiplied, as one complex number, by
     its head's factor (heads, F, 2)."""
     first, second = (index.to(x.device) for index in pairs.dimensions())
@@ -47,7 +47,7 @@ def turned(x: Tensor, factor: Tensor, pairs: Pairs) -> Tensor:
 class ContentFactor(nn.Module):
     """Turns and stretches queries: ``weight`` (heads, F, 2), float32, holds real and imaginary parts, 1 at first."""
 
-    def __init__(self, num_heads: int, pairs: Pairs) -> None:
+    def __init__(self, num_heads: int, pairs: RotaryPairs) -> None:
         super().__init__()
         self.pairs = pairs
         one = torch.tensor([1.0, 0.0])

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import PartialMatchError, UnsupportedModelError
-from .factor import Pairs
+from .factor import RotaryPairs
 from .families import Family
 from .positions import parameters
 
@@ -162,7 +162,7 @@ def inverse_frequencies(model: nn.Module, family: Family) -> dict[str, Tensor]:
     return found
 
 
-def rotary_pairs(model: Any, family: Family) -> Pairs:
+def rotary_pairs(model: Any, family: Family) -> RotaryPairs:
     """Which dimensions of a query rotate together; UnsupportedModelError where none do, or nothing says which."""
     name = type(model).__name__
     if family.mechanism != "rope" or not family.uses_interface:
@@ -172,7 +172,7 @@ def rotary_pairs(model: Any, family: Family) -> Pairs:
     if len(counts) != 1:
         raise UnsupportedModelError(f"{name} has layers with {sorted(counts)} frequencies: only tables can be fitted")
     start = getattr(model.config.get_text_config(), family.rotary_after) if family.rotary_after else 0
-    return Pairs(family.pairing, start, counts.pop())
+    return RotaryPairs(family.pairing, start, counts.pop())
 
 
 def unbounded_positions(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:

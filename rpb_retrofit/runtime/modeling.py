@@ -41,7 +41,7 @@ from .errors import (
     PartialMatchError,
     beside_adapter,
 )
-from .factor import ContentFactor, Pairs
+from .factor import ContentFactor, RotaryPairs
 from .families import FACTOR, TABLE, UNSCALED, Family, family_of, is_own, is_table
 from .interface import (
     ATTENTION,
@@ -159,7 +159,7 @@ def attach(model: PreTrainedModel) -> dict[str, Any]:
         device = next(module.parameters()).device
         setattr(module, TABLE, on(device, tables[name]))
         if pairs := settings.get(FACTOR):
-            setattr(module, FACTOR, on(device, ContentFactor(num_heads(module, model.config), Pairs(**pairs))))
+            setattr(module, FACTOR, on(device, ContentFactor(num_heads(module, model.config), RotaryPairs(**pairs))))
         setattr(module, RUN, biased_attention)
         setattr(module, CAUSAL, not tables[name].bucketing.bidirectional)
         if settings.get("scale") == UNSCALED:

@@ -1,6 +1,6 @@
 """What the key ``rpb_retrofit`` of a config may say: a reader that does not understand a checkpoint refuses it.
 
-`rpb_retrofit.settings.describe` writes what is read here.
+`rpb_retrofit.swap.stored_settings.describe` writes what is read here.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Where the numbers in a table come from. One file per source of numbers.
 
-Those of `INITIALISATIONS` need to know nothing but a table's place; `calibrate` reads text with the source.
+Those of `INITIALISATIONS` need to know nothing but a TableSpec; `calibrate` reads text with the source.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from rpb_retrofit.tables.alibi import alibi
 from rpb_retrofit.tables.normal import normal
-from rpb_retrofit.tables.place import Place, Start
+from rpb_retrofit.tables.table_spec import Start, TableSpec
 from rpb_retrofit.tables.zeros import zeros
 
 CALIBRATED = "calibrated"
@@ -18,8 +18,8 @@ CALIBRATED = "calibrated"
 CONTENT = "tables+content"
 """What calibration fits where the content term gets factors, too."""
 
-Initialisation = Callable[[Place], Start]
-"""A table's place -> what it begins with."""
+Initialisation = Callable[[TableSpec], Start]
+"""A table's spec -> what it begins with."""
 
 FROM = "from:"
 """What ``init`` begins with where tables are taken from the checkpoint named behind it."""

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from rpb_retrofit.runtime.buckets import Bucketing
 
-from rpb_retrofit.tables.place import Place, Start
+from rpb_retrofit.tables.table_spec import Start, TableSpec
 
 
 def slopes(heads: int) -> list[float]:
@@ -43,7 +43,7 @@ def mean_distances(bucketing: Bucketing, context: int) -> Tensor:
     return torch.where(seen > 0, mean, begin)
 
 
-def alibi(place: Place) -> Start:
+def alibi(spec: TableSpec) -> Start:
     """Minus the slope times the mean distance of each bucket's offsets.
 
     A logarithmic tail goes on from the maximum distance as steeply as ALiBi falls there; the last bucket, which it
@@ -51,10 +51,10 @@ def alibi(place: Place) -> Start:
     """
     import torch
 
-    bucketing = place.bucketing
-    context = min(place.context, bucketing.max_distance + 1) if place.tail else place.context
-    slope = -torch.tensor(slopes(place.heads), dtype=torch.double)[:, None]
+    bucketing = spec.bucketing
+    context = min(spec.context, bucketing.max_distance + 1) if spec.tail else spec.context
+    slope = -torch.tensor(slopes(spec.heads), dtype=torch.double)[:, None]
     table = (slope * mean_distances(bucketing, context)).float()
-    if not place.tail:
+    if not spec.tail:
         return Start(table)
     return Start(table, (slope * bucketing.max_distance).float().repeat(1, bucketing.directions))

@@ -19,17 +19,17 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rpb_retrofit.errors import ConfigError, DataError
+from rpb_retrofit.files.spool import Spool
 from rpb_retrofit.runtime.families import FACTOR, TABLE, Family
-from rpb_retrofit.tables.choose import Choice, Trial
+from rpb_retrofit.tables.attention_rows import AttentionRows
+from rpb_retrofit.tables.bucket_search import Choice, Trial
 from rpb_retrofit.tables.fit import Fit, fit
-from rpb_retrofit.tables.form import Form
-from rpb_retrofit.tables.match import match
+from rpb_retrofit.tables.head_matching import match_heads
+from rpb_retrofit.tables.output_metric import metrics
 from rpb_retrofit.tables.outputs import fit_outputs
-from rpb_retrofit.tables.place import Start
-from rpb_retrofit.tables.reader import metrics
+from rpb_retrofit.tables.parameters import ParameterLayout
 from rpb_retrofit.tables.recording import StopForward, blocks_of, record_source, resumed, run, watch
-from rpb_retrofit.tables.rows import Rows
-from rpb_retrofit.tables.spool import Spool
+from rpb_retrofit.tables.table_spec import Start
 
 QUERIES = 128
 """Queries of the longest window that are compared, evenly spaced: neighbours say much the same. Shorter windows have
@@ -151,9 +151,9 @@ class Calibration:
         directions = {getattr(module, TABLE).bucketing.bidirectional for module in attentions.values()}
         trial = Trial(self.order, max(map(len, self.windows)), sorted(directions))
         for name, pairs in self._layers(model, attentions, "choosing buckets"):
-            form = replace(self._form(attentions[name]), pairs=None)
-            trial(name, partial(_Pairs, self.spool, name), len(self.windows), form)
-            _fill(attentions[name], form, fit(pairs, form).numbers)
+            layout = replace(self._layout(attentions[name]), pairs=None)
+            trial(name, partial(_RowPairs, self.spool, name), len(self.windows), layout)
+            _fill(attentions[name], layout, fit(pairs, layout).numbers)
         return trial.choice()
 
     def apply(
@@ -166,21 +166,21 @@ class Calibration:
         starts = {id(model.get_submodule(name.removesuffix(".weight"))): c for name, c in (candidates or {}).items()}
         layers, shared = [], defaultdict[int, list[Tensor]](list)
         for name, pairs in self._layers(model, attentions, "calibrating"):
-            form, bias, heads = self._form(attentions[name]), getattr(attentions[name], TABLE), None
+            layout, bias, heads = self._layout(attentions[name]), getattr(attentions[name], TABLE), None
             if candidates is None:
-                found = fit_outputs(pairs, form, self.metrics.get(name))
+                found = fit_outputs(pairs, layout, self.metrics.get(name))
             else:
-                found, heads = match(pairs, form, starts[id(bias)])
-            layers.append(_describe(name, found, form, heads))
-            shared[id(bias)].append(found.numbers[:, : form.num_bias])
+                found, heads = match_heads(pairs, layout, starts[id(bias)])
+            layers.append(_describe(name, found, layout, heads))
+            shared[id(bias)].append(found.numbers[:, : layout.num_bias])
             bias_numbers = torch.stack(shared[id(bias)]).mean(0)
-            _fill(attentions[name], form, torch.cat([bias_numbers, found.numbers[:, form.num_bias :]], 1))
+            _fill(attentions[name], layout, torch.cat([bias_numbers, found.numbers[:, layout.num_bias :]], 1))
         queries = sum(len(positions) for positions in self.positions)
         return CalibrationReport(len(self.windows), max(map(len, self.windows)), queries, layers)
 
     def _layers(
         self, model: PreTrainedModel, attentions: Mapping[str, Any], doing: str
-    ) -> Iterator[tuple[str, _Pairs]]:
+    ) -> Iterator[tuple[str, _RowPairs]]:
         """Each attention in running order with its rows, on top of what was filled in until then."""
         blocks, windows = blocks_of(model, self.order), range(len(self.windows))
         with watch(model, self.family, attentions) as listen:
@@ -189,18 +189,20 @@ class Calibration:
                     listen(self._keep(name, number), self.positions[number])
                     with resumed(model, blocks, index, self.spool, number):
                         run(model, self.windows[number])
-                yield name, _Pairs(self.spool, name, windows)
+                yield name, _RowPairs(self.spool, name, windows)
                 for number in windows:
                     del self.spool["student", name, number]
 
-    def _form(self, attention: Any) -> Form:
+    def _layout(self, attention: Any) -> ParameterLayout:
         bias, factor = getattr(attention, TABLE), attention._modules.get(FACTOR)
-        return Form(bias.bucketing, bias.tail is not None, None if factor is None else factor.pairs, self.kept)
+        return ParameterLayout(
+            bias.bucketing, bias.tail is not None, None if factor is None else factor.pairs, self.kept
+        )
 
-    def _keep(self, wanted: str, number: int) -> Callable[[str, Rows], None]:
+    def _keep(self, wanted: str, number: int) -> Callable[[str, AttentionRows], None]:
         """Take the rows of one attention, and end the forward pass there."""
 
-        def take(name: str, rows: Rows) -> None:
+        def take(name: str, rows: AttentionRows) -> None:
             if name == wanted:
                 self.spool["student", name, number] = rows
                 raise StopForward
@@ -209,17 +211,17 @@ class Calibration:
 
 
 @torch.no_grad()
-def _fill(attention: Any, form: Form, numbers: Tensor) -> None:
+def _fill(attention: Any, layout: ParameterLayout, numbers: Tensor) -> None:
     bias = getattr(attention, TABLE)
-    bias.weight.copy_(form.table(numbers))
-    if form.tail:
-        bias.tail.copy_(form.slopes(numbers))
-    if form.num_factors:
-        getattr(attention, FACTOR).weight.copy_(form.factor(numbers))
+    bias.weight.copy_(layout.table(numbers))
+    if layout.tail:
+        bias.tail.copy_(layout.slopes(numbers))
+    if layout.num_factors:
+        getattr(attention, FACTOR).weight.copy_(layout.factor(numbers))
 
 
 @dataclass(frozen=True)
-class _Pairs:
+class _RowPairs:
     """The rows of the source and of the student, window by window, from disk; once, where they are few."""
 
     spool: Spool
@@ -230,11 +232,11 @@ class _Pairs:
         yield from self._read() if self._held is None else self._held
 
     @cached_property
-    def _held(self) -> list[tuple[Rows, Rows]] | None:
+    def _held(self) -> list[tuple[AttentionRows, AttentionRows]] | None:
         keys = [(whose, self.name, number) for whose in ("source", "student") for number in self.windows]
         return list(self._read()) if sum(map(self.spool.bytes, keys)) <= HELD else None
 
-    def _read(self) -> Iterator[tuple[Rows, Rows]]:
+    def _read(self) -> Iterator[tuple[AttentionRows, AttentionRows]]:
         for number in self.windows:
             yield self.spool["source", self.name, number], self.spool["student", self.name, number]
 
@@ -272,7 +274,7 @@ def _positions(length: int, every: int, generator: torch.Generator) -> range:
     return range(last, -1, -every)
 
 
-def _describe(name: str, found: Fit, form: Form, heads: list[int] | None) -> LayerFit:
+def _describe(name: str, found: Fit, layout: ParameterLayout, heads: list[int] | None) -> LayerFit:
     if not all(bool(values.isfinite().all()) for values in (found.numbers, found.before, found.after)):
         raise ConfigError(
             f"{name}: its attention could not be fitted, its scores on the calibration text are not finite: does the "

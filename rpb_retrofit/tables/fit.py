@@ -1,10 +1,10 @@
 """The fit of one layer: the numbers with which its attention is nearest to the source's.
 
 For a head let ``p_i`` be the source's attention of query ``i`` and ``s_ij`` the score left once its mechanism is gone,
-with everything that a `Form` adds: a table, a tail, factors on the content. Minimised is the mean over queries of
-``KL(p_i || softmax_j s_ij)``. The numbers enter the scores linearly, so that is convex, and all that it asks of the
-data are moments: the gradient is the mean of the fit's moments less the source's, the Hessian the mean covariance of
-the features under the fit. So each step of Newton's method reads the rows once, a block at a time.
+with the parameters of a `ParameterLayout` added: a table, a tail, factors on the content. Minimised is the mean over
+queries of ``KL(p_i || softmax_j s_ij)``. The numbers enter the scores linearly, so that is convex, and all that it asks
+of the data are moments: the gradient is the mean of the fit's moments less the source's, the Hessian the mean
+covariance of the features under the fit. So each step of Newton's method reads the rows once, a block at a time.
 
 Softmax ignores a constant, so the loss is flat along one direction per head (unless there are sinks): the answer is
 the table of mean zero. A very weak pull of each bucket to its neighbours decides what the data leave open: a bucket
@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from rpb_retrofit.runtime.buckets import Bucketing
-from rpb_retrofit.tables.form import Form
-from rpb_retrofit.tables.rows import Rows
+from rpb_retrofit.tables.attention_rows import AttentionRows
+from rpb_retrofit.tables.parameters import ParameterLayout
 
-Pairs = Iterable[tuple[Rows, Rows]]
+RowPairs = Iterable[tuple[AttentionRows, AttentionRows]]
 """Rows of the source's attention, and the same rows of the model without its mechanism. Read once per step."""
 
 PULL = 1e-5
@@ -90,7 +90,7 @@ class Term(Protocol):
         """How much the KL counts."""
 
     def __call__(
-        self, theirs: Rows, ours: Rows, weights: Tensor, content: Tensor, curved: bool
+        self, theirs: AttentionRows, ours: AttentionRows, weights: Tensor, content: Tensor, curved: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Its value (heads,), gradient (heads, size) and, where it has to be ``curved``, Hessian (heads, size, size),
         float64, summed over the rows of a block; ``ours`` have the weights and the content scores (heads, R, K)."""
@@ -109,7 +109,7 @@ class Fit(NamedTuple):
     missed: tuple[Tensor, Tensor] | None = None
 
 
-def target_of(pairs: Pairs, form: Form, dtype: torch.dtype = torch.float32) -> Target:
+def target_of(pairs: RowPairs, layout: ParameterLayout, dtype: torch.dtype = torch.float32) -> Target:
     """Read all rows once for what does not depend on the numbers."""
     sums: list[Tensor] = []  # constant, moments, visits
     rows, free, bent = 0, True, False
@@ -118,21 +118,21 @@ def target_of(pairs: Pairs, form: Form, dtype: torch.dtype = torch.float32) -> T
             content = ours.content(dtype)
             weights, relative = _against(theirs, content)
             free = free and theirs.sinks is None
-            bent = bent or (ours.softcap is not None and form.num_factors > 0)
+            bent = bent or (ours.softcap is not None and layout.num_factors > 0)
             seen = (content[:1] > -torch.inf).to(dtype)
-            visits = theirs.masses(seen, form.bucketing)
-            moments = form.moments(ours, weights, content)
+            visits = theirs.masses(seen, layout.bucketing)
+            moments = layout.moments(ours, weights, content)
             new = [relative, *(x.sum(1, dtype=torch.double) for x in (moments, visits))]
             sums = [a + b for a, b in zip(sums, new, strict=True)] if sums else new
             rows += len(theirs.positions)
     constant, moments, visits = sums
     if free:  # a row's masses sum to one, but for rounding, which would push buckets that no pair fell into
-        masses = form.table(moments)
+        masses = layout.table(moments)
         masses *= rows / masses.sum(1, keepdim=True)
     return Target(None if bent else moments / rows, constant / rows, visits[0].round().long(), rows, free)
 
 
-def _against(theirs: Rows, scores: Tensor) -> tuple[Tensor, Tensor]:
+def _against(theirs: AttentionRows, scores: Tensor) -> tuple[Tensor, Tensor]:
     """The source's weights (heads, R, K), and ``sum p (log p - s)`` over the rows, (heads,) float64."""
     own = theirs.content(scores.dtype)
     normaliser = theirs.log_normaliser(own)
@@ -145,7 +145,12 @@ def _against(theirs: Rows, scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def loss(
-    numbers: Tensor, target: Target, pairs: Pairs, form: Form, thin: int | None = 1, term: Term | None = None
+    numbers: Tensor,
+    target: Target,
+    pairs: RowPairs,
+    layout: ParameterLayout,
+    thin: int | None = 1,
+    term: Term | None = None,
 ) -> Loss:
     """The loss of numbers (heads, size) with its derivatives, float64; rows are computed in the dtype of the numbers.
 
@@ -157,10 +162,10 @@ def loss(
     beside = [torch.zeros_like(x) for x in (value, mean, hessian)]
     for source, student in pairs:
         for theirs, block in zip(source.blocks(), student.blocks(), strict=True):
-            scores, content = form.scores(block, numbers)
+            scores, content = layout.scores(block, numbers)
             normaliser = block.log_normaliser(scores)
             weights = (scores - normaliser[..., None]).exp_()
-            moments = form.moments(block, weights, content)
+            moments = layout.moments(block, weights, content)
             value += normaliser.sum(1, dtype=torch.double)
             mean += moments.sum(1, dtype=torch.double)
             if term is not None:
@@ -169,17 +174,17 @@ def loss(
             if thin is not None:
                 some = slice(None, None, thin)
                 part, moments = block.part(some), moments[:, some]
-                hessian += form.covariance(part, weights[:, some], content[:, some], moments)
+                hessian += layout.covariance(part, weights[:, some], content[:, some], moments)
                 count += moments.shape[1]
             if target.moments is None:
                 weights, relative = _against(theirs, scores)
                 value += relative
-                mean -= form.moments(block, weights, content).sum(1, dtype=torch.double)
-    x, pull = numbers.double(), _pull(form, target).to(numbers.device)
+                mean -= layout.moments(block, weights, content).sum(1, dtype=torch.double)
+    x, pull = numbers.double(), _pull(layout, target).to(numbers.device)
     value, mean = value / target.rows, mean / target.rows
     if target.moments is not None:
         if target.free:
-            masses = form.table(mean)
+            masses = layout.table(mean)
             masses /= masses.sum(1, keepdim=True)
         value += target.constant - (target.moments * x).sum(1)
         mean -= target.moments
@@ -196,10 +201,10 @@ def loss(
     )
 
 
-def _pull(form: Form, target: Target) -> Tensor:
-    buckets, bias = form.bucketing.num_buckets, form.num_bias
-    pull = torch.zeros(form.size, form.size, dtype=torch.double)
-    pull[:buckets, :buckets] = neighbours(form.bucketing) * (PULL / target.rows)
+def _pull(layout: ParameterLayout, target: Target) -> Tensor:
+    buckets, bias = layout.bucketing.num_buckets, layout.num_bias
+    pull = torch.zeros(layout.size, layout.size, dtype=torch.double)
+    pull[:buckets, :buckets] = neighbours(layout.bucketing) * (PULL / target.rows)
     if target.free:
         pull[:buckets, :buckets] += GAUGE / buckets**2
     diagonal = pull.diagonal()
@@ -220,29 +225,33 @@ def neighbours(bucketing: Bucketing) -> Tensor:
 
 
 def fit(
-    pairs: Pairs, form: Form, dtype: torch.dtype = torch.float32, target: Target | None = None, rough: float = 0.0
+    pairs: RowPairs,
+    layout: ParameterLayout,
+    dtype: torch.dtype = torch.float32,
+    target: Target | None = None,
+    rough: float = 0.0,
 ) -> Fit:
     """The numbers of a layer, by Newton's method with a step length per head; the bias goes first, alone.
 
-    ``target``: of these pairs and this form, where it is known. It may end as soon as a step promises each head less
+    ``target``: of these pairs and this layout, where it is known. It may end as soon as a step promises each head less
     than the share ``rough`` of its loss.
     """
-    target = target_of(pairs, form, dtype) if target is None else target
-    plain = Form(form.bucketing, form.tail)
+    target = target_of(pairs, layout, dtype) if target is None else target
+    plain = ParameterLayout(layout.bucketing, layout.tail)
     if target.moments is None:
         known = target_of(pairs, plain, dtype)
     else:
         known = target._replace(moments=target.moments[:, : plain.size])
     zeros = target.constant.new_zeros(len(target.constant), plain.size)
     numbers, first, last, steps = newton(
-        lambda x, thin: loss(x.to(dtype), known, pairs, plain, thin), zeros, BIAS._replace(rough=rough), form.falling
+        lambda x, thin: loss(x.to(dtype), known, pairs, plain, thin), zeros, BIAS._replace(rough=rough), layout.falling
     )
-    if form.num_factors:
+    if layout.num_factors:
         numbers, _, last, more = newton(
-            lambda x, thin: loss(x.to(dtype), target, pairs, form, thin),
-            torch.nn.functional.pad(numbers, (0, 2 * form.num_factors)),
+            lambda x, thin: loss(x.to(dtype), target, pairs, layout, thin),
+            torch.nn.functional.pad(numbers, (0, 2 * layout.num_factors)),
             FACTORS._replace(rough=rough),
-            form.falling,
+            layout.falling,
         )
         steps += more
     return Fit(numbers.float(), first.kl, last.kl, target.visits, steps)
@@ -269,17 +278,17 @@ def newton(
     while steps < pace.steps:
         assert hessian is not None, "the first evaluation has one"
         direction = _free_direction(hessian, now.gradient, numbers, falling)
-        promised = -(direction * now.gradient).sum(1) / 2
-        if not (promised > pace.tolerance + pace.rough * now.value).any():
+        expected_bias = -(direction * now.gradient).sum(1) / 2
+        if not (expected_bias > pace.tolerance + pace.rough * now.value).any():
             # What is left is next to nothing in the loss but not in the numbers: the loss is flat here.
-            flat = (promised >= 0) & (promised <= pace.tolerance)
+            flat = (expected_bias >= 0) & (expected_bias <= pace.tolerance)
             numbers = torch.where(flat[:, None], along(direction, 1.0), numbers)
             break
         steps += 1
         there = along(direction, length)
         new = evaluate(there, None if pace.stale and steps & (steps - 1) else pace.thin)
         # Sufficient decrease, or a decrease that is lost in rounding; a head that gets worse tries a shorter step.
-        better = new.value <= now.value - 1e-4 * length[:, 0] * promised + 1e-6
+        better = new.value <= now.value - 1e-4 * length[:, 0] * expected_bias + 1e-6
         numbers = torch.where(better[:, None], there, numbers)
         if new.hessian is not None:
             hessian = torch.where(better[:, None, None], new.hessian, hessian)

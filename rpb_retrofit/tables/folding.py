@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rpb_retrofit.runtime.factor import ContentFactor, Pairs
+from rpb_retrofit.runtime.factor import ContentFactor, RotaryPairs
 from rpb_retrofit.runtime.families import FACTOR, Family
 from rpb_retrofit.runtime.modeling import detach_factors
+from rpb_retrofit.tables.attention_rows import AttentionRows
 from rpb_retrofit.tables.recording import run, watch
-from rpb_retrofit.tables.rows import Rows
 
 TOKENS = 64
 """Tokens on which outputs and queries are compared."""
@@ -66,7 +66,7 @@ def _observe(
     def hear(name: str, layer: str, module: nn.Module, args: Any, output: Tensor) -> None:
         outputs[name][layer] = output[0]
 
-    def take(name: str, rows: Rows) -> None:
+    def take(name: str, rows: AttentionRows) -> None:
         assert rows.query is not None, "families that keep their queries to themselves get no factors"
         queries[name] = rows.query.flip(1)
 
@@ -86,7 +86,7 @@ def _observe(
     return {name: (queries[name], outputs[name]) for name in attentions}
 
 
-def _maker(query: Tensor, outputs: Mapping[str, Tensor], pairs: Pairs, kept: int) -> tuple[str, Tensor] | None:
+def _maker(query: Tensor, outputs: Mapping[str, Tensor], pairs: RotaryPairs, kept: int) -> tuple[str, Tensor] | None:
     """The linear layer whose outputs are the rotary dimensions of the queries, and which of its rows, (2, heads, F)."""
     dimensions = torch.stack([index[kept:] for index in pairs.dimensions()]).to(query.device)
     wanted = unit(query[..., dimensions].permute(2, 0, 3, 1))  # (2, heads, F, n)

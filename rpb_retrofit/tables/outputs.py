@@ -10,7 +10,7 @@ For weights ``w`` of a row, values ``v`` and features ``f`` the output ``o`` has
 (v_j - o)``. Its product with a vector is one row of moments, of the weights times ``(v_j - o) . vector``: with the
 residual as the vector that is the gradient, and with random signs it is a sample of Gauss and Newton's matrix
 (Hutchinson 1990, "A stochastic estimator of the trace"), of which every row gives one, the same at every step. So
-nothing is needed here but what a `Form` knows already.
+nothing is needed here but what a `ParameterLayout` knows already.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rpb_retrofit.tables.fit import Fit, Pace, Pairs, fit, loss, newton, target_of
-from rpb_retrofit.tables.form import Form
-from rpb_retrofit.tables.rows import Rows
+from rpb_retrofit.tables.attention_rows import AttentionRows
+from rpb_retrofit.tables.fit import Fit, Pace, RowPairs, fit, loss, newton, target_of
+from rpb_retrofit.tables.parameters import ParameterLayout
 
 SHARE = 0.1
 """Weight of the KL in nats beside the missed share of the outputs' variance."""
@@ -48,14 +48,14 @@ class Outputs:
     variance, or nothing for a head whose outputs do not vary. All float64.
     """
 
-    form: Form
+    layout: ParameterLayout
     metric: Tensor
     root: Tensor
     weight: Tensor
     share: float = SHARE
 
     @classmethod
-    def of(cls, pairs: Pairs, form: Form, metric: Tensor | None) -> Outputs | None:
+    def of(cls, pairs: RowPairs, layout: ParameterLayout, metric: Tensor | None) -> Outputs | None:
         """For rows measured by a ``metric`` (heads, v, v), or in plain squares; None where they hold no outputs."""
         rows, total, products = 0, torch.zeros(()), torch.zeros(())
         for source, student in pairs:
@@ -71,10 +71,10 @@ class Outputs:
         covariance = products / rows - mean[:, :, None] * mean[:, None]
         variance = (metric * covariance).sum((1, 2))
         weight = torch.where(variance > TINY, 1 / variance.clamp(min=TINY), 0)
-        return cls(form, metric, torch.linalg.cholesky(metric), weight)
+        return cls(layout, metric, torch.linalg.cholesky(metric), weight)
 
     def __call__(
-        self, theirs: Rows, ours: Rows, weights: Tensor, content: Tensor, curved: bool
+        self, theirs: AttentionRows, ours: AttentionRows, weights: Tensor, content: Tensor, curved: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """As of `Term`."""
         assert theirs.output is not None
@@ -94,30 +94,32 @@ class Outputs:
             hessian,
         )
 
-    def _moved(self, ours: Rows, weights: Tensor, content: Tensor, output: Tensor, vector: Tensor) -> Tensor:
+    def _moved(self, ours: AttentionRows, weights: Tensor, content: Tensor, output: Tensor, vector: Tensor) -> Tensor:
         """How the product (heads, R) of outputs and vectors (heads, R, v) moves with each number: (heads, R, size),
         float64."""
         assert ours.value is not None
         along = ours.ungrouped(ours.grouped(vector) @ ours.value.to(vector).mT)
         change = weights * (along - (output * vector).sum(-1, keepdim=True))
-        return self.form.moments(ours, change, content).double()
+        return self.layout.moments(ours, change, content).double()
 
 
-def fit_outputs(pairs: Pairs, form: Form, metric: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Fit:
+def fit_outputs(
+    pairs: RowPairs, layout: ParameterLayout, metric: Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> Fit:
     """The numbers of a layer whose outputs are nearest to the source's, from a fit of the attention on.
 
     ``metric`` (heads, v, v) says how near, as `reader.metrics` finds it; without it each dimension counts alike. Where
     a model hands out nothing but attention weights, the fit of those.
     """
-    if (outputs := Outputs.of(pairs, form, metric)) is None:
-        return fit(pairs, form, dtype)
-    target = target_of(pairs, form, dtype)
-    found = fit(pairs, form, dtype, target, START)
+    if (outputs := Outputs.of(pairs, layout, metric)) is None:
+        return fit(pairs, layout, dtype)
+    target = target_of(pairs, layout, dtype)
+    found = fit(pairs, layout, dtype, target, START)
     numbers, first, last, steps = newton(
-        lambda x, thin: loss(x.to(dtype), target, pairs, form, thin, outputs),
+        lambda x, thin: loss(x.to(dtype), target, pairs, layout, thin, outputs),
         found.numbers.double(),
-        STEPS._replace(thin=4) if form.num_factors else STEPS,
-        form.falling,
+        STEPS._replace(thin=4) if layout.num_factors else STEPS,
+        layout.falling,
     )
     assert first.beside is not None and last.beside is not None
     return found._replace(

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rpb_retrofit.errors import ConfigError, DataError
-from rpb_retrofit.tables.spool import Spool
+from rpb_retrofit.files.spool import Spool
 
 LENGTH = 512
 """Most tokens of a step."""

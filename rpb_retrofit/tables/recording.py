@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rpb_retrofit.errors import PartialMatchError
+from rpb_retrofit.files.spool import Spool
 from rpb_retrofit.runtime.families import TABLE, Family
 from rpb_retrofit.runtime.interface import ATTENTION, CAUSAL, RUN, biased_attention, is_causal_module, plain_attention
 from rpb_retrofit.runtime.modeling import block_names, num_heads, submodels
 from rpb_retrofit.runtime.visibility import is_runs, runs_of
-from rpb_retrofit.tables.rows import Rows
-from rpb_retrofit.tables.spool import Spool
+from rpb_retrofit.tables.attention_rows import AttentionRows
 
-Take = Callable[[str, Rows], None]
+Take = Callable[[str, AttentionRows], None]
 """Told the name of an attention module and the rows of its attention."""
 
 Run = Callable[..., tuple[Tensor, Tensor | None]]
@@ -66,7 +66,7 @@ def record_source(
         for number, (window, queries) in enumerate(zip(windows, positions, strict=True)):
             ran: list[str] = []
 
-            def take(name: str, rows: Rows, number: int = number, ran: list[str] = ran) -> None:
+            def take(name: str, rows: AttentionRows, number: int = number, ran: list[str] = ran) -> None:
                 spool["source", name, number] = rows.answered()
                 ran.append(name)
 
@@ -186,7 +186,7 @@ def _take_rows(
     """In the place of an attention's own run: the same, after its rows were taken."""
     take, positions = listener[0]
     at = torch.tensor(positions, device=query.device)
-    rows = Rows(
+    rows = AttentionRows(
         positions=positions,
         seen=_seen(attention_mask, at, key.shape[2], getattr(module, CAUSAL)),
         keys=key.shape[2],
@@ -209,7 +209,10 @@ def _take_weights(
     weights = output[1][0]  # (heads, Q, K)
     at = torch.tensor(positions, device=weights.device)
     scores = weights[:, at].float().log().clamp(min=FAINTEST)
-    take(name, Rows(positions, _seen(None, at, weights.shape[-1], causal=True), weights.shape[-1], scores=scores))
+    take(
+        name,
+        AttentionRows(positions, _seen(None, at, weights.shape[-1], causal=True), weights.shape[-1], scores=scores),
+    )
 
 
 def _seen(mask: Tensor | None, at: Tensor, keys: int, causal: bool) -> Tensor:

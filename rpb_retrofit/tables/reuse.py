@@ -21,8 +21,8 @@ from rpb_retrofit.runtime.buckets import Bucketing
 from rpb_retrofit.runtime.families import TABLE
 from rpb_retrofit.runtime.settings import check_settings
 from rpb_retrofit.tables import FROM
-from rpb_retrofit.tables.place import Place, Start
 from rpb_retrofit.tables.rebucket import rebucket
+from rpb_retrofit.tables.table_spec import Start, TableSpec
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Reused:
     notes: list[str]
 
 
-def reuse(checkpoint: str, wanted: Mapping[str, Place]) -> Reused:
-    """The tables of ``checkpoint`` for the ``wanted`` places, by name in the order of their layers.
+def reuse(checkpoint: str, wanted: Mapping[str, TableSpec]) -> Reused:
+    """The tables of ``checkpoint`` for the ``wanted`` tables, by name in the order of their layers.
 
     Each has as many heads as the checkpoint's: `spread_heads` or a calibration says which head gets which. Raises
     ConfigError where the checkpoint has no tables, or none for a direction that is wanted.
@@ -52,8 +52,8 @@ def reuse(checkpoint: str, wanted: Mapping[str, Place]) -> Reused:
     found = read_tables(checkpoint)
     starts: dict[str, Start] = {}
     notes: list[str] = []
-    for direction in sorted({place.bucketing.bidirectional for place in wanted.values()}):
-        names = [name for name, place in wanted.items() if place.bucketing.bidirectional == direction]
+    for direction in sorted({spec.bucketing.bidirectional for spec in wanted.values()}):
+        names = [name for name, spec in wanted.items() if spec.bucketing.bidirectional == direction]
         sources = [table for table in found if table.bucketing.bidirectional == direction]
         kind = "bidirectional" if direction else "causal"
         if not sources:
@@ -68,10 +68,8 @@ def reuse(checkpoint: str, wanted: Mapping[str, Place]) -> Reused:
             notes.append(f"{kind}: layer i of {len(names)} takes the table of layer i * {len(sources)} // {len(names)}")
         worst: tuple[float, int, str] | None = None
         for number, name in enumerate(names):
-            place, source = wanted[name], sources[number * len(sources) // len(names)]
-            changed = rebucket(
-                source.table, source.bucketing, place.bucketing, place.context, source.slopes, place.tail
-            )
+            spec, source = wanted[name], sources[number * len(sources) // len(names)]
+            changed = rebucket(source.table, source.bucketing, spec.bucketing, spec.context, source.slopes, spec.tail)
             at = int(changed.error.argmax())
             if worst is None or float(changed.error[at]) > worst[0]:
                 worst = float(changed.error[at]), int(changed.offset[at]), name
@@ -88,13 +86,13 @@ def reuse(checkpoint: str, wanted: Mapping[str, Place]) -> Reused:
     return Reused({name: starts[name] for name in wanted}, notes)
 
 
-def spread_heads(reused: Reused, wanted: Mapping[str, Place]) -> Reused:
+def spread_heads(reused: Reused, wanted: Mapping[str, TableSpec]) -> Reused:
     """Give each wanted head the table of the head at the same height in the checkpoint."""
     starts, notes = {}, list(reused.notes)
-    for name, place in wanted.items():
-        start, heads = reused.starts[name], place.heads
+    for name, spec in wanted.items():
+        start, heads = reused.starts[name], spec.heads
         if (theirs := len(start.table)) != heads:
-            kind = "bidirectional" if place.bucketing.bidirectional else "causal"
+            kind = "bidirectional" if spec.bucketing.bidirectional else "causal"
             note = f"{kind}: head h of {heads} takes head h * {theirs} // {heads}"
             notes += [note] if note not in notes else []
         head = torch.arange(heads) * theirs // heads

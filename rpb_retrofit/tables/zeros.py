@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from rpb_retrofit.tables.place import Place, Start
+from rpb_retrofit.tables.table_spec import Start, TableSpec
 
 
-def zeros(place: Place) -> Start:
+def zeros(spec: TableSpec) -> Start:
     """A float32 table (heads, buckets) of zeros."""
     import torch  # late: `rpb retrofit` starts copying before it
 
-    return Start(torch.zeros(place.heads, place.bucketing.num_buckets))
+    return Start(torch.zeros(spec.heads, spec.bucketing.num_buckets))

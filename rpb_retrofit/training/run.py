@@ -28,9 +28,9 @@ from rpb_retrofit.training.parameters import merged, prepare
 from rpb_retrofit.training.processes import on_main, open_accelerator
 from rpb_retrofit.training.recipe import Recipe
 from rpb_retrofit.training.relations import Relations
-from rpb_retrofit.training.setting import open_setting
+from rpb_retrofit.training.setup import open_setup
 from rpb_retrofit.training.stage import StageRun
-from rpb_retrofit.training.step import Progress, Setting
+from rpb_retrofit.training.step import Progress, TrainingSetup
 from rpb_retrofit.training.summary import SUMMARY, Summary, read_summary, stage_summary, write_summary
 from rpb_retrofit.training.teacher import open_teacher, share_weights
 
@@ -136,7 +136,7 @@ class _Stages:
         self.run_name = run_name
         self.accelerator, self.recipe, self.folder = accelerator, recipe, folder
         self.start, self.teacher, self.label, self.say = start, teacher, label, say
-        self.setting: Setting | None = None
+        self.setup: TrainingSetup | None = None
 
     def run(self, out: Path, identity: dict[str, Any]) -> Summary:
         """All stages that are left; the last one's model becomes ``out``."""
@@ -144,12 +144,12 @@ class _Stages:
         for number, stage in enumerate(self.recipe.stages):
             place = self.folder / f"stage-{number + 1}"
             model, tokenizer = open_model(current)
-            self.setting = self.setting or open_setting(
+            self.setup = self.setup or open_setup(
                 self.accelerator, self.recipe, model, tokenizer, self.teacher, self.label, self.say
             )
             state = on_main(self.accelerator, partial(self._finished, number))
             if finished := state is not None:
-                self.setting.rows.restore(state["rows"])
+                self.setup.rows.restore(state["rows"])
                 progress, weights = Progress.from_json(state["progress"]), None
             else:
                 progress, weights = self._train(number, model)
@@ -157,7 +157,7 @@ class _Stages:
             del model
             if number < len(self.recipe.stages) - 1:
                 if not finished:
-                    rows = self.setting.rows.state()
+                    rows = self.setup.rows.state()
                     state = {"progress": progress.to_json(), "rows": rows, "run": self.run_name}
                     on_main(self.accelerator, partial(self._write, place, current, weights, number, state))
                     self._forget_checkpoints(number)
@@ -170,21 +170,21 @@ class _Stages:
 
     def _train(self, number: int, model: PreTrainedModel) -> tuple[Progress, dict[str, Any] | None]:
         """Train a stage to its end: what it did, and (on the first process) its weights; None where none are."""
-        assert self.setting is not None
+        assert self.setup is not None
         stage, accelerator = self.recipe.stages[number], self.accelerator
         set_seed(self.recipe.seed + number)  # whatever ran before it, in this process or another
-        student = prepare(model.float(), stage, self.recipe, self.setting.objective.kind).to(accelerator.device)
+        student = prepare(model.float(), stage, self.recipe, self.setup.objective.kind).to(accelerator.device)
         spared = share_weights(self.teacher, student) if self.teacher is not None else 0
         if spared:
             self.say(
                 f"stage {number + 1}: the source shares {spared / 1e6:.0f} MB of weights with the model in training"
             )
-        setting = self.setting
+        setup = self.setup
         if self.recipe.relations:
             assert self.teacher is not None
-            objective = replace(setting.objective, relations=Relations(model, self.teacher))
-            setting = replace(setting, objective=objective)
-        run = StageRun(setting, number, student, self._checkpoints(number), self.say, self.run_name)
+            objective = replace(setup.objective, relations=Relations(model, self.teacher))
+            setup = replace(setup, objective=objective)
+        run = StageRun(setup, number, student, self._checkpoints(number), self.say, self.run_name)
         if run.resume():
             self.say(f"stage {number + 1}: going on after step {run.progress.step} of {run.steps}")
         run.run()

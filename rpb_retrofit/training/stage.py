@@ -20,19 +20,19 @@ from rpb_retrofit.training.batches import bucketing_of, pairs_by_bucket
 from rpb_retrofit.training.checkpoints import Checkpoints, attempt
 from rpb_retrofit.training.processes import Interruption, gathered, on_main
 from rpb_retrofit.training.state import load_state, save_state
-from rpb_retrofit.training.step import Progress, Setting, Stepper
+from rpb_retrofit.training.step import Progress, Stepper, TrainingSetup
 
 
 class StageRun:
     """Stage ``number`` of a run: trains ``model``, and keeps checkpoints of the run ``run`` in ``folder``."""
 
     def __init__(
-        self, setting: Setting, number: int, model: Any, folder: Path, say: Callable[[str], None], run: str = ""
+        self, setup: TrainingSetup, number: int, model: Any, folder: Path, say: Callable[[str], None], run: str = ""
     ) -> None:
-        self.setting, self.number, self.say = setting, number, say
-        self.accelerator, self.recipe = setting.accelerator, setting.recipe
-        self.stepper = Stepper(setting, number, model)
-        self.checkpoints = Checkpoints(folder, setting.recipe.keep, run)
+        self.setup, self.number, self.say = setup, number, say
+        self.accelerator, self.recipe = setup.accelerator, setup.recipe
+        self.stepper = Stepper(setup, number, model)
+        self.checkpoints = Checkpoints(folder, setup.recipe.keep, run)
 
     @property
     def model(self) -> Any:
@@ -74,7 +74,7 @@ class StageRun:
                     f"'{saved.folder}' was written by fewer processes: {', '.join(new)} begin with new random states"
                 )
         self.stepper.progress = Progress.from_json(saved.meta["progress"])
-        self.setting.rows.restore(saved.meta["rows"])
+        self.setup.rows.restore(saved.meta["rows"])
         self.stepper.guard.recent.extend(saved.meta["recent"])
         return True
 
@@ -85,7 +85,7 @@ class StageRun:
         bar = tqdm(
             total=self.steps,
             initial=self.progress.step,
-            desc=f"{self.setting.label}, stage {self.number + 1} ({self.stepper.stage.train})",
+            desc=f"{self.setup.label}, stage {self.number + 1} ({self.stepper.stage.train})",
             unit="step",
             disable=None if self.accelerator.is_main_process else True,
         )
@@ -126,10 +126,10 @@ class StageRun:
         return int(self.accelerator.gather(told).max())
 
     def _evaluate(self) -> dict[str, Any] | None:
-        if self.setting.held_out is None:
+        if self.setup.held_out is None:
             return None
         with self._evaluating():
-            loss, by_length = self.setting.held_out.measure(self.model, self.accelerator)
+            loss, by_length = self.setup.held_out.measure(self.model, self.accelerator)
         bucketing = bucketing_of(self.model)
         found = {
             "step": self.progress.step,
@@ -171,7 +171,7 @@ class StageRun:
             meta = {
                 "mode": self._mode,
                 "progress": self.progress.to_json(),
-                "rows": self.setting.rows.state(),
+                "rows": self.setup.rows.state(),
                 "recent": list(self.stepper.guard.recent),
             }
             if accelerator.is_main_process:

@@ -56,7 +56,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Setting:
+class TrainingSetup:
     """What the stages of a run have in common."""
 
     accelerator: Accelerator
@@ -72,17 +72,17 @@ class Setting:
 class Stepper:
     """Takes the steps of stage ``number`` on ``model``, and notes them in ``progress``."""
 
-    def __init__(self, setting: Setting, number: int, model: Any) -> None:
-        self.setting, self.number = setting, number
-        self.accelerator, self.recipe = setting.accelerator, setting.recipe
-        self.stage: Stage = setting.recipe.stages[number]
-        self.steps = math.ceil(self.stage.tokens / setting.recipe.batch_tokens)
-        self.progress, self.guard = Progress(), Guard(setting.recipe.spike)
+    def __init__(self, setup: TrainingSetup, number: int, model: Any) -> None:
+        self.setup, self.number = setup, number
+        self.accelerator, self.recipe = setup.accelerator, setup.recipe
+        self.stage: Stage = setup.recipe.stages[number]
+        self.steps = math.ceil(self.stage.tokens / setup.recipe.batch_tokens)
+        self.progress, self.guard = Progress(), Guard(setup.recipe.spike)
         self.signal = 0
         """What any process was sent during the last step, 0 for nothing."""
         for length in self.stage.lengths:
             self._sequences(length)  # says what does not divide before anything runs
-        if setting.recipe.gradient_checkpointing:
+        if setup.recipe.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.trains = any(parameter.requires_grad for parameter in model.parameters())
         model.train()
@@ -92,7 +92,7 @@ class Stepper:
         shard_tables(self.accelerator, model)
         prepare_for_zero(self.accelerator, self.recipe)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer_of(model, self.stage, self.recipe))
-        if setting.recipe.compile:
+        if setup.recipe.compile:
             self.model.compile()
         # Accelerate's own clipping knows how each mode holds its gradients.
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -112,11 +112,11 @@ class Stepper:
         step, world, rank = self.progress.step, self.accelerator.num_processes, self.accelerator.process_index
         length = length_of_step(self.stage, self.recipe.seed, self.number, step)
         count = self._sequences(length)
-        rows = self.setting.rows.take(count, length)
-        batch = collate(rows, length, self.setting.layout)
+        rows = self.setup.rows.take(count, length)
+        batch = collate(rows, length, self.setup.layout)
         if self.recipe.objective == "masked":
             seed = f"{self.recipe.seed}/{self.number}/{step}"
-            batch = masked(batch, self.setting.tokenizer, self.recipe.mask_share, seed)
+            batch = masked(batch, self.setup.tokenizer, self.recipe.mask_share, seed)
         if not (scored := batch.scored):
             raise DataError(f"step {step + 1} of stage {self.number + 1} has no token to score: give longer documents")
         mine = batch.part(slice(rank, None, world)).to(self.accelerator.device)
@@ -151,9 +151,9 @@ class Stepper:
     def _pass(self, batch: Batch, scored: int) -> Tensor:
         if not self.trains:
             with torch.no_grad(), self.accelerator.autocast():
-                return self.setting.objective(self.model, batch)
+                return self.setup.objective(self.model, batch)
         with self.accelerator.autocast():
-            loss = self.setting.objective(self.model, batch)
+            loss = self.setup.objective(self.model, batch)
         # Processes average their gradients; the mean over all scored tokens is wanted.
         self.accelerator.backward(loss * (self.accelerator.num_processes / scored))
         return loss.detach()
@@ -198,7 +198,7 @@ class Stepper:
         bad = [rank for rank, sum_ in enumerate(by_rank.tolist()) if not math.isfinite(sum_)]
         where = f" on rank {', '.join(map(str, bad))}" if bad else ""
         if not math.isfinite(loss):
-            culprit = first_bad_module(self.model, lambda: self.setting.objective(self.model, batch))
+            culprit = first_bad_module(self.model, lambda: self.setup.objective(self.model, batch))
             what = "module"
         else:
             self.optimizer.zero_grad()  # clipping has spread what is not finite over all of them

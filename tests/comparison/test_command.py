@@ -15,10 +15,10 @@ from rpb_retrofit.cli.options import count
 from rpb_retrofit.comparison import run as comparing
 from rpb_retrofit.comparison.measures import Probes
 from rpb_retrofit.errors import ConfigError
-from rpb_retrofit.evaluation.journal import SUFFIX
+from rpb_retrofit.files.journal import SUFFIX
 from rpb_retrofit.training.batches import Rows
-from tests.test_checkpoint import rpb_command
-from tests.training_cases import PROSE, VOCAB, small_tokenizer, write_source
+from tests.checkpoint.test_checkpoint import rpb_command
+from tests.support.training_cases import PROSE, VOCAB, small_tokenizer, write_source
 
 BUDGET = ("--target-length", "512", "--lengths", "64,256", "--tokens", "1024", "--items", "1", "--asked", "128,256")
 TIMED = ("--timed", "64", "--rounds", "1")

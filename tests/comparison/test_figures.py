@@ -9,14 +9,14 @@ import torch
 
 from rpb_retrofit.comparison.candidates import Constraints
 from rpb_retrofit.comparison.figures import figures, over_seeds, table
-from rpb_retrofit.comparison.measures import Measured, Plan
+from rpb_retrofit.comparison.measures import ComparisonPlan, Measured
 from rpb_retrofit.comparison.result import result
 from rpb_retrofit.comparison.run import Comparison, Made, Row
 from rpb_retrofit.evaluation.losses import Losses
 from rpb_retrofit.evaluation.speed import Seconds, Skipped, SpeedResult
 
 CONTEXT, TARGET, TOKENS = 64, 256, 4096
-PLAN = Plan(TARGET, (32, CONTEXT, TARGET), TOKENS)
+PLAN = ComparisonPlan(TARGET, (32, CONTEXT, TARGET), TOKENS)
 
 
 def losses(length: int, inside: float, beyond: float, seed: int = 0, noise: float = 0.3) -> Losses:
@@ -118,7 +118,7 @@ def test_seeds_that_disagree_widen_the_interval() -> None:
 
 
 def test_a_target_within_the_context() -> None:
-    plan = Plan(32, (16, 32), TOKENS)
+    plan = ComparisonPlan(32, (16, 32), TOKENS)
     rows = [
         row(name, Measured({n: losses(n, level, 9.0, seed) for n in plan.lengths}, [], []))
         for name, level, seed in (("source", 2.0, 0), ("other", 2.5, 1))

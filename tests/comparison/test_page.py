@@ -15,11 +15,11 @@ from matplotlib.text import Text
 from rpb_retrofit.comparison import pictures
 from rpb_retrofit.comparison.page import write_page
 from rpb_retrofit.comparison.pictures import Spot
-from rpb_retrofit.comparison.standing import Standing
+from rpb_retrofit.comparison.ranking import Ranking
 from rpb_retrofit.evaluation.plots import STYLE
 from rpb_retrofit.pages.drawing import LOOKS
 from tests.comparison.synthetic import ARMS, CONTEXT, TARGET, broken, recommended, result, without
-from tests.page import Page
+from tests.support.page import Page
 
 BARE = ("retrieval", "induction", "speed", "by_position")
 FEW = ("source", "yarn:2", "dynamic", "t5")
@@ -132,7 +132,7 @@ def test_every_row_is_listed_with_its_figures(written: tuple[Any, str]) -> None:
     found, source = written
     listed = inside(source, "section", "arms").text
     for row in found["rows"]:
-        name = Standing(found).titled(row["id"])
+        name = Ranking(found).titled(row["id"])
         loss = f"{row['beyond']['mean']:.3f}" if row["beyond"] else "not measured"
         if any(other["beyond"] for other in found["rows"]):
             assert f" {name} {loss} " in listed

@@ -41,14 +41,16 @@ class Fault:
 FAULTS: list[Fault] = []
 
 
-def fault(name: str, cause: str, exam: dict[str, Any] | None = None, **severities: Any) -> Callable[[Any], Any]:
+def fault(name: str, cause: str, measurements: dict[str, Any] | None = None, **severities: Any) -> Callable[[Any], Any]:
     """Register a function as one fault, or as one for each severity."""
 
     def register(plant: Any) -> Any:
         if not severities:
-            FAULTS.append(Fault(name, cause, plant, **(exam or {})))
+            FAULTS.append(Fault(name, cause, plant, **(measurements or {})))
         for how, value in severities.items():
-            FAULTS.append(Fault(f"{name}, {how}", cause, lambda arms, value=value: plant(arms, value), **(exam or {})))
+            FAULTS.append(
+                Fault(f"{name}, {how}", cause, lambda arms, value=value: plant(arms, value), **(measurements or {}))
+            )
         return plant
 
     return register

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from rpb_retrofit.diagnosis import exam, factorial, measures
-from rpb_retrofit.evaluation.journal import SUFFIX, Journal
-from tests.test_checkpoint import rpb_command
-from tests.training_cases import PROSE, small_tokenizer, write_retrofit, write_source
+from rpb_retrofit.diagnosis import factorial, report_data
+from rpb_retrofit.diagnosis import measurements as measurements_module
+from rpb_retrofit.files.journal import SUFFIX, Journal
+from tests.checkpoint.test_checkpoint import rpb_command
+from tests.support.training_cases import PROSE, small_tokenizer, write_retrofit, write_source
 
 BUDGET = ("--lengths", "32,96", "--tokens", "768", "--probed", "192", "--items", "1", "--rounds", "1")
 
@@ -60,8 +61,16 @@ def test_report(
 
 def test_goes_on_after_an_interruption(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[str] = []
-    for name in ("still_life", "consistency", "fidelity", "gaze", "token_by_token", "measure", "speed"):
-        real = getattr(exam, name)
+    for name in (
+        "position_probe",
+        "consistency",
+        "fidelity",
+        "attention_patterns",
+        "token_by_token",
+        "measure",
+        "speed",
+    ):
+        real = getattr(measurements_module, name)
 
         def counted(*args: Any, name: str = name, real: Any = real, **kwargs: Any) -> Any:
             if len(taken) == stop:
@@ -69,7 +78,7 @@ def test_goes_on_after_an_interruption(folder: Path, tmp_path: Path, monkeypatch
             taken.append(name)
             return real(*args, **kwargs)
 
-        monkeypatch.setattr(exam, name, counted)
+        monkeypatch.setattr(measurements_module, name, counted)
     stop = -1
     assert diagnose(monkeypatch, folder, "--out", tmp_path / "whole") == 0
     whole = list(taken)
@@ -104,7 +113,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, folder: Path, out: Path) -> Pat
     return out.with_name(f"{out.name}.run")
 
 
-def _interrupt(exam: Any) -> None:
+def _interrupt(measurements: Any) -> None:
     raise KeyboardInterrupt
 
 
@@ -150,7 +159,7 @@ def test_a_probe_that_fails(
     def broken(*_: Any) -> None:
         raise ValueError("the probe\nbroke")
 
-    monkeypatch.setattr(exam, "consistency", broken)
+    monkeypatch.setattr(measurements_module, "consistency", broken)
     assert diagnose(monkeypatch, folder, "--out", tmp_path / "plain") == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "measuring cached_decoding failed, so this says nothing of it: ValueError: the probe broke" in printed
@@ -168,8 +177,8 @@ def test_a_probe_that_fails(
     ("module", "name", "what", "status"),
     [
         (factorial, "_cross", "the crossing of method and length factor", 0),
-        (measures, "speed_figures", "the figures of speed", 0),
-        (measures, "loss_figures", "the figures of loss", 1),
+        (report_data, "speed_figures", "the figures of speed", 0),
+        (report_data, "loss_figures", "the figures of loss", 1),
     ],
     ids=lambda x: x if isinstance(x, str) and x.startswith("the") else "",
 )

@@ -19,7 +19,6 @@ from rpb_retrofit.diagnosis import exactly
 from rpb_retrofit.diagnosis.arms import Arms
 from rpb_retrofit.diagnosis.effect import LIKELIEST, Effect, predictions, scores
 from rpb_retrofit.diagnosis.exactly import in_float32
-from rpb_retrofit.diagnosis.exam import Exam, Plan
 from rpb_retrofit.diagnosis.finding import Verdict
 from rpb_retrofit.diagnosis.hypotheses import (
     foreign_tables,
@@ -31,9 +30,10 @@ from rpb_retrofit.diagnosis.hypotheses import (
     wrong_scale,
 )
 from rpb_retrofit.diagnosis.intervention import attending_as
-from rpb_retrofit.diagnosis.judge import of_all
 from rpb_retrofit.diagnosis.meanings import meanings_of
+from rpb_retrofit.diagnosis.measurements import DiagnosisPlan, Measurements
 from rpb_retrofit.diagnosis.provenance import HEADS, LAYERS, ROW, UNKNOWN, alterations
+from rpb_retrofit.diagnosis.shared_evidence import of_all
 from rpb_retrofit.diagnosis.weights import trained
 from rpb_retrofit.runtime.bias import RelativePositionBias
 from rpb_retrofit.runtime.buckets import Bucketing
@@ -173,8 +173,10 @@ def test_every_meaning_is_some_hypothesis_and_needs_no_source(fitted: PreTrained
         model = copy.deepcopy(fitted)
         for bias in Arms(model).biases.values():
             bias.weight.data.copy_(MISTAKES[what](bias.weight.data.clone()))
-        exam = Exam(Arms(model), [language(600, 9)], None, Plan(lengths=(64,), tokens=512, probed=128))
-        found = (wrong_scale if what == "negated" else offset_reversed).examine(exam)
+        measurements = Measurements(
+            Arms(model), [language(600, 9)], None, DiagnosisPlan(lengths=(64,), tokens=512, probed=128)
+        )
+        found = (wrong_scale if what == "negated" else offset_reversed).examine(measurements)
         assert found.verdict is Verdict.CONFIRMED and what in found.because
 
 
@@ -222,10 +224,12 @@ def test_what_was_trained_elsewhere_is_not_accused(source: PreTrainedModel, fitt
         for name, parameter in model.named_parameters():
             if ".layers.1." in name:
                 parameter += 1e-3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
-    exam = Exam(Arms(model, source), [language(4096, 9)], None, Plan(lengths=(64,), tokens=2048, probed=1024))
-    assert exam.alterations is None
+    measurements = Measurements(
+        Arms(model, source), [language(4096, 9)], None, DiagnosisPlan(lengths=(64,), tokens=2048, probed=1024)
+    )
+    assert measurements.alterations is None
     for hypothesis in (foreign_tables, weights_differ):
-        assert hypothesis.examine(exam).verdict is not Verdict.CONFIRMED
+        assert hypothesis.examine(measurements).verdict is not Verdict.CONFIRMED
 
 
 def test_a_healed_retrofit_keeps_its_provenance(source: PreTrainedModel, fitted: PreTrainedModel) -> None:
@@ -237,22 +241,22 @@ def test_a_healed_retrofit_keeps_its_provenance(source: PreTrainedModel, fitted:
     name, bias = list(Arms(model).biases.items())[1]
     bias.weight.data.neg_()
     for arms in (Arms(model, source), Arms(model, untrained=fitted)):
-        exam = Exam(arms, [language(600, 9)], None, Plan(lengths=(64,), tokens=512))
-        assert exam.alterations == {name: "negated"}
+        measurements = Measurements(arms, [language(600, 9)], None, DiagnosisPlan(lengths=(64,), tokens=512))
+        assert measurements.alterations == {name: "negated"}
 
 
 def test_zeros_that_were_trained_and_lost(source: PreTrainedModel) -> None:
     model = copy.deepcopy(source)
     rpb.retrofit(model, rpb.RetrofitConfig(init="zeros"))
-    exam = Exam(Arms(model), [language(600, 9)], None, Plan(lengths=(64,), tokens=512))
-    assert tables_not_loaded.examine(exam).verdict is Verdict.EXCLUDED
+    measurements = Measurements(Arms(model), [language(600, 9)], None, DiagnosisPlan(lengths=(64,), tokens=512))
+    assert tables_not_loaded.examine(measurements).verdict is Verdict.EXCLUDED
     for bias in Arms(model).biases.values():
         bias.weight.data += torch.arange(32)
     record(model)
     for bias in Arms(model).biases.values():
         bias.weight.data.zero_()
-    exam = Exam(Arms(model), [language(600, 9)], None, Plan(lengths=(64,), tokens=512))
-    assert tables_not_loaded.examine(exam).verdict is Verdict.CONFIRMED
+    measurements = Measurements(Arms(model), [language(600, 9)], None, DiagnosisPlan(lengths=(64,), tokens=512))
+    assert tables_not_loaded.examine(measurements).verdict is Verdict.CONFIRMED
 
 
 def test_undoing_in_other_layers_is_another_measurement() -> None:
@@ -264,8 +268,10 @@ def test_undoing_in_other_layers_is_another_measurement() -> None:
 def test_a_cast_rounds_buffers_and_is_no_fault() -> None:
     """Rotary frequencies that were cast with the model differ from those that a new model computes."""
     model = built("llama", keep_frequencies=2).to(torch.bfloat16)
-    exam = Exam(Arms(model), [torch.randint(3, 61, (400,))], None, Plan(lengths=(24, 40), tokens=400))
-    assert exam.rebuilt.module is None, exam.rebuilt
+    measurements = Measurements(
+        Arms(model), [torch.randint(3, 61, (400,))], None, DiagnosisPlan(lengths=(24, 40), tokens=400)
+    )
+    assert measurements.rebuilt.module is None, measurements.rebuilt
 
 
 def test_what_overflows_in_half_precision_alone(source: PreTrainedModel) -> None:
@@ -275,8 +281,8 @@ def test_what_overflows_in_half_precision_alone(source: PreTrainedModel) -> None
     rpb.retrofit(model, rpb.RetrofitConfig(init="normal"))
     arms = Arms(model, before)
     documents = [language(600, 9)]
-    plan = Plan(lengths=(64,), tokens=512)
-    assert not_finite.examine(Exam(arms, documents, None, plan)).verdict is Verdict.EXCLUDED
+    plan = DiagnosisPlan(lengths=(64,), tokens=512)
+    assert not_finite.examine(Measurements(arms, documents, None, plan)).verdict is Verdict.EXCLUDED
     next(iter(arms.attentions.values())).register_forward_hook(lambda m, args, out: (out[0] * 1e6 / 1e6, *out[1:]))
-    found = not_finite.examine(Exam(arms, documents, None, plan))
+    found = not_finite.examine(Measurements(arms, documents, None, plan))
     assert found.verdict is Verdict.CONFIRMED and "left padding" in found.because

@@ -12,12 +12,12 @@ import torch
 from transformers import PreTrainedModel
 
 import rpb_retrofit as rpb
-from rpb_retrofit.diagnosis import judge
+from rpb_retrofit.diagnosis import shared_evidence
 from rpb_retrofit.diagnosis.arms import Arms
-from rpb_retrofit.diagnosis.exam import Exam, Plan
 from rpb_retrofit.diagnosis.factorial import SCALE, factorial
 from rpb_retrofit.diagnosis.finding import Kind, Verdict
 from rpb_retrofit.diagnosis.hypotheses import HYPOTHESES, foreign_tables
+from rpb_retrofit.diagnosis.measurements import DiagnosisPlan, Measurements
 from rpb_retrofit.diagnosis.run import Diagnosis, diagnose
 from rpb_retrofit.errors import DataError, NotRetrofittedError
 from rpb_retrofit.evaluation.context_use import induction_gain, make_inductions
@@ -32,9 +32,9 @@ from tests.families.test_contract import build
 LENGTHS = (64, 256)
 
 
-def examine(arms: Arms, lengths: tuple[int, ...] = LENGTHS, text: Any = language, **plan: Any) -> Exam:
+def examine(arms: Arms, lengths: tuple[int, ...] = LENGTHS, text: Any = language, **plan: Any) -> Measurements:
     plan = {"lengths": lengths, "tokens": 8192, "rounds": 0, **plan}
-    return Exam(arms, [text(8192, 4321)], None, Plan(**plan))
+    return Measurements(arms, [text(8192, 4321)], None, DiagnosisPlan(**plan))
 
 
 def verdicts(found: Diagnosis) -> dict[str, Verdict]:
@@ -113,19 +113,19 @@ def test_healthy_retrofits_are_left_in_peace(family: str, seed: int, settings: d
 
 def test_a_row_is_spoiled_where_what_it_hands_on_is_farther_too(source: PreTrainedModel) -> None:
     """Fitted tables give up some of the attention for the outputs: far in attention alone is no fault."""
-    exam = examine(Arms(retrofitted(source), source))
-    found = exam.fidelity
+    measurements = examine(Arms(retrofitted(source), source))
+    found = measurements.fidelity
     assert found is not None and set(found.missed) == set(found.own)
     assert found.mean(found.missed) < found.mean(found.missed_without)
     assert found.mean(found.missed) < found.mean(found.missed_by_attention)
     name, head = next(iter(found.own)), 2
     far = {**found.own, name: found.own[name].clone()}
     far[name][head] = found.zeros[name][head] + 1
-    assert foreign_tables._spoiled_rows(exam, replace(found, own=far)) == ""
+    assert foreign_tables._spoiled_rows(measurements, replace(found, own=far)) == ""
     none = {**found.missed, name: found.missed[name].clone()}
     none[name][head] = found.missed_without[name][head] + 0.1
-    assert foreign_tables._spoiled_rows(exam, replace(found, own=far, missed=none)).endswith(f": {head}")
-    assert foreign_tables._spoiled_rows(exam, replace(found, missed=none)) == ""
+    assert foreign_tables._spoiled_rows(measurements, replace(found, own=far, missed=none)).endswith(f": {head}")
+    assert foreign_tables._spoiled_rows(measurements, replace(found, missed=none)) == ""
 
 
 SORTS: dict[str, dict[str, Any]] = {
@@ -152,17 +152,19 @@ def test_every_crossing_and_twin_runs_on_every_sort(sort: str) -> None:
     )
     documents = [torch.randint(3, 61, (400,), generator=torch.Generator().manual_seed(0))]
     rpb.retrofit(model, config, calibration=documents * 2 if config.takes_text else None)
-    exam = Exam(Arms(model, source), documents, None, Plan(lengths=(24, 40), tokens=400, probed=80, rounds=0))
+    measurements = Measurements(
+        Arms(model, source), documents, None, DiagnosisPlan(lengths=(24, 40), tokens=400, probed=80, rounds=0)
+    )
     ids = documents[0][None, :40]
     with torch.no_grad():
         before = model(ids).logits
-    crossings = {crossing.name: crossing for crossing in factorial(exam)}
+    crossings = {crossing.name: crossing for crossing in factorial(measurements)}
     assert crossings.keys() >= {"length factor", "attention window", "RoPE scaling"}
     assert all(math.isfinite(cell) for crossing in crossings.values() for cell in crossing.cells)
     cells = crossings["RoPE scaling"].cells
     rotates = bool(config.keep_frequencies)
     assert (cells[2] != cells[3]) or not rotates, "kept frequencies are scaled with the rest"
-    found = exam.rebuilt
+    found = measurements.rebuilt
     assert found is not None and found.module is None, found
     with torch.no_grad():
         assert torch.equal(model(ids).logits, before), "every change was undone"
@@ -184,8 +186,8 @@ def test_nearer_in_attention_alone_is_no_mistake(source: PreTrainedModel) -> Non
     where the heads then also hand on more, and where the loss falls."""
     model = retrofitted(source)
     forget_checksums(model)
-    exam = examine(Arms(model, source))
-    found = exam.fidelity
+    measurements = examine(Arms(model, source))
+    found = measurements.fidelity
     assert found is not None
     name, meaning = next(iter(found.own)), "shifted by minus one bucket"
     near = {**found.meant[name], meaning: found.refit[name].clone()}
@@ -193,15 +195,15 @@ def test_nearer_in_attention_alone_is_no_mistake(source: PreTrainedModel) -> Non
     without = {**found.zeros, name: found.refit[name] + 8}
     missed = {"less": found.missed[name] / 2, "more": found.missed[name] * 2}
     for handed_on, missed_then in missed.items():
-        exam.fidelity = replace(
+        measurements.fidelity = replace(
             found,
             own=far,
             zeros=without,
             meant={**found.meant, name: near},
             missed_if_meant={**found.missed_if_meant, name: {meaning: missed_then}},
         )
-        assert judge._hands_on_more(exam.fidelity, name, meaning) == (handed_on == "less")
-        assert judge.meant_otherwise(exam, meaning, "") is None, "moving them does not lower the loss"
+        assert shared_evidence._hands_on_more(measurements.fidelity, name, meaning) == (handed_on == "less")
+        assert shared_evidence.meant_otherwise(measurements, meaning, "") is None, "moving them does not lower the loss"
 
 
 CAUSAL = [case for case in CASES if case.kind == "causal" and case.name != "llama-dynamic"]
@@ -216,9 +218,11 @@ def test_every_family_runs_as_it_should(case: Any) -> None:
         rpb.RetrofitConfig(init="normal", relative_attention_num_buckets=8, relative_attention_max_distance=16),
     )
     documents = [torch.randint(3, 61, (400,), generator=torch.Generator().manual_seed(0))]
-    exam = Exam(Arms(model, build(case)), documents, None, Plan(lengths=(24, 40), tokens=400, probed=80, rounds=0))
+    measurements = Measurements(
+        Arms(model, build(case)), documents, None, DiagnosisPlan(lengths=(24, 40), tokens=400, probed=80, rounds=0)
+    )
     running = [h for h in HYPOTHESES if h.kind <= Kind.NUMBERS]
-    found = diagnose(exam, hypotheses=running, figures=False)
+    found = diagnose(measurements, hypotheses=running, figures=False)
     assert not found.causes, found.headline
     assert not [o.finding.because for o in found.outcomes if o.finding.failed]
     excluded = [name for name, verdict in verdicts(found).items() if verdict is Verdict.EXCLUDED]
@@ -261,8 +265,8 @@ def test_factorial_recovers_planted_effects(source: PreTrainedModel, factor: flo
                 attention.relative_attention_bias.weight.data[:, 12:] = 0
         return model
 
-    exam = examine(Arms(planted(factor, True), source), probed=4096)
-    found = {crossing.name: crossing for crossing in factorial(exam)}[SCALE]
+    measurements = examine(Arms(planted(factor, True), source), probed=4096)
+    found = {crossing.name: crossing for crossing in factorial(measurements)}[SCALE]
     assert found.gap.mean == pytest.approx(found.method.mean + found.factor.mean + found.both.mean, abs=1e-9)
 
     fresh = [language(30_000, 777_000)]
@@ -270,7 +274,7 @@ def test_factorial_recovers_planted_effects(source: PreTrainedModel, factor: flo
     for attention in (layer.self_attn for layer in scaled.model.layers):  # type: ignore[union-attr]
         attention.scaling *= factor
     losses = {
-        name: token_by_token(model, fresh, exam.middle, 30_000, None)
+        name: token_by_token(model, fresh, measurements.middle, 30_000, None)
         for name, model in {
             "plain": source,
             "scaled": scaled,
@@ -305,8 +309,8 @@ def test_figures_of_all_arms(source: PreTrainedModel, healthy: str) -> None:
 
 def test_lengths_that_do_not_fit_are_named(source: PreTrainedModel) -> None:
     gpt2 = trained("gpt2", 0, first=0, then=60)
-    exam = examine(Arms(retrofitted(gpt2), gpt2), lengths=(64, 512, 9000))
-    found = diagnose(exam)
+    measurements = examine(Arms(retrofitted(gpt2), gpt2), lengths=(64, 512, 9000))
+    found = diagnose(measurements)
     assert "9000" in " ".join(found.skipped) and any("source-512" in name for name in found.skipped)
     means = found.figures["loss"]["mean"]
     assert set(means["source"]) == {"64"} and set(means["retrofit"]) == {"64", "512"}
@@ -322,9 +326,9 @@ def test_no_memory_for_a_length(source: PreTrainedModel, monkeypatch: pytest.Mon
         return forward(self, input_ids=input_ids, **kwargs)
 
     monkeypatch.setattr(type(model), "forward", limited)
-    exam = examine(Arms(model, source), lengths=(64, 256))
-    assert exam.losses("retrofit", 256) is None and exam.losses("retrofit", 64) is not None
-    assert "can't allocate" in exam.skipped["loss-retrofit-256"]
+    measurements = examine(Arms(model, source), lengths=(64, 256))
+    assert measurements.losses("retrofit", 256) is None and measurements.losses("retrofit", 64) is not None
+    assert "can't allocate" in measurements.skipped["loss-retrofit-256"]
 
 
 def test_wrong_arms(source: PreTrainedModel) -> None:
@@ -338,4 +342,4 @@ def test_wrong_arms(source: PreTrainedModel) -> None:
     with pytest.raises(DataError, match="has 50 tokens, the retrofit 48"):
         Arms(retrofit, other)
     with pytest.raises(DataError, match="longest document has 30 tokens"):
-        diagnose(Exam(Arms(retrofit, source), [language(30, 1)], None, Plan(lengths=LENGTHS)))
+        diagnose(Measurements(Arms(retrofit, source), [language(30, 1)], None, DiagnosisPlan(lengths=LENGTHS)))

@@ -18,7 +18,7 @@ from rpb_retrofit.diagnosis.report import EVIDENCE, write_report
 from rpb_retrofit.diagnosis.summary import AGAIN, CAUSE, COMMANDS, LOST, NEXT, ROTARY, RUNS, summary
 from rpb_retrofit.pages.drawing import as_data_uri
 from rpb_retrofit.pages.words import number
-from tests.page import Page
+from tests.support.page import Page
 
 COMMAND = "rpb diagnose out --source org/model"
 ARMS = ("source", "control", "untrained", "retrofit")

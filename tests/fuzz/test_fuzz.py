@@ -23,10 +23,10 @@ from hypothesis import strategies as st
 
 import rpb_retrofit as rpb
 from rpb_retrofit.training.recipe import Recipe
+from tests.checkpoint.test_checkpoint import RPB
 from tests.fuzz import inputs
 from tests.fuzz.property import judge, run, strict
-from tests.test_checkpoint import RPB
-from tests.training_cases import PROSE, write_retrofit, write_source
+from tests.support.training_cases import PROSE, write_retrofit, write_source
 
 SECONDS = float(os.environ.get("RPB_FUZZ_SECONDS", "45"))
 SEED = int(os.environ.get("RPB_FUZZ_SEED", secrets.randbelow(2**32)))

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import rpb_retrofit as rpb
 from rpb_retrofit.diagnosis.arms import Arms
-from rpb_retrofit.diagnosis.exam import Exam, Plan
 from rpb_retrofit.diagnosis.finding import Kind
 from rpb_retrofit.diagnosis.hypotheses import HYPOTHESES
+from rpb_retrofit.diagnosis.measurements import DiagnosisPlan, Measurements
 from rpb_retrofit.diagnosis.run import diagnose
 from rpb_retrofit.runtime.modeling import submodels
 from rpb_retrofit.tables.checksums import KEY
@@ -29,7 +29,7 @@ from tests.matrix.texts import text
 PAIRS = (("prose", "dialogue"), ("code", "prose"), ("dialogue", "help"), ("help", "code"))
 """What is calibrated on, and what is examined on."""
 
-PLAN = Plan(lengths=(128, 512), tokens=2048, probed=1024, items=0, rounds=0)
+PLAN = DiagnosisPlan(lengths=(128, 512), tokens=2048, probed=1024, items=0, rounds=0)
 
 OF_SMALL_MODELS = (
     *("RoPE's base", "kept frequencies", "another model", "the last bucket", "two buckets", "texts longer"),
@@ -114,14 +114,18 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
     if case.fault is not None:
         arms = case.fault.plant(arms) or arms
     tokenizer = AutoTokenizer.from_pretrained(before)
-    exam = Exam(arms, tokenise(tokenizer, [text(examined)[:100_000]]), None, PLAN)
+    measurements = Measurements(arms, tokenise(tokenizer, [text(examined)[:100_000]]), None, PLAN)
     known = _KNOWN.setdefault((case.dtype, examined), {})
-    exam.journal.held |= known  # the source is the same in all
+    measurements.journal.held |= known  # the source is the same in all
     start = time.perf_counter()
     deepest = Kind.NUMBERS if case.fault is None else _kind(case.fault.cause)
-    found = diagnose(exam, hypotheses=[h for h in HYPOTHESES if h.kind <= deepest], figures=False)
-    ways = {} if found.failed else {name: way.difference for name, way in exam.ways.by_name.items()}
-    known |= {name: found for name, found in exam.journal.held.items() if name.endswith("source") or "-source-" in name}
+    found = diagnose(measurements, hypotheses=[h for h in HYPOTHESES if h.kind <= deepest], figures=False)
+    ways = {} if found.failed else {name: way.difference for name, way in measurements.ways.by_name.items()}
+    known |= {
+        name: found
+        for name, found in measurements.journal.held.items()
+        if name.endswith("source") or "-source-" in name
+    }
     del arms
     gc.collect()
     effects = {o.name: o.finding.effect for o in found.outcomes if o.finding.effect is not None}
@@ -132,7 +136,7 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
         "because": {cause.name: cause.finding.because for cause in found.causes},
         "failed": found.failed,
         "shares": {name: effect.share for name, effect in effects.items()},
-        "noise": math.nan if found.failed else exam.ways.noise,
+        "noise": math.nan if found.failed else measurements.ways.noise,
         "ways": ways,
         "seconds": round(time.perf_counter() - start, 1),
     }

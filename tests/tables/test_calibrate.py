@@ -14,11 +14,12 @@ from transformers import BloomConfig, BloomForCausalLM
 
 import rpb_retrofit as rpb
 from rpb_retrofit.errors import ConfigError, DataError, RetrofitError
+from rpb_retrofit.files.spool import temporary_spool
 from rpb_retrofit.runtime.families import family_of
+from rpb_retrofit.tables.attention_rows import AttentionRows
 from rpb_retrofit.tables.calibrate import Calibration
 from rpb_retrofit.tables.fit import fit
 from rpb_retrofit.tables.outputs import SHARE, fit_outputs
-from rpb_retrofit.tables.spool import temporary_spool
 from tests.families.cases import CASES, Case
 from tests.families.test_contract import CONFIG, VOCAB, build, inputs_of, tokens
 
@@ -66,7 +67,7 @@ def test_every_family(case: Case) -> None:
 @pytest.mark.parametrize("case", FITTED, ids=str)
 def test_every_attention_comes_nearer(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first act alone, which the outputs start from: each layer's attention comes nearer to the source's."""
-    monkeypatch.setattr("rpb_retrofit.tables.calibrate.fit_outputs", lambda pairs, form, metric: fit(pairs, form))
+    monkeypatch.setattr("rpb_retrofit.tables.calibrate.fit_outputs", lambda pairs, layout, metric: fit(pairs, layout))
     found = rpb.retrofit(build(case), CALIBRATED, calibration=text()).calibration
     for layer in found.layers:
         assert all(b <= a + 1e-5 for a, b in zip(layer.before, layer.after, strict=True)), layer.name
@@ -104,13 +105,13 @@ def test_the_upper_layers_are_fitted_on_the_lower_ones() -> None:
     report = rpb.retrofit(model, config, calibration=windows)
     heard: dict[str, Tensor] = {}
     attentions = {name: model.get_submodule(name) for name in report.layers_patched}
-    with temporary_spool() as spool:
+    with temporary_spool(AttentionRows) as spool:
         whole = Calibration(family_of(model.config), windows, config.seed, spool)
         whole.record(model, attentions)  # the retrofit itself, whole
         last = report.layers_patched[-1]
         heard["whole"] = whole.spool["source", last, 0].query
     again = build(case)
-    with temporary_spool() as spool:
+    with temporary_spool(AttentionRows) as spool:
         stepwise = Calibration(family_of(again.config), windows, config.seed, spool)
         plain = {name: again.get_submodule(name) for name in report.layers_patched}
         stepwise.record(again, plain)

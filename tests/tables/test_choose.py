@@ -12,9 +12,9 @@ import rpb_retrofit as rpb
 from rpb_retrofit.errors import ConfigError, DataError
 from rpb_retrofit.runtime.buckets import Bucketing
 from rpb_retrofit.runtime.families import TABLE
-from rpb_retrofit.tables.choose import BUCKETS, Trial, held_out_divergence, sizes
+from rpb_retrofit.tables.bucket_search import BUCKETS, Trial, held_out_divergence, sizes
 from rpb_retrofit.tables.fit import fit
-from rpb_retrofit.tables.form import Form
+from rpb_retrofit.tables.parameters import ParameterLayout
 from tests.families.cases import CASES
 from tests.families.test_contract import CONFIG, build, inputs_of, tokens
 from tests.tables.test_calibrate import CALIBRATED, text
@@ -36,10 +36,10 @@ def test_the_candidates_are_valid() -> None:
 @pytest.mark.parametrize("planted", [(16, 64), (64, 512)])
 def test_what_was_planted_is_chosen(planted: tuple[int, int]) -> None:
     """A source whose bias has few, near buckets needs no more; one with many cannot do with fewer."""
-    source = Planted(Form(Bucketing(*planted, False)), keys=700, step=5, dtype=torch.float32)
+    source = Planted(ParameterLayout(Bucketing(*planted, False)), keys=700, step=5, dtype=torch.float32)
     pairs = list(source.pairs(4))
     trial = Trial(["layer"], 700, [False])
-    trial("layer", lambda windows: [pairs[w] for w in windows], 4, Form(source.bucketing))
+    trial("layer", lambda windows: [pairs[w] for w in windows], 4, ParameterLayout(source.bucketing))
     choice = trial.choice()
     assert (choice.chosen.num_buckets, choice.chosen.max_distance) == planted
     assert f"buckets auto: {planted[0]} to {planted[1]}" in str(choice)
@@ -49,10 +49,10 @@ def test_what_was_planted_is_chosen(planted: tuple[int, int]) -> None:
 def test_more_buckets_than_the_text_bears_are_worse_on_held_out_text() -> None:
     """Overfitting shows: fitted to a handful of rows, 128 buckets lose against 16 on rows that they did not see."""
     torch.manual_seed(0)
-    source = Planted(Form(Bucketing(16, 64, False)), keys=300, step=90, dtype=torch.float32)
+    source = Planted(ParameterLayout(Bucketing(16, 64, False)), keys=300, step=90, dtype=torch.float32)
     noisy = [(replace(s, scores=s.scores + torch.randn_like(s.scores)), o) for s, o in source.pairs(8)]
     few, many = (
-        held_out_divergence(noisy[:2], noisy[2:], Form(Bucketing(count, reach, False)))
+        held_out_divergence(noisy[:2], noisy[2:], ParameterLayout(Bucketing(count, reach, False)))
         for count, reach in ((16, 64), (128, 256))
     )
     assert few < many
@@ -91,7 +91,7 @@ def test_heads_are_matched_by_text(name: str, shared: bool, tmp_path: Path, monk
 
     They are those nearest in attention, which is what is matched.
     """
-    monkeypatch.setattr("rpb_retrofit.tables.calibrate.fit_outputs", lambda pairs, form, metric: fit(pairs, form))
+    monkeypatch.setattr("rpb_retrofit.tables.calibrate.fit_outputs", lambda pairs, layout, metric: fit(pairs, layout))
     case = BY_NAME[name]
     model = build(case)
     config = replace(CALIBRATED, shared=shared)

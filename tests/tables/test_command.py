@@ -13,10 +13,10 @@ from transformers import AutoTokenizer
 import rpb_retrofit as rpb
 from rpb_retrofit.errors import DataError
 from rpb_retrofit.text import CalibrationText, Text, spread_windows
+from tests.checkpoint.test_checkpoint import rpb_command
+from tests.evaluation.test_evaluation import WORDS, tokenizer
 from tests.families.cases import CASES
 from tests.families.test_contract import VOCAB, build
-from tests.test_checkpoint import rpb_command
-from tests.test_evaluation import WORDS, tokenizer
 
 LLAMA = next(case for case in CASES if str(case) == "llama")
 SMALL = ("--buckets", 8, "--max-distance", 16)

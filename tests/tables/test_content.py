@@ -18,14 +18,14 @@ import rpb_retrofit as rpb
 from rpb_retrofit.checkpoint.convert import retrofit_checkpoint
 from rpb_retrofit.errors import CheckpointError, MissingTablesError, UnsupportedModelError
 from rpb_retrofit.files.shards import overwrite
-from rpb_retrofit.runtime.factor import ContentFactor, Pairs, turned
+from rpb_retrofit.runtime.factor import ContentFactor, RotaryPairs, turned
 from rpb_retrofit.runtime.families import FACTOR, family_of
-from rpb_retrofit.tables.rows import Rows
+from rpb_retrofit.tables.attention_rows import AttentionRows
 from rpb_retrofit.text import CalibrationText, Text
+from tests.evaluation.test_evaluation import WORDS, tokenizer
 from tests.families.cases import Case
 from tests.families.test_contract import CONFIG, build, inputs_of, tokens
 from tests.tables.test_calibrate import BY_NAME, ROTARY, text
-from tests.test_evaluation import WORDS, tokenizer
 
 CONTENT = replace(CONFIG, init="calibrated", calibrate="tables+content")
 SERVED = [case for case in ROTARY if family_of(build(case).config).uses_interface]
@@ -43,15 +43,15 @@ def logits(model: Any, case: Case) -> Tensor:
 
 
 @given(st.sampled_from(["half", "interleaved"]), st.integers(0, 3), st.integers(1, 3), st.integers(0, 2**30))
-def test_a_factor_is_a_complex_product(layout: str, start: int, frequencies: int, seed: int) -> None:
+def test_a_factor_is_a_complex_product(pairing: str, start: int, frequencies: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(2, 3, 5, 10, generator=generator)
     factor = torch.randn(3, frequencies, 2, generator=generator)
-    found = turned(x, factor, Pairs(layout, start, frequencies))
+    found = turned(x, factor, RotaryPairs(pairing, start, frequencies))
     middle = x[..., start : start + 2 * frequencies]
-    pairs = middle.unflatten(-1, (2, -1)).mT if layout == "half" else middle.unflatten(-1, (-1, 2))
+    pairs = middle.unflatten(-1, (2, -1)).mT if pairing == "half" else middle.unflatten(-1, (-1, 2))
     product = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.view_as_complex(factor)[:, None])
-    product = (product.mT if layout == "half" else product).flatten(-2)
+    product = (product.mT if pairing == "half" else product).flatten(-2)
     want = torch.cat([x[..., :start], product, x[..., start + 2 * frequencies :]], -1)
     torch.testing.assert_close(found, want)
 
@@ -65,7 +65,7 @@ def test_every_rotary_family(case: Case, monkeypatch: pytest.MonkeyPatch) -> Non
     tables = rpb.retrofit(model, replace(CONTENT, calibrate="tables"), text()).calibration
     unfolded = build(case)
     with monkeypatch.context() as patch:
-        patch.setattr("rpb_retrofit.inplace.fold", lambda *args: None)
+        patch.setattr("rpb_retrofit.swap.inplace.fold", lambda *args: None)
         found = rpb.retrofit(unfolded, CONTENT, text()).calibration
     assert found.after < 0.97 * tables.after
     factors = [m.weight for m in unfolded.modules() if isinstance(m, ContentFactor)]
@@ -93,7 +93,7 @@ def test_the_pairs_are_those_that_rotate(case: Case) -> None:
     model = build(case).eval()
     family = family_of(model.config)
     attentions = attention_modules(model, family)
-    heard: dict[str, Rows] = {}
+    heard: dict[str, AttentionRows] = {}
     same = torch.full((24,), 7)  # one token throughout: positions alone tell the first layer's queries apart
     with watch(model, family, attentions) as listen:
         listen(heard.__setitem__, range(23, -1, -1))
@@ -116,7 +116,7 @@ def test_the_pairs_are_those_that_rotate(case: Case) -> None:
 @pytest.mark.parametrize("keep", [0, 2])
 def test_kept_frequencies_have_no_factor(keep: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(BY_NAME["llama"])
-    monkeypatch.setattr("rpb_retrofit.inplace.fold", lambda *args: None)
+    monkeypatch.setattr("rpb_retrofit.swap.inplace.fold", lambda *args: None)
     rpb.retrofit(model, replace(CONTENT, keep_frequencies=keep), text())
     for factor in (m.weight for m in model.modules() if isinstance(m, ContentFactor)):
         one = (factor == torch.tensor([1.0, 0.0])).all(-1).all(0)

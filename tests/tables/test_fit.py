@@ -12,11 +12,11 @@ from torch import Tensor
 
 from rpb_retrofit.runtime import factor
 from rpb_retrofit.runtime.buckets import Bucketing, bucket_of
+from rpb_retrofit.tables import attention_rows as rows_module
 from rpb_retrofit.tables import fit as fit_module
-from rpb_retrofit.tables import rows as rows_module
-from rpb_retrofit.tables.fit import Pairs, fit, loss, target_of
-from rpb_retrofit.tables.form import Form
-from rpb_retrofit.tables.rows import Rows
+from rpb_retrofit.tables.attention_rows import AttentionRows
+from rpb_retrofit.tables.fit import RowPairs, fit, loss, target_of
+from rpb_retrofit.tables.parameters import ParameterLayout
 
 WIDTH = 8
 """Dimensions of a head."""
@@ -26,7 +26,7 @@ WIDTH = 8
 class Planted:
     """Random content, and a source whose attention is that content with a bucketed bias, a tail and factors."""
 
-    form: Form
+    layout: ParameterLayout
     heads: int = 4
     groups: int = 2
     keys: int = 90
@@ -39,70 +39,73 @@ class Planted:
 
     def __post_init__(self) -> None:
         self.generator = torch.Generator().manual_seed(self.seed)
-        self.bucketing = self.form.bucketing
-        self.numbers = self.randn(self.heads, self.form.size).clamp(-2, 2)
-        self.numbers[:, self.form.num_bias :] /= 2
+        self.bucketing = self.layout.bucketing
+        self.numbers = self.randn(self.heads, self.layout.size).clamp(-2, 2)
+        self.numbers[:, self.layout.num_bias :] /= 2
         self.sink = self.randn(self.heads) if self.sinks else None
 
     def randn(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.generator, dtype=self.dtype)
 
-    def student(self) -> Rows:
+    def student(self) -> AttentionRows:
         positions = range(self.keys - 2, -1, -self.step)
         at = torch.tensor(positions)
         first = torch.zeros_like(at) if self.window is None else (at - self.window + 1).clamp(min=0)
         last = torch.full_like(at, self.keys) if self.bucketing.bidirectional else at + 1
-        return Rows(
+        return AttentionRows(
             positions, torch.stack([first, last], 1), self.keys,
             query=self.randn(self.heads, len(at), WIDTH), key=self.randn(self.heads // self.groups, self.keys, WIDTH),
             scale=0.3, softcap=self.softcap, sinks=self.sink,
         )  # fmt: skip
 
-    def source(self, student: Rows) -> Rows:
-        scores = explicit_scores(student, self.form, self.numbers)
-        return Rows(student.positions, student.seen, self.keys, scores=scores, sinks=self.sink)
+    def source(self, student: AttentionRows) -> AttentionRows:
+        scores = explicit_scores(student, self.layout, self.numbers)
+        return AttentionRows(student.positions, student.seen, self.keys, scores=scores, sinks=self.sink)
 
-    def pairs(self, windows: int) -> Pairs:
+    def pairs(self, windows: int) -> RowPairs:
         students = [self.student() for _ in range(windows)]
         return [(self.source(student), student) for student in students]
 
 
-def explicit_scores(student: Rows, form: Form, numbers: Tensor) -> Tensor:
+def explicit_scores(student: AttentionRows, layout: ParameterLayout, numbers: Tensor) -> Tensor:
     """Scores by their definition: complex products and a bias for every pair of tokens, no views and no sums."""
-    buckets, bias = form.bucketing.num_buckets, form.num_bias
+    buckets, bias = layout.bucketing.num_buckets, layout.num_bias
     offset = torch.tensor(student.positions)[:, None] - torch.arange(student.keys)
     query, key = student.query, student.key.repeat_interleave(len(student.query) // len(student.key), 0)
     content = query @ key.mT
-    if form.pairs is not None:
-        count = form.pairs.frequencies
-        middle = slice(form.pairs.start, form.pairs.start + 2 * count)
-        shape = (2, count) if form.pairs.layout == "half" else (count, 2)
+    if layout.pairs is not None:
+        count = layout.pairs.frequencies
+        middle = slice(layout.pairs.start, layout.pairs.start + 2 * count)
+        shape = (2, count) if layout.pairs.layout == "half" else (count, 2)
         q, k = (x[..., middle].unflatten(-1, shape) for x in (query, key))
-        q, k = (torch.complex(*x.unbind(-2 if form.pairs.layout == "half" else -1)) for x in (q, k))
+        q, k = (torch.complex(*x.unbind(-2 if layout.pairs.layout == "half" else -1)) for x in (q, k))
         real, imaginary = numbers[:, bias:].chunk(2, -1)
         c = torch.complex(real, imaginary)[:, None]
-        content = content + torch.einsum("hif,hjf->hij", c * q[..., form.kept :], k[..., form.kept :].conj()).real
+        content = content + torch.einsum("hif,hjf->hij", c * q[..., layout.kept :], k[..., layout.kept :].conj()).real
     content = content * student.scale
     if student.softcap is not None:
         content = student.softcap * (content / student.softcap).tanh()
-    scores = content + numbers[:, bucket_of(offset, form.bucketing)]
-    if form.tail:
-        beyond = (offset.abs() / form.bucketing.max_distance).clamp(min=1).log().to(scores)
+    scores = content + numbers[:, bucket_of(offset, layout.bucketing)]
+    if layout.tail:
+        beyond = (offset.abs() / layout.bucketing.max_distance).clamp(min=1).log().to(scores)
         scores = scores + numbers[:, buckets, None, None] * beyond * (offset > 0)
-        if form.bucketing.bidirectional:
+        if layout.bucketing.bidirectional:
             scores = scores + numbers[:, buckets + 1, None, None] * beyond * (offset < 0)
     at = torch.arange(student.keys)
     return scores.masked_fill((at < student.seen[:, :1]) | (at >= student.seen[:, 1:]), -torch.inf)
 
 
-def explicit_loss(numbers: Tensor, pairs: Pairs, form: Form) -> Tensor:
+def explicit_loss(numbers: Tensor, pairs: RowPairs, layout: ParameterLayout) -> Tensor:
     """The mean KL per head by its definition, with no pull and no blocks."""
     total, count = torch.zeros(len(numbers), dtype=torch.double), 0
     for source, student in pairs:
         log_p, log_q = (
             torch.cat([s] if rows.sinks is None else [s, rows.sinks.view(-1, 1, 1).expand(-1, s.shape[1], 1)], -1)
             .log_softmax(-1)
-            for rows, s in ((source, source.content(torch.double)), (student, explicit_scores(student, form, numbers)))
+            for rows, s in (
+                (source, source.content(torch.double)),
+                (student, explicit_scores(student, layout, numbers)),
+            )
         )  # fmt: skip
         p = log_p.exp()
         total = total + torch.where(p > 0, p * (log_p - log_q.masked_fill(p == 0, 0)), 0).sum((1, 2))
@@ -114,10 +117,17 @@ BUCKETINGS = st.sampled_from([Bucketing(8, 20, False), Bucketing(12, 300, False)
 
 
 FORMS = st.builds(
-    Form,
+    ParameterLayout,
     BUCKETINGS,
     st.booleans(),
-    st.sampled_from([None, factor.Pairs("half", 0, 4), factor.Pairs("half", 2, 3), factor.Pairs("interleaved", 2, 3)]),
+    st.sampled_from(
+        [
+            None,
+            factor.RotaryPairs("half", 0, 4),
+            factor.RotaryPairs("half", 2, 3),
+            factor.RotaryPairs("interleaved", 2, 3),
+        ]
+    ),
     st.sampled_from([0, 1]),
 )
 
@@ -125,7 +135,7 @@ FORMS = st.builds(
 def exactly(patch: pytest.MonkeyPatch) -> None:
     """No pull, and several blocks."""
     patch.setattr(rows_module, "BLOCK", 4000)
-    patch.setattr("rpb_retrofit.tables.form.CHUNK", 5000)
+    patch.setattr("rpb_retrofit.tables.parameters.CHUNK", 5000)
     for name in ("PULL", "GAUGE", "STIFFNESS"):
         patch.setattr(fit_module, name, 0.0)
 
@@ -133,72 +143,72 @@ def exactly(patch: pytest.MonkeyPatch) -> None:
 @settings(max_examples=40, deadline=None)
 @given(FORMS, st.sampled_from([None, 17]), st.booleans(), st.sampled_from([None, 2.0]), st.integers(0, 2**30))
 def test_the_loss_and_its_derivatives(
-    form: Form, window: int | None, sinks: bool, softcap: float | None, seed: int
+    layout: ParameterLayout, window: int | None, sinks: bool, softcap: float | None, seed: int
 ) -> None:
     """In float64, against the KL by its definition, and the finite differences of it."""
-    window = None if form.bucketing.bidirectional else window
-    planted = Planted(form, window=window, sinks=sinks, softcap=softcap, seed=seed)
+    window = None if layout.bucketing.bidirectional else window
+    planted = Planted(layout, window=window, sinks=sinks, softcap=softcap, seed=seed)
     pairs = planted.pairs(2)
-    point = planted.randn(planted.heads, form.size) / 2
+    point = planted.randn(planted.heads, layout.size) / 2
     step = 1e-5
     with pytest.MonkeyPatch.context() as patch:
         exactly(patch)
-        target = target_of(pairs, form, torch.float64)
-        found = loss(point, target, pairs, form)
-        torch.testing.assert_close(found.value, explicit_loss(point, pairs, form), rtol=1e-9, atol=1e-9)
-        for number in range(form.size):
+        target = target_of(pairs, layout, torch.float64)
+        found = loss(point, target, pairs, layout)
+        torch.testing.assert_close(found.value, explicit_loss(point, pairs, layout), rtol=1e-9, atol=1e-9)
+        for number in range(layout.size):
             move = torch.zeros_like(point)
             move[:, number] = step
-            ahead, behind = (explicit_loss(point + sign * move, pairs, form) for sign in (1, -1))
+            ahead, behind = (explicit_loss(point + sign * move, pairs, layout) for sign in (1, -1))
             torch.testing.assert_close(found.gradient[:, number], (ahead - behind) / (2 * step), rtol=1e-6, atol=1e-8)
             if target.moments is None:
                 continue  # a soft cap over factors: the Hessian is Gauss and Newton's
-            ahead, behind = (loss(point + sign * move, target, pairs, form).gradient for sign in (1, -1))
+            ahead, behind = (loss(point + sign * move, target, pairs, layout).gradient for sign in (1, -1))
             torch.testing.assert_close(found.hessian[:, number], (ahead - behind) / (2 * step), rtol=1e-5, atol=1e-7)
         assert torch.linalg.eigvalsh(found.hessian).min() > -1e-9, "convex"
 
 
 def test_a_large_mean_of_the_keys_leaves_the_curvature() -> None:
     """Keys share a large mean in real models: the float32 curvature must not drown in it."""
-    form = Form(Bucketing(8, 20, False), pairs=factor.Pairs("half", 0, 4))
-    planted = Planted(form, dtype=torch.float32)
+    layout = ParameterLayout(Bucketing(8, 20, False), pairs=factor.RotaryPairs("half", 0, 4))
+    planted = Planted(layout, dtype=torch.float32)
     pairs = planted.pairs(2)
-    point = torch.zeros(planted.heads, form.size)
-    want = loss(point.double(), target_of(pairs, form, torch.float64), pairs, form).hessian
+    point = torch.zeros(planted.heads, layout.size)
+    want = loss(point.double(), target_of(pairs, layout, torch.float64), pairs, layout).hessian
     moved = [(source, replace(student, key=student.key + 300)) for source, student in pairs]
-    found = loss(point, target_of(moved, form), moved, form).hessian
+    found = loss(point, target_of(moved, layout), moved, layout).hessian
     torch.testing.assert_close(found[:, 8:, 8:], want[:, 8:, 8:], rtol=0.05, atol=2e-3)
     assert torch.linalg.eigvalsh(found).min() > 0
 
 
 @settings(max_examples=10, deadline=None)
-@given(FORMS.filter(lambda form: form.pairs is not None), st.sampled_from([None, 2.0]), st.integers(0, 2**30))
-def test_planted_factors_are_recovered(form: Form, softcap: float | None, seed: int) -> None:
+@given(FORMS.filter(lambda layout: layout.pairs is not None), st.sampled_from([None, 2.0]), st.integers(0, 2**30))
+def test_planted_factors_are_recovered(layout: ParameterLayout, softcap: float | None, seed: int) -> None:
     """Factors, tail and table together: the attention is the source's again."""
-    planted = Planted(form, keys=400, softcap=softcap, seed=seed, dtype=torch.float32)
-    form.slopes(planted.numbers).abs_().neg_()
+    planted = Planted(layout, keys=400, softcap=softcap, seed=seed, dtype=torch.float32)
+    layout.slopes(planted.numbers).abs_().neg_()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fit_module, "STIFFNESS", 1e-6)
-        found = fit(planted.pairs(3), form)
+        found = fit(planted.pairs(3), layout)
     assert found.after.max() < 1e-3 < 0.01 < found.before.min()
-    torch.testing.assert_close(form.factor(found.numbers), form.factor(planted.numbers), rtol=0.05, atol=0.05)
+    torch.testing.assert_close(layout.factor(found.numbers), layout.factor(planted.numbers), rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("bucketing", [Bucketing(8, 20, False), Bucketing(8, 20, True)])
 def test_a_tail_that_would_rise_stays_flat(bucketing: Bucketing) -> None:
     """The best among the tails that do not rise: no number that may move would lower the loss (KKT)."""
-    form = Form(bucketing, tail=True)
-    planted = Planted(form, keys=200)
-    slopes = form.slopes(planted.numbers)
+    layout = ParameterLayout(bucketing, tail=True)
+    planted = Planted(layout, keys=200)
+    slopes = layout.slopes(planted.numbers)
     slopes[:] = torch.tensor([0.7, -0.7]).repeat(len(slopes))[: len(slopes), None]
     pairs = planted.pairs(2)
-    found = fit(pairs, form, torch.float64)
-    got = form.slopes(found.numbers)
+    found = fit(pairs, layout, torch.float64)
+    got = layout.slopes(found.numbers)
     assert bool((got[slopes > 0] == 0).all() and (got[slopes < 0] < -0.3).all())
-    gradient = loss(found.numbers.double(), target_of(pairs, form, torch.float64), pairs, form).gradient
-    rising = form.slopes(gradient)[slopes > 0]
+    gradient = loss(found.numbers.double(), target_of(pairs, layout, torch.float64), pairs, layout).gradient
+    rising = layout.slopes(gradient)[slopes > 0]
     assert bool((rising < -1e-3).all()), "the data ask for a rise"
-    form.slopes(gradient)[slopes > 0] = 0
+    layout.slopes(gradient)[slopes > 0] = 0
     assert gradient.abs().max() < 1e-5
 
 
@@ -207,10 +217,10 @@ def test_a_tail_that_would_rise_stays_flat(bucketing: Bucketing) -> None:
 def test_a_planted_bias_is_recovered(bucketing: Bucketing, window: int | None, sinks: bool, seed: int) -> None:
     """To 1e-3 on the buckets that data fell into, each head's constant removed; with sinks the constant too."""
     window = None if bucketing.bidirectional else window
-    form = Form(bucketing)
-    planted = Planted(form, keys=200, window=window, sinks=sinks, seed=seed, dtype=torch.float32)
+    layout = ParameterLayout(bucketing)
+    planted = Planted(layout, keys=200, window=window, sinks=sinks, seed=seed, dtype=torch.float32)
     pairs = planted.pairs(6)
-    found = fit(pairs, form)
+    found = fit(pairs, layout)
     visited = found.visits > 20  # what a handful of pairs say counts less than the pull of the neighbours
     ours, theirs = found.numbers[:, visited], planted.numbers[:, visited]
     if not sinks:
@@ -224,29 +234,29 @@ def test_a_planted_bias_is_recovered(bucketing: Bucketing, window: int | None, s
     )
 
 
-def _seen_offsets(rows: Rows, position: int) -> list[int]:
+def _seen_offsets(rows: AttentionRows, position: int) -> list[int]:
     first, last = rows.seen[rows.positions.index(position)].tolist()
     return [position - key for key in range(first, last)]
 
 
 def test_unvisited_buckets_continue_their_neighbours() -> None:
     bucketing = Bucketing(16, 1000, False)
-    planted = Planted(Form(bucketing, tail=True), keys=60, dtype=torch.float32)
-    found = fit(planted.pairs(2), planted.form)
+    planted = Planted(ParameterLayout(bucketing, tail=True), keys=60, dtype=torch.float32)
+    found = fit(planted.pairs(2), planted.layout)
     empty = (found.visits == 0).nonzero()[:, 0].tolist()
     last = bucket_of(torch.tensor([58]), bucketing).item()
     assert empty == list(range(last + 1, 16)), "windows of 60 tokens never reach these"
     for bucket in empty:
         torch.testing.assert_close(found.numbers[:, bucket], found.numbers[:, last], rtol=0, atol=1e-3)
-    assert planted.form.slopes(found.numbers).abs().max() < 1e-6, "nothing says how a tail would fall"
+    assert planted.layout.slopes(found.numbers).abs().max() < 1e-6, "nothing says how a tail would fall"
 
 
 def test_hard_attention_does_not_derail_the_steps() -> None:
     """A source that always looks at the previous token, however far its scores are from zero."""
     bucketing = Bucketing(8, 20, False)
-    planted = Planted(Form(bucketing), dtype=torch.float32)
+    planted = Planted(ParameterLayout(bucketing), dtype=torch.float32)
     planted.numbers[:] = 0
     planted.numbers[:, 1] = 25.0
-    found = fit(planted.pairs(2), planted.form)
+    found = fit(planted.pairs(2), planted.layout)
     assert found.after.max() < 0.02 < found.before.min()
     assert found.numbers.isfinite().all() and (found.numbers.argmax(1) == 1).all()

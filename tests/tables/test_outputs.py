@@ -16,11 +16,11 @@ from rpb_retrofit.runtime import factor
 from rpb_retrofit.runtime.buckets import Bucketing
 from rpb_retrofit.runtime.families import family_of
 from rpb_retrofit.runtime.modeling import attention_modules
-from rpb_retrofit.tables.fit import Pairs, fit, loss, target_of
-from rpb_retrofit.tables.form import Form
+from rpb_retrofit.tables.attention_rows import AttentionRows
+from rpb_retrofit.tables.fit import RowPairs, fit, loss, target_of
+from rpb_retrofit.tables.output_metric import metrics
 from rpb_retrofit.tables.outputs import SHARE, Outputs, fit_outputs
-from rpb_retrofit.tables.reader import metrics
-from rpb_retrofit.tables.rows import Rows
+from rpb_retrofit.tables.parameters import ParameterLayout
 from tests.families.cases import CASES
 from tests.families.test_contract import build, tokens
 from tests.tables.test_fit import FORMS, Planted, exactly, explicit_scores
@@ -31,7 +31,7 @@ VALUE = 5
 BY_NAME = {str(case): case for case in CASES}
 
 
-def with_values(planted: Planted, windows: int) -> Pairs:
+def with_values(planted: Planted, windows: int) -> RowPairs:
     """Rows whose students have values, and whose sources what their own attention makes of values of their own."""
     pairs = []
     for source, student in planted.pairs(windows):
@@ -42,7 +42,7 @@ def with_values(planted: Planted, windows: int) -> Pairs:
     return pairs
 
 
-def probabilities(scores: Tensor, rows: Rows) -> Tensor:
+def probabilities(scores: Tensor, rows: AttentionRows) -> Tensor:
     """The softmax by its definition, a sink's share left out."""
     if rows.sinks is None:
         return scores.softmax(-1)
@@ -55,12 +55,12 @@ def some_metric(planted: Planted) -> Tensor:
     return root @ root.mT
 
 
-def explicit_missed(numbers: Tensor, pairs: Pairs, form: Form, metric: Tensor) -> Tensor:
+def explicit_missed(numbers: Tensor, pairs: RowPairs, layout: ParameterLayout, metric: Tensor) -> Tensor:
     """The share of the variance of the source's outputs that is missed, by its definition."""
     theirs = torch.cat([source.output for source, _ in pairs], 1)
     ours = torch.cat(
         [
-            probabilities(explicit_scores(student, form, numbers), student)
+            probabilities(explicit_scores(student, layout, numbers), student)
             @ student.value.repeat_interleave(len(student.query) // len(student.value), 0)
             for _, student in pairs
         ],
@@ -75,20 +75,20 @@ def explicit_missed(numbers: Tensor, pairs: Pairs, form: Form, metric: Tensor) -
 
 @settings(max_examples=30, deadline=None)
 @given(FORMS, st.booleans(), st.sampled_from([None, 2.0]), st.integers(0, 2**30))
-def test_the_term_and_its_gradient(form: Form, sinks: bool, softcap: float | None, seed: int) -> None:
+def test_the_term_and_its_gradient(layout: ParameterLayout, sinks: bool, softcap: float | None, seed: int) -> None:
     """In float64, against the definition and autograd through it; the KL stands beside it with its share."""
-    planted = Planted(form, sinks=sinks, softcap=softcap, seed=seed)
+    planted = Planted(layout, sinks=sinks, softcap=softcap, seed=seed)
     pairs, metric = with_values(planted, 2), some_metric(planted)
-    point = (planted.randn(planted.heads, form.size) / 2).requires_grad_()
-    want = explicit_missed(point, pairs, form, metric)
+    point = (planted.randn(planted.heads, layout.size) / 2).requires_grad_()
+    want = explicit_missed(point, pairs, layout, metric)
     (slope,) = torch.autograd.grad(want.sum(), point)
     point = point.detach()
     with pytest.MonkeyPatch.context() as patch:
         exactly(patch)
         patch.setattr("rpb_retrofit.tables.outputs.ROUNDING", 0.0)
-        term, target = Outputs.of(pairs, form, metric), target_of(pairs, form, torch.float64)
-        alone = loss(point, target, pairs, form)
-        both = loss(point, target, pairs, form, term=term)
+        term, target = Outputs.of(pairs, layout, metric), target_of(pairs, layout, torch.float64)
+        alone = loss(point, target, pairs, layout)
+        both = loss(point, target, pairs, layout, term=term)
     torch.testing.assert_close(both.beside, want.detach(), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(both.value, SHARE * alone.value + want.detach(), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(both.gradient, SHARE * alone.gradient + slope, rtol=1e-7, atol=1e-9)
@@ -97,17 +97,17 @@ def test_the_term_and_its_gradient(form: Form, sinks: bool, softcap: float | Non
 
 def test_random_signs_sample_gauss_and_newton() -> None:
     """Over many rows the sampled matrix is the product of the explicit Jacobian with itself, but for the sampling."""
-    form = Form(Bucketing(8, 20, False), pairs=factor.Pairs("half", 0, 4))
-    planted = Planted(form, heads=2, keys=120, step=1)
+    layout = ParameterLayout(Bucketing(8, 20, False), pairs=factor.RotaryPairs("half", 0, 4))
+    planted = Planted(layout, heads=2, keys=120, step=1)
     pairs, metric = with_values(planted, 24), some_metric(planted)
-    point = planted.randn(planted.heads, form.size) / 4
+    point = planted.randn(planted.heads, layout.size) / 4
     root = torch.linalg.cholesky(metric)
 
-    def outputs(numbers: Tensor, student: Rows) -> Tensor:
-        weights = probabilities(explicit_scores(student, form, numbers), student)
+    def outputs(numbers: Tensor, student: AttentionRows) -> Tensor:
+        weights = probabilities(explicit_scores(student, layout, numbers), student)
         return (weights @ student.value.repeat_interleave(2, 0)) @ root
 
-    want = torch.zeros(2, form.size, form.size, dtype=torch.double)
+    want = torch.zeros(2, layout.size, layout.size, dtype=torch.double)
     for _, student in pairs:
         jacobian = torch.autograd.functional.jacobian(lambda x, s=student: outputs(x, s), point)
         for head in range(2):
@@ -118,8 +118,8 @@ def test_random_signs_sample_gauss_and_newton() -> None:
     want /= (centred**2).sum((1, 2))[:, None, None]
     with pytest.MonkeyPatch.context() as patch:
         exactly(patch)
-        term = replace(Outputs.of(pairs, form, metric), share=0.0)
-        found = loss(point, target_of(pairs, form, torch.float64), pairs, form, term=term).hessian
+        term = replace(Outputs.of(pairs, layout, metric), share=0.0)
+        found = loss(point, target_of(pairs, layout, torch.float64), pairs, layout, term=term).hessian
     for head in range(2):
         assert (found[head] - want[head]).norm() < 0.2 * want[head].norm()
 
@@ -128,14 +128,14 @@ def test_random_signs_sample_gauss_and_newton() -> None:
 @given(st.sampled_from([Bucketing(8, 20, False), Bucketing(8, 20, True)]), st.booleans(), st.integers(0, 2**30))
 def test_a_planted_bias_is_recovered(bucketing: Bucketing, sinks: bool, seed: int) -> None:
     """Where values are the source's, too, the outputs are met and the table is the source's, to 1e-3."""
-    planted = Planted(Form(bucketing), keys=200, sinks=sinks, seed=seed, dtype=torch.float32)
+    planted = Planted(ParameterLayout(bucketing), keys=200, sinks=sinks, seed=seed, dtype=torch.float32)
     pairs = []
     for source, student in planted.pairs(6):
         value = planted.randn(planted.heads // planted.groups, planted.keys, VALUE)
         weights = probabilities(source.scores, source)
         output = weights @ value.repeat_interleave(planted.groups, 0)
         pairs.append((replace(source, output=output), replace(student, value=value)))
-    found = fit_outputs(pairs, planted.form, some_metric(planted))
+    found = fit_outputs(pairs, planted.layout, some_metric(planted))
     visited = found.visits > 20
     ours, theirs = found.numbers[:, visited], planted.numbers[:, visited]
     if not sinks:
@@ -146,8 +146,8 @@ def test_a_planted_bias_is_recovered(bucketing: Bucketing, sinks: bool, seed: in
 
 def test_outputs_come_nearer_than_by_attention_alone() -> None:
     """On values whose size varies by key, attention alone misses more; a head that always answers alike still fits."""
-    form = Form(Bucketing(8, 20, False))
-    planted = Planted(form, dtype=torch.float32, keys=200)
+    layout = ParameterLayout(Bucketing(8, 20, False))
+    planted = Planted(layout, dtype=torch.float32, keys=200)
     pairs = []
     for source, student in with_values(planted, 4):
         value = student.value * planted.randn(1, planted.keys, 1).exp() ** 2
@@ -155,9 +155,9 @@ def test_outputs_come_nearer_than_by_attention_alone() -> None:
         output = probabilities(noisy.scores, noisy) @ value.repeat_interleave(planted.groups, 0)
         output[0] = 1.0
         pairs.append((replace(noisy, output=output), replace(student, value=value)))
-    by_attention, found = fit(pairs, form), fit_outputs(pairs, form)
+    by_attention, found = fit(pairs, layout), fit_outputs(pairs, layout)
     assert found.missed is not None and found.numbers.isfinite().all()
-    missed = explicit_missed(by_attention.numbers, pairs, form, torch.eye(VALUE).expand(planted.heads, -1, -1))
+    missed = explicit_missed(by_attention.numbers, pairs, layout, torch.eye(VALUE).expand(planted.heads, -1, -1))
     assert bool((found.missed[1][1:] < missed[1:] + 1e-5).all() and (found.missed[1][1:] < missed[1:] - 1e-5).any())
     torch.testing.assert_close(found.after[0], by_attention.after[0], rtol=0.02, atol=1e-4)
 

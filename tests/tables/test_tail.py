@@ -17,8 +17,8 @@ from rpb_retrofit.runtime.bias import RelativePositionBias
 from rpb_retrofit.runtime.buckets import Bucketing, first_distances
 from rpb_retrofit.tables import INITIALISATIONS
 from rpb_retrofit.tables.alibi import slopes
-from rpb_retrofit.tables.place import Place
 from rpb_retrofit.tables.rebucket import rebucket
+from rpb_retrofit.tables.table_spec import TableSpec
 from tests.families.cases import CASES
 from tests.families.test_contract import CONFIG, build, inputs_of, tokens
 from tests.tables.test_calibrate import text
@@ -132,14 +132,14 @@ def test_calibration_fits_it() -> None:
 def test_alibi_goes_on(bidirectional: bool) -> None:
     """From the maximum distance on as steeply as ALiBi is there; no jump larger than inside the last bucket."""
     bucketing = Bucketing(32, 128, bidirectional)
-    start = INITIALISATIONS["alibi"](Place(8, bucketing, 64, 2048, 0, tail=True))
+    start = INITIALISATIONS["alibi"](TableSpec(8, bucketing, 64, 2048, 0, tail=True))
     bias = RelativePositionBias(8, bucketing, tail=True)
     bias.weight.data, bias.tail.data = start.table, start.slopes
     line = bias(torch.tensor([128, 129, 256]))
     slope = -torch.tensor(slopes(8))
     torch.testing.assert_close(line[:, 1] - line[:, 0], slope * 128 * math.log(129 / 128))
     assert ((line[:, 0] - slope * 128).abs() <= -slope * (128 - first_distances(bucketing)[-1])).all()
-    assert INITIALISATIONS["alibi"](Place(8, bucketing, 64, 2048, 0)).slopes is None
+    assert INITIALISATIONS["alibi"](TableSpec(8, bucketing, 64, 2048, 0)).slopes is None
 
 
 @given(st.sampled_from([(8, 20), (32, 128), (12, 500)]), st.booleans(), st.integers(0, 2**30))

@@ -7,10 +7,10 @@ from transformers import PreTrainedModel
 from rpb_retrofit.comparison.arm import Arm, Situation
 from rpb_retrofit.config import RetrofitConfig
 from rpb_retrofit.errors import ConfigError
-from rpb_retrofit.inplace import retrofit
 from rpb_retrofit.runtime.bias import AlibiBias
 from rpb_retrofit.runtime.families import TABLE
 from rpb_retrofit.runtime.modeling import attention_modules, num_heads
+from rpb_retrofit.swap.inplace import retrofit
 from rpb_retrofit.tables.alibi import slopes
 
 

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from rpb_retrofit.comparison.arm import Arm, Situation
 from rpb_retrofit.config import RetrofitConfig
-from rpb_retrofit.inplace import retrofit
 from rpb_retrofit.runtime.mechanisms import neutralise
+from rpb_retrofit.swap.inplace import retrofit
 
 
 def drop(model: PreTrainedModel, situation: Situation) -> str:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import ModuleType
 
-from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Finding, Kind, Outcome, unknown
 from rpb_retrofit.diagnosis.hypotheses import (
     attention_spreads,
@@ -42,6 +41,7 @@ from rpb_retrofit.diagnosis.hypotheses import (
     wrong_order,
     wrong_scale,
 )
+from rpb_retrofit.diagnosis.measurements import Measurements
 from rpb_retrofit.files.source import one_line
 
 
@@ -53,12 +53,12 @@ class Hypothesis:
     cause: str
     predicts: str
     kind: Kind
-    examine: Callable[[Exam], Finding]
+    examine: Callable[[Measurements], Finding]
 
-    def __call__(self, exam: Exam) -> Outcome:
+    def __call__(self, measurements: Measurements) -> Outcome:
         """Test it. Where that is not possible, say why."""
         try:
-            finding = self.examine(exam)
+            finding = self.examine(measurements)
         except Exception as error:  # whatever a model raises that is at fault
             finding = replace(unknown(f"{type(error).__name__}: {one_line(error)}"), failed=True)
         return Outcome(self.name, self.cause, self.predicts, self.kind, finding)

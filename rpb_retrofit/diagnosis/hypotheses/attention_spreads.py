@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import partial
 
 from rpb_retrofit.diagnosis.arms import RETROFIT, SOURCE
-from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
 from rpb_retrofit.diagnosis.intervention import Change, changed
+from rpb_retrofit.diagnosis.measurements import Measurements
 
 CAUSE = "attention spreads with length"
 PREDICTS = (
@@ -26,19 +26,21 @@ FASTER = 0.1
 """Nats per doubling of the keys by which entropy must grow faster than the source's."""
 
 
-def examine(exam: Exam) -> Finding:
+def examine(measurements: Measurements) -> Finding:
     """Compare the growth of entropy, and try the factor."""
-    own, theirs = exam.gaze(RETROFIT), exam.gaze(SOURCE)
-    if own is None or not exam.arms.family.uses_interface or not exam.causal:
+    own, theirs = measurements.attention_patterns(RETROFIT), measurements.attention_patterns(SOURCE)
+    if own is None or not measurements.arms.family.uses_interface or not measurements.causal:
         return unknown("this family keeps its queries to itself: no factor can be tried")
-    longest = max(exam.lengths)
+    longest = max(measurements.lengths)
     grows = own.slopes().mean().item()
     said = f"entropy grows by {grows:.2f} nats as the keys double"
     if theirs is not None:
         said += f", the source's by {theirs.slopes().mean().item():.2f}"
-    trained = min(exam.trained or longest, longest // 2)
+    trained = min(measurements.trained or longest, longest // 2)
     change = Change(trained=max(trained // 2, 8))
-    undone = exam.undone("length-factor", partial(changed, exam.arms.retrofit, exam.arms.family, change), longest)
+    undone = measurements.undone(
+        "length-factor", partial(changed, measurements.arms.retrofit, measurements.arms.family, change), longest
+    )
     said += f"; a factor that grows with log n from {change.trained} keys on: at {longest} tokens {undone}"
     faster = theirs is None or grows > theirs.slopes().mean().item() + FASTER
     if undone.sure and undone.loss.mean < -NOTABLE and faster:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded
+from rpb_retrofit.diagnosis.measurements import Measurements
 from rpb_retrofit.diagnosis.words import some
 from rpb_retrofit.runtime.interface import ATTENTION
 
@@ -18,9 +18,9 @@ REMEDY = (
 )
 
 
-def examine(exam: Exam) -> Finding:
+def examine(measurements: Measurements) -> Finding:
     """Compare what acts with what the tables promise."""
-    arms, model = exam.arms, exam.arms.retrofit
+    arms, model = measurements.arms, measurements.arms.retrofit
     implementation = model.config._attn_implementation
     without = [name for name in arms.attentions if name not in arms.biases]
     if without:
@@ -34,17 +34,17 @@ def examine(exam: Exam) -> Finding:
             f"the attention implementation that is set is '{implementation}', not '{ATTENTION}'",
             REMEDY,
         )
-    if silent := [name for name in arms.attentions if name not in exam.still_life.portraits]:
+    if silent := [name for name in arms.attentions if name not in measurements.position_probe.probes]:
         return confirmed(
             f"{len(silent)} of {len(arms.attentions)} attentions do not run the retrofit's attention ({some(silent)})",
             REMEDY,
         )
-    dropped = [name for name, comparison in exam.comparisons.items() if comparison.kind == "dropped"]
+    dropped = [name for name, comparison in measurements.bias_checks.items() if comparison.kind == "dropped"]
     if dropped:
-        worst = max(exam.comparisons[name].difference for name in dropped)
+        worst = max(measurements.bias_checks[name].difference for name in dropped)
         return confirmed(
             f"equal keys get equal weights at every offset in {some(dropped)}, where the tables differ by up to "
             f"{worst:.2f} nats",
             REMEDY,
         )
-    return excluded(f"the bias is asked for and acts in all {len(exam.comparisons)} attentions")
+    return excluded(f"the bias is asked for and acts in all {len(measurements.bias_checks)} attentions")

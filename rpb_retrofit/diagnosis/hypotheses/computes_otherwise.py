@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded
-from rpb_retrofit.diagnosis.judge import of_kind
+from rpb_retrofit.diagnosis.measurements import Measurements
+from rpb_retrofit.diagnosis.shared_evidence import of_kind
 from rpb_retrofit.diagnosis.words import some
 
 CAUSE = "the model does not compute what its weights say"
@@ -15,9 +15,9 @@ PREDICTS = (
 KIND = Kind.RUNNING
 
 
-def examine(exam: Exam) -> Finding:
+def examine(measurements: Measurements) -> Finding:
     """Build the model anew, and find the first module whose output differs."""
-    found = exam.rebuilt
+    found = measurements.rebuilt
     if found.module is not None:
         return confirmed(
             f"on {found.length} tokens {found.module} is the first module to differ from a model that was built anew "
@@ -26,8 +26,8 @@ def examine(exam: Exam) -> Finding:
             "load the checkpoint anew",
             figures={"module": found.module},
         )
-    if strange := of_kind(exam, "changed in no way that is known"):
-        worst = max(exam.comparisons[name].difference for name in strange)
+    if strange := of_kind(measurements, "changed in no way that is known"):
+        worst = max(measurements.bias_checks[name].difference for name in strange)
         return confirmed(
             f"the bias that acts differs from the table's by up to {worst:.2f} nats, in no way that is known, in "
             f"{some(strange)}",

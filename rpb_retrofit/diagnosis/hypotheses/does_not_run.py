@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded
+from rpb_retrofit.diagnosis.measurements import Measurements
 from rpb_retrofit.files.source import one_line
 from rpb_retrofit.tables.recording import run
 
@@ -15,10 +15,10 @@ KIND = Kind.RUNNING
 
 
 @torch.no_grad()
-def examine(exam: Exam) -> Finding:
+def examine(measurements: Measurements) -> Finding:
     """Run it."""
     try:
-        run(exam.arms.retrofit, exam.window(min(exam.lengths)))
+        run(measurements.arms.retrofit, measurements.window(min(measurements.lengths)))
     except Exception as error:  # whatever a model raises
         return confirmed(f"{type(error).__name__}: {one_line(error)}", "do what the error says; everything else waits")
     return excluded("a forward pass ends well")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from rpb_retrofit.diagnosis.arms import CONTROL
-from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
+from rpb_retrofit.diagnosis.measurements import Measurements
 
 CAUSE = "domain drift, not positions"
 PREDICTS = "the control, the source after the same training, lost as much of the retrofit's loss, or most of it"
@@ -15,12 +15,16 @@ NOTABLE, MOST = 0.03, 0.5
 """Nats a token that count, and the share of the retrofit's loss that the control must have lost as well."""
 
 
-def examine(exam: Exam) -> Finding:
+def examine(measurements: Measurements) -> Finding:
     """Subtract what the control lost."""
-    if exam.arms.control is None or exam.arms.source is None:
+    if measurements.arms.control is None or measurements.arms.source is None:
         return unknown("only the control tells the text from the positions; give --source and --control")
-    length = exam.middle
-    whole, drift, rest = exam.cost(length), exam.cost(length, CONTROL), exam.cost(length, above=CONTROL)
+    length = measurements.middle
+    whole, drift, rest = (
+        measurements.cost(length),
+        measurements.cost(length, CONTROL),
+        measurements.cost(length, above=CONTROL),
+    )
     if whole is None or drift is None or rest is None:
         return unknown(f"not all arms could be measured at {length} tokens")
     said = f"at {length} tokens the retrofit lost {whole} nats, the control {drift}: {rest} are the positions'"

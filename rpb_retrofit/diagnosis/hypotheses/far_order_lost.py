@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.fidelity import FARTHER
 from rpb_retrofit.diagnosis.finding import Finding, Kind
-from rpb_retrofit.diagnosis.judge import coarse
+from rpb_retrofit.diagnosis.measurements import Measurements
+from rpb_retrofit.diagnosis.shared_evidence import coarse
 
 CAUSE = "far order is lost: the last bucket holds too much"
 PREDICTS = (
@@ -15,6 +15,6 @@ KIND = Kind.CHOICE
 REMEDY = "let the tables reach farther: --buckets auto, or --max-distance as long as your texts, or --tail log"
 
 
-def examine(exam: Exam) -> Finding:
+def examine(measurements: Measurements) -> Finding:
     """Fit tables that reach farther, and see how much nearer they come."""
-    return coarse(exam, FARTHER, ", as long as the text", REMEDY)
+    return coarse(measurements, FARTHER, ", as long as the text", REMEDY)

@@ -9,12 +9,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.fidelity import Fidelity
 from rpb_retrofit.diagnosis.finding import QUARTER, Finding, Kind, confirmed, excluded, unknown
 from rpb_retrofit.diagnosis.intervention import with_tables
-from rpb_retrofit.diagnosis.judge import NOTABLE, altered, explains, with_best
+from rpb_retrofit.diagnosis.measurements import Measurements
 from rpb_retrofit.diagnosis.provenance import ROW, UNKNOWN
+from rpb_retrofit.diagnosis.shared_evidence import NOTABLE, altered, explains, with_best
 from rpb_retrofit.diagnosis.words import some
 from rpb_retrofit.runtime.bias import RelativePositionBias
 from rpb_retrofit.tables import CALIBRATED, INITIALISATIONS
@@ -36,21 +36,21 @@ too (fitted rows are hardly ever farther in both); and the share of all heads th
 tables alone can bring."""
 
 
-def examine(exam: Exam) -> Finding:
+def examine(measurements: Measurements) -> Finding:
     """Compare the tables with what was written, or else with none and with the best of the same buckets."""
-    if exam.as_written:
+    if measurements.as_written:
         return excluded("every table is what a retrofit or a training wrote, number for number")
-    if changed := altered(exam, UNKNOWN):
-        return _changed(exam, changed)
-    if rows := altered(exam, ROW):
-        effect = with_best(exam, rows)
+    if changed := altered(measurements, UNKNOWN):
+        return _changed(measurements, changed)
+    if rows := altered(measurements, ROW):
+        effect = with_best(measurements, rows)
         said = f"in {some(rows)} the row of one head is not what was written, by the checksums"
         return confirmed(f"{said}; fitted anew, {effect}" if effect else said, REMEDY, effect=effect)
-    if exam.alterations is not None:
+    if measurements.alterations is not None:
         return excluded("what became of the tables since they were written is known, and another hypothesis'")
-    if (fidelity := exam.fidelity) is None:
+    if (fidelity := measurements.fidelity) is None:
         return unknown("only the source's attention tells what its tables should be; give --source")
-    if (init := exam.arms.settings.get("init")) in INITIALISATIONS:
+    if (init := measurements.arms.settings.get("init")) in INITIALISATIONS:
         return excluded(f"init='{init}' asks for tables that are fitted to no source")
     before, zeros, refit = (fidelity.mean(kl) for kl in (fidelity.own, fidelity.zeros, fidelity.refit))
     said = (
@@ -59,28 +59,28 @@ def examine(exam: Exam) -> Finding:
     )
     poor = _poor(fidelity)
     if not poor:
-        return _spoiled(exam, fidelity, said)
-    effect = with_best(exam, poor)
+        return _spoiled(measurements, fidelity, said)
+    effect = with_best(measurements, poor)
     said = f"{said}; they miss most of what tables can bring in {some(poor)}"
-    if effect is not None and not explains(exam, effect, poor):
+    if effect is not None and not explains(measurements, effect, poor):
         return excluded(f"{said}; with the best ones, {effect}: they are other ones, and no worse")
     return confirmed(f"{said}; with the best ones, {effect}" if effect is not None else said, REMEDY, effect=effect)
 
 
-def _spoiled(exam: Exam, fidelity: Fidelity, said: str) -> Finding:
+def _spoiled(measurements: Measurements, fidelity: Fidelity, said: str) -> Finding:
     """Whether some rows alone are spoiled: far worse than none, and fitted ones in their place bring something back."""
-    rows = _spoiled_rows(exam, fidelity)
+    rows = _spoiled_rows(measurements, fidelity)
     if not rows:
         return excluded(said)
     worse = {name: heads for name, heads in _worse(fidelity).items() if bool(heads.any())}
-    biases = {name: exam.arms.biases[name] for name in worse}
+    biases = {name: measurements.arms.biases[name] for name in worse}
 
     def fitted(name: str, bias: RelativePositionBias) -> Tensor:
         return torch.where(
             worse[name][:, None].to(bias.weight.device), fidelity.tables[name].to(bias.weight), bias.weight
         )
 
-    effect = exam.brings("fitted-rows", partial(with_tables, biases, fitted))
+    effect = measurements.brings("fitted-rows", partial(with_tables, biases, fitted))
     said = f"{said}; far worse than none are the rows of {rows}"
     part = sum(int(heads.sum()) for heads in worse.values()) / sum(len(own) for own in fidelity.own.values())
     if effect is None or not (effect.sure and effect.at_least(QUARTER * part)):
@@ -88,13 +88,13 @@ def _spoiled(exam: Exam, fidelity: Fidelity, said: str) -> Finding:
     return confirmed(f"{said}; with fitted ones, {effect}", REMEDY, effect=effect)
 
 
-def _changed(exam: Exam, names: list[str]) -> Finding:
+def _changed(measurements: Measurements, names: list[str]) -> Finding:
     """Of tables that something changed in no way that is known: training may have, and wrote no checksums."""
     said = f"the numbers of {some(names)} changed since they were written, in no way that is known"
-    effect, fidelity = with_best(exam, names), exam.fidelity
+    effect, fidelity = with_best(measurements, names), measurements.fidelity
     if effect is not None:
         said = f"{said}; fitted anew, {effect}"
-    if effect is not None and explains(exam, effect, names):
+    if effect is not None and explains(measurements, effect, names):
         return confirmed(said, REMEDY, effect=effect)
     if fidelity is not None and (rows := _rows(_worse(fidelity), names)):
         return confirmed(f"{said}; far worse than none are the rows of {rows}", REMEDY, effect=effect)
@@ -114,20 +114,20 @@ def _poor(fidelity: Fidelity) -> list[str]:
     return poor
 
 
-def _spoiled_rows(exam: Exam, fidelity: Fidelity) -> str:
+def _spoiled_rows(measurements: Measurements, fidelity: Fidelity) -> str:
     """The few heads whose rows are far worse than none, where rows were fitted and no weight was trained since.
 
     Not of an encoder: on windows unlike those of its calibration (its marks at their ends are missing) a fitted row may
     be such a one, and there is no loss that tells it from a spoiled one.
     """
-    source, settings = exam.arms.source, exam.arms.settings
-    if source is None or not exam.causal:
+    source, settings = measurements.arms.source, measurements.arms.settings
+    if source is None or not measurements.causal:
         return ""
     if settings.get("init") != CALIBRATED or settings.get("shared") or settings.get("polish"):
         return ""
-    within = tuple(f"{attention}." for attention in exam.arms.attentions)
-    moved = [name for name, far in exam.moved.items() if far]
-    if any(not (exam.arms.folded and name.startswith(within)) for name in moved):
+    within = tuple(f"{attention}." for attention in measurements.arms.attentions)
+    moved = [name for name, far in measurements.moved.items() if far]
+    if any(not (measurements.arms.folded and name.startswith(within)) for name in moved):
         return ""
     worse = _worse(fidelity)
     if torch.cat(list(worse.values())).float().mean() > FEW:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from rpb_retrofit.diagnosis.arms import RETROFIT, SOURCE
 from rpb_retrofit.diagnosis.effect import Effect
-from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
 from rpb_retrofit.diagnosis.intervention import attending_as
+from rpb_retrofit.diagnosis.measurements import Measurements
 from rpb_retrofit.diagnosis.words import some
 
 CAUSE = "heads that did the source's positional work no longer do"
@@ -26,9 +26,9 @@ WORKING, LOST = 0.3, 0.4
 """Mean weight from which a head counts as doing it, and the share of it below which it no longer does."""
 
 
-def examine(exam: Exam) -> Finding:
+def examine(measurements: Measurements) -> Finding:
     """Compare where each head looks."""
-    own, theirs = exam.gaze(RETROFIT), exam.gaze(SOURCE)
+    own, theirs = measurements.attention_patterns(RETROFIT), measurements.attention_patterns(SOURCE)
     if theirs is None or own is None:
         return unknown("only the source tells which heads did it; give --source")
     lost: dict[str, list[str]] = {}
@@ -60,17 +60,17 @@ def examine(exam: Exam) -> Finding:
     text = f"no longer do it: {'; '.join(said)}"
     gone_count = sum(map(len, lost.values()))
     if gone_count:
-        effect = _given_back(exam, which)
+        effect = _given_back(measurements, which)
         return confirmed(text + (f"; looking where the source's do, {effect}" if effect else ""), REMEDY, effect=effect)
     return excluded(f"all {count} previous-token and induction heads of the source still do it")
 
 
-def _given_back(exam: Exam, heads: dict[str, Tensor]) -> Effect | None:
+def _given_back(measurements: Measurements, heads: dict[str, Tensor]) -> Effect | None:
     """What it brings when these heads look where the source's do; None where no other attention can be put in."""
-    source = exam.arms.source
-    if source is None or not exam.arms.family.uses_interface:
+    source = measurements.arms.source
+    if source is None or not measurements.arms.family.uses_interface:
         return None
-    return exam.brings("heads-given-back", partial(attending_as, exam.arms, source, heads))
+    return measurements.brings("heads-given-back", partial(attending_as, measurements.arms, source, heads))
 
 
 def _heads(names: list[str], gone: Tensor) -> list[str]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.fidelity import FINE
 from rpb_retrofit.diagnosis.finding import Finding, Kind
-from rpb_retrofit.diagnosis.judge import coarse
+from rpb_retrofit.diagnosis.measurements import Measurements
+from rpb_retrofit.diagnosis.shared_evidence import coarse
 
 CAUSE = "local order is lost: buckets are too wide"
 PREDICTS = "the source attends otherwise at offsets that share a bucket: finer buckets bring tables nearer to it"
@@ -16,6 +16,6 @@ REMEDY = (
 )
 
 
-def examine(exam: Exam) -> Finding:
+def examine(measurements: Measurements) -> Finding:
     """Fit tables of finer buckets and the same reach, and see how much nearer they come."""
-    return coarse(exam, FINE, " and the same reach", REMEDY)
+    return coarse(measurements, FINE, " and the same reach", REMEDY)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
+from rpb_retrofit.diagnosis.measurements import Measurements
 from rpb_retrofit.diagnosis.words import some
 from rpb_retrofit.errors import UnsupportedModelError
 from rpb_retrofit.runtime.mechanisms import rotary_pairs
@@ -23,9 +23,9 @@ MOVED = 0.05
 """Difference between positions, relative to the size of the vectors, that is more than rounding in half precision."""
 
 
-def examine(exam: Exam) -> Finding:
+def examine(measurements: Measurements) -> Finding:
     """Look at what differs between positions where nothing else does."""
-    life, family = exam.still_life, exam.arms.family
+    life, family = measurements.position_probe, measurements.arms.family
     if life.embedded > MOVED:
         return confirmed(
             f"the embeddings of one and the same token differ by {life.embedded:.2f} of their size between positions, "
@@ -33,14 +33,14 @@ def examine(exam: Exam) -> Finding:
             REMEDY,
         )
     if family.mechanism == "alibi":
-        sloped = [n for n, c in exam.comparisons.items() if c.kind == "with slopes of the offset added"]
+        sloped = [n for n, c in measurements.bias_checks.items() if c.kind == "with slopes of the offset added"]
         if sloped:
             return confirmed(f"the bias that acts is the table's plus slopes of the offset in {some(sloped)}", REMEDY)
         return excluded("no slopes of the offset are added to the tables' bias")
-    turning = {n: p.turning for n, p in life.portraits.items() if p.turning is not None}
+    turning = {n: p.turning for n, p in life.probes.items() if p.turning is not None}
     if not turning:
         return unknown("this family keeps its queries to itself; its embeddings do not differ by position")
-    still = ~_meant_to_rotate(exam, len(next(iter(turning.values()))))
+    still = ~_meant_to_rotate(measurements, len(next(iter(turning.values()))))
     moved = {name: _largest(turned, still) for name, turned in turning.items()}
     moving = {name: size for name, size in moved.items() if size > MOVED}
     if moving:
@@ -63,13 +63,13 @@ def _largest(turned: Tensor, still: Tensor) -> float:
     return float(chosen.max()) if len(chosen) else 0.0
 
 
-def _meant_to_rotate(exam: Exam, width: int) -> Tensor:
+def _meant_to_rotate(measurements: Measurements, width: int) -> Tensor:
     """The dimensions of a head that go on rotating by the retrofit's settings, as a mask (width,)."""
     mask = torch.zeros(width, dtype=torch.bool)
-    kept = max(exam.arms.settings.get("kept_frequencies", {}).values(), default=0)
+    kept = max(measurements.arms.settings.get("kept_frequencies", {}).values(), default=0)
     if kept:
         try:
-            for dimensions in rotary_pairs(exam.arms.plain, exam.arms.family).dimensions():
+            for dimensions in rotary_pairs(measurements.arms.plain, measurements.arms.family).dimensions():
                 mask[dimensions[:kept]] = True
         except UnsupportedModelError:
             mask[:] = True

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded
+from rpb_retrofit.diagnosis.measurements import Measurements
 
 CAUSE = "the model draws random numbers"
 PREDICTS = "the same text gives other outputs the second time"
 KIND = Kind.RUNNING
 
 
-def examine(exam: Exam) -> Finding:
+def examine(measurements: Measurements) -> Finding:
     """Run the same text twice."""
-    found = exam.rebuilt
+    found = measurements.rebuilt
     if found.again > found.allowed:
         return confirmed(
             f"the same text gives outputs that differ by up to {found.again:.1%} of their size the second time",

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded
+from rpb_retrofit.diagnosis.measurements import Measurements
 
 CAUSE = "weights or logits are no numbers"
 PREDICTS = "a weight, or a logit of a text that is padded, packed or cached, is NaN or infinite"
 KIND = Kind.RUNNING
 
 
-def examine(exam: Exam) -> Finding:
+def examine(measurements: Measurements) -> Finding:
     """Look at all weights, and at the logits of a text fed in every way."""
     broken = [
         name
-        for name, parameter in exam.arms.retrofit.named_parameters()
+        for name, parameter in measurements.arms.retrofit.named_parameters()
         if parameter.is_floating_point() and not bool(parameter.isfinite().all())
     ]
     if broken:
@@ -22,8 +22,8 @@ def examine(exam: Exam) -> Finding:
             f"{len(broken)} weights hold NaN or infinity: {', '.join(broken[:3])}{', ...' if len(broken) > 3 else ''}",
             "restore these weights from a checkpoint of before",
         )
-    own = exam.half_precision_ways if exam.causal else None
-    wrong = exam.ways.broken | (own.broken if own is not None else {}) if exam.causal else {}
+    own = measurements.half_precision_ways if measurements.causal else None
+    wrong = measurements.ways.broken | (own.broken if own is not None else {}) if measurements.causal else {}
     if wrong:
         return confirmed(
             f"logits are no numbers with {', '.join(f'{name} ({count})' for name, count in wrong.items())}",

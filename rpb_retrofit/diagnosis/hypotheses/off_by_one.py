@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded
-from rpb_retrofit.diagnosis.judge import meant_otherwise, of_kind
+from rpb_retrofit.diagnosis.measurements import Measurements
+from rpb_retrofit.diagnosis.shared_evidence import meant_otherwise, of_kind
 from rpb_retrofit.diagnosis.words import some
 
 CAUSE = "the offset is off by one"
@@ -18,17 +18,19 @@ REMEDY = "count offsets from 0 for the query's own position: query position minu
 MEANINGS = ("shifted by one bucket", "shifted by minus one bucket")
 
 
-def examine(exam: Exam) -> Finding:
+def examine(measurements: Measurements) -> Finding:
     """Compare what acts with the table moved along."""
-    shifted = of_kind(exam, "shifted")
+    shifted = of_kind(measurements, "shifted")
     if shifted:
-        shift = exam.comparisons[shifted[0]].detail
+        shift = measurements.bias_checks[shifted[0]].detail
         return confirmed(
             f"the bias that acts at an offset is the table's at the offset {shift:+d} in {some(shifted)}",
             REMEDY,
         )
     for moved in MEANINGS:
-        found = meant_otherwise(exam, moved, f"{REMEDY}; put the tables back by one bucket, or calibrate them again")
+        found = meant_otherwise(
+            measurements, moved, f"{REMEDY}; put the tables back by one bucket, or calibrate them again"
+        )
         if found is not None:
             return found
     return excluded("the bias that acts at each offset is that offset's own")

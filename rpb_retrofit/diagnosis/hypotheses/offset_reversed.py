@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded
-from rpb_retrofit.diagnosis.judge import meant_otherwise, of_kind
+from rpb_retrofit.diagnosis.measurements import Measurements
+from rpb_retrofit.diagnosis.shared_evidence import meant_otherwise, of_kind
 from rpb_retrofit.diagnosis.words import some
 
 CAUSE = "the sign of the offset is reversed"
@@ -18,15 +18,15 @@ REMEDY = "count offsets as query minus key; Transformers' T5 counts the other wa
 MEANINGS = ("before and after exchanged", "far and near exchanged")
 
 
-def examine(exam: Exam) -> Finding:
+def examine(measurements: Measurements) -> Finding:
     """Compare what acts with the table read backwards."""
-    reversed_ = of_kind(exam, "reversed")
+    reversed_ = of_kind(measurements, "reversed")
     if reversed_:
         return confirmed(
             f"the bias that acts is the table's at the negative of each offset in {some(reversed_)}",
             REMEDY,
         )
     for meaning in MEANINGS:
-        if (exchanged := meant_otherwise(exam, meaning, REMEDY)) is not None:
+        if (exchanged := meant_otherwise(measurements, meaning, REMEDY)) is not None:
             return exchanged
     return excluded("the bias that acts follows the table from near to far, not its mirror image")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Finding, Kind, excluded, unknown
-from rpb_retrofit.diagnosis.judge import meant_otherwise
 from rpb_retrofit.diagnosis.meanings import MADE_FOR
+from rpb_retrofit.diagnosis.measurements import Measurements
+from rpb_retrofit.diagnosis.shared_evidence import meant_otherwise
 
 CAUSE = "the tables were made for other buckets"
 PREDICTS = "the source's attention is nearer when the same numbers are spread to another maximum distance"
@@ -16,18 +16,18 @@ REMEDY = (
 )
 
 
-def examine(exam: Exam) -> Finding:
+def examine(measurements: Measurements) -> Finding:
     """Look the same numbers up in buckets that reach less far, or farther."""
-    known = exam.alterations
+    known = measurements.alterations
     if known == {}:
         return excluded("every table is what was written, for the buckets that it has")
     if known is not None:
         meanings = {what for what in known.values() if what.startswith(MADE_FOR)}
-    elif exam.fidelity is None:
+    elif measurements.fidelity is None:
         return unknown("only the source's attention tells which distances its numbers are for; give --source")
     else:
-        meanings = {what for kl in exam.fidelity.meant.values() for what in kl if what.startswith(MADE_FOR)}
+        meanings = {what for kl in measurements.fidelity.meant.values() for what in kl if what.startswith(MADE_FOR)}
     for meaning in sorted(meanings):
-        if (found := meant_otherwise(exam, meaning, REMEDY)) is not None:
+        if (found := meant_otherwise(measurements, meaning, REMEDY)) is not None:
             return found
     return excluded("under no other maximum distance are the tables nearer to the source's attention")

@@ -6,9 +6,9 @@ import math
 from functools import partial
 
 from rpb_retrofit.diagnosis.effect import Effect
-from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
 from rpb_retrofit.diagnosis.intervention import Change, changed
+from rpb_retrofit.diagnosis.measurements import Measurements
 
 CAUSE = "attention is too sharp or too flat"
 PREDICTS = "the loss falls when the content term is multiplied by 1/sqrt(d), or by sqrt(d), or by a little"
@@ -22,17 +22,17 @@ NOTABLE = 0.05
 """Nats a token that another temperature must win."""
 
 
-def examine(exam: Exam) -> Finding:
+def examine(measurements: Measurements) -> Finding:
     """Try other temperatures."""
-    if not exam.causal or not exam.arms.family.uses_interface:
+    if not measurements.causal or not measurements.arms.family.uses_interface:
         return unknown("this family keeps its queries to itself: no other temperature can be tried")
-    root = math.sqrt(exam.width)
+    root = math.sqrt(measurements.width)
 
     def attempt(*factors: float) -> dict[float, Effect]:
         return {
-            factor: exam.undone(
+            factor: measurements.undone(
                 f"content-{factor:.3f}",
-                partial(changed, exam.arms.retrofit, exam.arms.family, Change(scale=factor)),
+                partial(changed, measurements.arms.retrofit, measurements.arms.family, Change(scale=factor)),
             )
             for factor in factors
         }

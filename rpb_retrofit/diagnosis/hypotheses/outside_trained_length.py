@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from rpb_retrofit.diagnosis.arms import RETROFIT, SOURCE
-from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
+from rpb_retrofit.diagnosis.measurements import Measurements
 from rpb_retrofit.evaluation.statistics import paired
 
 CAUSE = "loss rises outside the trained length"
@@ -19,16 +19,16 @@ RISE = 0.1
 """Nats a token."""
 
 
-def examine(exam: Exam) -> Finding:
+def examine(measurements: Measurements) -> Finding:
     """Compare the loss beyond the trained context with that of its last half."""
-    trained, longest = exam.trained, max(exam.lengths)
+    trained, longest = measurements.trained, max(measurements.lengths)
     if trained is None:
         return unknown("nothing says how long the source's context was")
     if longest <= trained:
         return unknown(f"no length beyond the trained context of {trained} tokens was measured; give --lengths")
     rises = {}
     for role in (RETROFIT, SOURCE):
-        losses = exam.losses(role, longest)
+        losses = measurements.losses(role, longest)
         if losses is not None:
             inside, outside = losses.at(trained // 2, trained - 1), losses.at(trained, longest - 1)
             rise = outside.losses.double().mean(1) - inside.losses.double().mean(1)

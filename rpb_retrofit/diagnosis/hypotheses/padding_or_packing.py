@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Finding, Kind
-from rpb_retrofit.diagnosis.judge import fed_otherwise
+from rpb_retrofit.diagnosis.measurements import Measurements
+from rpb_retrofit.diagnosis.shared_evidence import fed_otherwise
 
 CAUSE = "padding or packing changes results"
 PREDICTS = "the logits of a text depend on the padding beside it, or on another document in its row"
 KIND = Kind.RUNNING
 
 
-def examine(exam: Exam) -> Finding:
+def examine(measurements: Measurements) -> Finding:
     """Feed a text alone, padded on either side, in a batch, and behind another document."""
     return fed_otherwise(
-        exam,
+        measurements,
         ("left padding", "right padding", "batch", "packing"),
         "pass an attention mask with every padded batch, and do not replace the mask that the attention gets; until it "
         "is mended, run texts one at a time",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded
+from rpb_retrofit.diagnosis.measurements import Measurements
 from rpb_retrofit.diagnosis.settings import other_settings
 from rpb_retrofit.diagnosis.words import some
 
@@ -22,10 +22,10 @@ GROWN = 0.05
 """Share by which the longest query is longer than the shortest one, beyond rounding."""
 
 
-def examine(exam: Exam) -> Finding:
+def examine(measurements: Measurements) -> Finding:
     """Look at how long queries are by position, and at what the config says of positions."""
-    theirs = exam.source_still_life.portraits
-    grown = {n: p.growth for n, p in exam.still_life.portraits.items() if p.growth > 1 + GROWN}
+    theirs = measurements.source_position_probe.probes
+    grown = {n: p.growth for n, p in measurements.position_probe.probes.items() if p.growth > 1 + GROWN}
     new = {n: growth for n, growth in grown.items() if n not in theirs or theirs[n].growth < 1 + GROWN}
     if new:
         return confirmed(
@@ -34,9 +34,9 @@ def examine(exam: Exam) -> Finding:
             REMEDY,
         )
     by_design = f"; queries grow by the source's own design, {max(grown.values()):.2f} times" if grown else ""
-    if exam.arms.source is None:
+    if measurements.arms.source is None:
         return excluded(f"no query grows with its position beyond what its family does{by_design}")
-    left = {key: values for key, values in other_settings(exam.arms).items() if _about_positions(key)}
+    left = {key: values for key, values in other_settings(measurements.arms).items() if _about_positions(key)}
     if left:
         said = ", ".join(f"{key}={mine!r} (source: {its!r})" for key, (mine, its) in left.items())
         return confirmed(f"the config has {said}", REMEDY)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded
-from rpb_retrofit.diagnosis.judge import with_best
+from rpb_retrofit.diagnosis.measurements import Measurements
+from rpb_retrofit.diagnosis.shared_evidence import with_best
 from rpb_retrofit.diagnosis.words import some
 
 CAUSE = "the tables lost precision"
@@ -18,9 +18,9 @@ REMEDY = (
 )
 
 
-def examine(exam: Exam) -> Finding:
+def examine(measurements: Measurements) -> Finding:
     """Look at the tables' dtype and numbers."""
-    tables = {name: bias.weight.detach() for name, bias in exam.arms.biases.items()}
+    tables = {name: bias.weight.detach() for name, bias in measurements.arms.biases.items()}
     half = [name for name, table in tables.items() if table.dtype != torch.float32]
     if half:
         kinds = {str(tables[name].dtype).removeprefix("torch.") for name in half}
@@ -28,7 +28,7 @@ def examine(exam: Exam) -> Finding:
             f"the tables of {some(half)} are {' and '.join(sorted(kinds))}, not float32",
             REMEDY,
         )
-    if exam.as_written:
+    if measurements.as_written:
         return excluded(f"the {len(tables)} tables are float32, and what was written, bit for bit")
     for dtype in (torch.bfloat16, torch.float16):
         rounded = [
@@ -45,6 +45,6 @@ def examine(exam: Exam) -> Finding:
                 f"every number in the tables of {some(rounded)} is one that {str(dtype).removeprefix('torch.')} can "
                 f"express: they were rounded, by up to {step:.3f} nats",
                 REMEDY,
-                effect=with_best(exam, rounded),
+                effect=with_best(measurements, rounded),
             )
     return excluded(f"the {len(tables)} tables are float32 with more digits than half precision")

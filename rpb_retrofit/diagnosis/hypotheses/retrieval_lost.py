@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from rpb_retrofit.diagnosis.arms import RETROFIT, SOURCE
-from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
+from rpb_retrofit.diagnosis.measurements import Measurements
 from rpb_retrofit.evaluation.statistics import controlled, paired
 
 CAUSE = "retrieval is lost while perplexity holds"
@@ -19,9 +19,9 @@ LOST, HOLDS = 0.25, 0.1
 """Share of the source's induction gain that must be lost, and the nats a token at which perplexity holds no more."""
 
 
-def examine(exam: Exam) -> Finding:
+def examine(measurements: Measurements) -> Finding:
     """Compare the gain of repetition by distance, item by item, with the cost of text."""
-    own, theirs = exam.inductions(RETROFIT), exam.inductions(SOURCE)
+    own, theirs = measurements.inductions(RETROFIT), measurements.inductions(SOURCE)
     if theirs is None:
         return unknown("only the source tells what it could find; give --source")
     if not own or not theirs:
@@ -33,7 +33,7 @@ def examine(exam: Exam) -> Finding:
         changes.append(paired([b - a for a, b in pairs], list(range(len(pairs)))))
         gains.append(sum(a for a, _ in pairs) / len(pairs))
     changes = controlled(changes)
-    cost = exam.cost(exam.middle)
+    cost = measurements.cost(measurements.middle)
     said = "induction gain against the source: " + ", ".join(
         f"{change.mean:+.2f} of {gain:.2f} nats at distance {distance}"
         for distance, change, gain in zip(distances, changes, gains, strict=True)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Finding, Kind
-from rpb_retrofit.diagnosis.judge import fed_otherwise
+from rpb_retrofit.diagnosis.measurements import Measurements
+from rpb_retrofit.diagnosis.shared_evidence import fed_otherwise
 
 CAUSE = "a token sees later ones"
 PREDICTS = "another last token changes the logits of those before it"
 KIND = Kind.RUNNING
 
 
-def examine(exam: Exam) -> Finding:
+def examine(measurements: Measurements) -> Finding:
     """Replace the last token, and compare the logits of all before."""
     return fed_otherwise(
-        exam,
+        measurements,
         ("another last token",),
         "hide every key whose offset is negative; its losses look better than they are, and its training was in vain",
     )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded
+from rpb_retrofit.diagnosis.measurements import Measurements
 from rpb_retrofit.diagnosis.settings import other_settings
 from rpb_retrofit.runtime.families import UNSCALED
-from rpb_retrofit.settings import kept_frequencies
+from rpb_retrofit.swap.stored_settings import kept_frequencies
 
 CAUSE = "settings are not the source's"
 PREDICTS = "config.json has settings that the source's has not; or a module has others than its config gives it"
@@ -16,13 +16,13 @@ KIND = Kind.RUNNING
 REMEDY = "set them to the source's values in config.json, and load the checkpoint anew"
 
 
-def examine(exam: Exam) -> Finding:
+def examine(measurements: Measurements) -> Finding:
     """Compare the config with the source's, and the modules with the config."""
-    other = other_settings(exam.arms)
+    other = other_settings(measurements.arms)
     if other:
         said = ", ".join(f"{key}={mine!r} (source: {its!r})" for key, (mine, its) in list(other.items())[:4])
         return confirmed(f"{len(other)} settings are not the source's: {said}", REMEDY)
-    settings, arms = exam.arms.settings, exam.arms
+    settings, arms = measurements.arms.settings, measurements.arms
     kept, meant = (
         settings.get("kept_frequencies", {}),
         kept_frequencies(arms.plain, settings.get("keep_frequencies", 0), arms.family),
@@ -33,20 +33,22 @@ def examine(exam: Exam) -> Finding:
             f"means {meant or 'none'}",
             REMEDY,
         )
-    odd = _odd_modules(exam)
+    odd = _odd_modules(measurements)
     if odd:
         said = ", ".join(f"{name}={mine!r} (by its config: {its!r})" for name, (mine, its) in list(odd.items())[:4])
         return confirmed(f"{len(odd)} modules do not have the settings that the config gives them: {said}", REMEDY)
-    compared = "the config is the source's" if exam.arms.source is not None else "not compared with a source"
+    compared = "the config is the source's" if measurements.arms.source is not None else "not compared with a source"
     return excluded(f"{compared}, and every module has its config's settings")
 
 
-def _odd_modules(exam: Exam) -> dict[str, tuple[Any, Any]]:
+def _odd_modules(measurements: Measurements) -> dict[str, tuple[Any, Any]]:
     """Plain attributes (numbers, words, truth values) of modules that are otherwise in a model made from the config."""
-    fresh = dict(exam.arms.plain.named_modules())
+    fresh = dict(measurements.arms.plain.named_modules())
     found = {}
-    states = _STATES | ({"scaling"} if exam.arms.settings.get("scale") == UNSCALED else set())  # wrong_scale's concern
-    for name, module in exam.arms.retrofit.named_modules():
+    states = _STATES | (
+        {"scaling"} if measurements.arms.settings.get("scale") == UNSCALED else set()
+    )  # wrong_scale's concern
+    for name, module in measurements.arms.retrofit.named_modules():
         for key, value in vars(module).items():
             other = vars(fresh[name]).get(key) if name in fresh else value
             plain = isinstance(value, int | float | str) and isinstance(other, int | float | str)

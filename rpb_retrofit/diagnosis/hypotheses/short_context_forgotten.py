@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from rpb_retrofit.diagnosis.arms import RETROFIT, SOURCE, UNTRAINED
-from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
+from rpb_retrofit.diagnosis.measurements import Measurements
 
 CAUSE = "short contexts are forgotten"
 PREDICTS = "after training, short windows lose more than before it or than the source, and more than long windows do"
@@ -15,21 +15,25 @@ NOTABLE = 0.05
 """Nats a token."""
 
 
-def examine(exam: Exam) -> Finding:
+def examine(measurements: Measurements) -> Finding:
     """Compare what the shortest and the longest windows lost."""
-    before = UNTRAINED if exam.arms.untrained is not None else SOURCE
-    if not exam.trained_since:
+    before = UNTRAINED if measurements.arms.untrained is not None else SOURCE
+    if not measurements.trained_since:
         return (
             unknown("as far as the arms tell, nothing was trained")
-            if exam.arms.source is None
+            if measurements.arms.source is None
             else excluded("nothing was trained: the weights are the source's")
         )
-    if len(exam.lengths) < 2:
+    if len(measurements.lengths) < 2:
         return unknown("one length was measured; give a short and a long one")
-    short, long = (exam.cost(length, RETROFIT, before) for length in (exam.lengths[0], exam.lengths[-1]))
+    short, long = (
+        measurements.cost(length, RETROFIT, before) for length in (measurements.lengths[0], measurements.lengths[-1])
+    )
     if short is None or long is None:
         return unknown(f"the {before} could not be measured at both lengths")
-    said = f"against the {before}: {short} nats at {exam.lengths[0]} tokens, {long} at {exam.lengths[-1]}"
+    said = (
+        f"against the {before}: {short} nats at {measurements.lengths[0]} tokens, {long} at {measurements.lengths[-1]}"
+    )
     if short.real and short.mean > NOTABLE and short.mean > 2 * max(long.mean, 0.0) and short.low > long.mean:
         return confirmed(said, REMEDY, gain=short.mean)
     return excluded(said)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded
-from rpb_retrofit.diagnosis.judge import with_best
+from rpb_retrofit.diagnosis.measurements import Measurements
 from rpb_retrofit.diagnosis.provenance import is_written
+from rpb_retrofit.diagnosis.shared_evidence import with_best
 from rpb_retrofit.diagnosis.words import some
 
 CAUSE = "the tables were not loaded, or say nothing"
@@ -22,14 +22,14 @@ FLAT = 1e-6
 """Nats by which a table's numbers differ at least."""
 
 
-def examine(exam: Exam) -> Finding:
+def examine(measurements: Measurements) -> Finding:
     """Look at the numbers."""
-    biases, init = exam.arms.biases, exam.arms.settings.get("init", "")
+    biases, init = measurements.arms.biases, measurements.arms.settings.get("init", "")
     tables = {name: bias.weight.detach().float() for name, bias in biases.items()}
     broken = [name for name, table in tables.items() if not bool(table.isfinite().all())]
     if broken:
         return confirmed(f"tables hold numbers that are none (NaN or infinite) in {some(broken)}", REMEDY)
-    if exam.as_written:
+    if measurements.as_written:
         return excluded(f"all {len(tables)} tables are what was written, number for number (init='{init}')")
     flat = [name for name, table in tables.items() if float((table.amax(1) - table.amin(1)).max()) < FLAT]
     if flat:
@@ -38,16 +38,16 @@ def examine(exam: Exam) -> Finding:
             f"{len(flat)} of {len(tables)} tables {'are zero' if zero else 'hold one number a head'} (init='{init}'): "
             f"{some(flat)}"
         )
-        if zero and init == "zeros" and all(is_written(exam.arms, name, tables[name]) for name in flat):
+        if zero and init == "zeros" and all(is_written(measurements.arms, name, tables[name]) for name in flat):
             return excluded(f"{said}, as init='zeros' asks")
-        return confirmed(said, REMEDY, effect=with_best(exam, flat))
+        return confirmed(said, REMEDY, effect=with_best(measurements, flat))
     alike = [
         name
         for name, table in tables.items()
         if len(table) > 1 and float((_centred(table) - _centred(table)[:1]).abs().max()) < FLAT
     ]
     if alike:
-        return confirmed(f"all heads have the same row in {some(alike)}", REMEDY, effect=with_best(exam, alike))
+        return confirmed(f"all heads have the same row in {some(alike)}", REMEDY, effect=with_best(measurements, alike))
     return excluded(f"all {len(tables)} tables are finite, differ by head and by bucket")
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded
-from rpb_retrofit.diagnosis.judge import with_best
+from rpb_retrofit.diagnosis.measurements import Measurements
+from rpb_retrofit.diagnosis.shared_evidence import with_best
 from rpb_retrofit.diagnosis.words import some
 
 CAUSE = "the tables are shared by layers that should have their own"
@@ -15,17 +15,17 @@ KIND = Kind.NUMBERS
 REMEDY = "restore each layer's own table from the checkpoint, or set shared=True if that is what was meant"
 
 
-def examine(exam: Exam) -> Finding:
+def examine(measurements: Measurements) -> Finding:
     """Compare each layer's numbers with every other's."""
-    if exam.arms.settings.get("shared"):
+    if measurements.arms.settings.get("shared"):
         return excluded("one table for all layers is what the settings ask for (shared=True)")
-    if exam.as_written:
+    if measurements.as_written:
         return excluded("every table is what was written, number for number")
-    if (begun := exam.arms.settings.get("init")) == "alibi":
+    if (begun := measurements.arms.settings.get("init")) == "alibi":
         return excluded(f"init='{begun}' gives all layers with as many heads the same numbers")
     twins: dict[str, list[str]] = {}
     firsts: list[str] = []
-    biases = exam.arms.biases
+    biases = measurements.arms.biases
     for name, bias in biases.items():
         if float(bias.weight.detach().float().std()) == 0:
             continue
@@ -46,6 +46,6 @@ def examine(exam: Exam) -> Finding:
         return confirmed(
             f"{len(names)} of {len(biases)} layers hold the numbers of another: {some(names)}",
             REMEDY,
-            effect=with_best(exam, names),
+            effect=with_best(measurements, names),
         )
     return excluded("no two layers hold the same numbers")

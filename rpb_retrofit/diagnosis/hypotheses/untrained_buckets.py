@@ -7,11 +7,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
 from rpb_retrofit.diagnosis.intervention import with_tables
-from rpb_retrofit.diagnosis.judge import LEFT, NOTABLE, WON_BACK, explains
 from rpb_retrofit.diagnosis.meanings import continued
+from rpb_retrofit.diagnosis.measurements import Measurements
+from rpb_retrofit.diagnosis.shared_evidence import LEFT, NOTABLE, WON_BACK, explains
 from rpb_retrofit.runtime.bias import RelativePositionBias
 from rpb_retrofit.runtime.buckets import first_distances
 
@@ -27,33 +27,33 @@ REMEDY = (
 )
 
 
-def examine(exam: Exam) -> Finding:
+def examine(measurements: Measurements) -> Finding:
     """Find where untouched buckets begin, and see what continuing the one before gives back."""
-    told = _untouched(exam)
-    start = told if told is not None else _by_the_source(exam)
+    told = _untouched(measurements)
+    start = told if told is not None else _by_the_source(measurements)
     if start is None:
-        if exam.as_written:
+        if measurements.as_written:
             return excluded("every table is what was written, number for number")
-        if exam.fidelity is None and exam.arms.untrained is None:
+        if measurements.fidelity is None and measurements.arms.untrained is None:
             return unknown("the source's attention or the untrained retrofit would tell; give --source or --untrained")
         return excluded("no run of buckets to the far end is better replaced by the bucket before it")
-    bias = next(iter(exam.arms.biases.values()))
+    bias = next(iter(measurements.arms.biases.values()))
     distance = first_distances(bias.bucketing)[start]
     how = "training left as they were" if told is not None else "the source's attention says are out of place"
     said = (
         f"buckets {start} to {bias.bucketing.per_direction - 1} (distances from {distance} on) hold numbers that {how}"
     )
-    if not exam.causal:
+    if not measurements.causal:
         return confirmed(said, REMEDY)
-    longest = max(exam.lengths)
+    longest = max(measurements.lengths)
     if distance >= longest:
         return excluded(f"{said}, but no text that was measured ({longest} tokens) reaches them")
-    undone = exam.undone(
-        f"continued-{start}", partial(with_tables, exam.arms.biases, partial(_continued, start)), longest
+    undone = measurements.undone(
+        f"continued-{start}", partial(with_tables, measurements.arms.biases, partial(_continued, start)), longest
     )
     said = f"{said}; continuing bucket {start - 1} instead: {undone}"
     far = 1 - start / bias.bucketing.per_direction
-    if undone.loss.mean < 0 and explains(exam, undone, list(exam.arms.biases), far):
+    if undone.loss.mean < 0 and explains(measurements, undone, list(measurements.arms.biases), far):
         return confirmed(said, REMEDY, effect=undone)
     return excluded(said)
 
@@ -62,20 +62,20 @@ def _continued(start: int, name: str, bias: RelativePositionBias) -> Tensor:
     return continued(bias.weight.detach(), start, bias.bucketing)
 
 
-def _untouched(exam: Exam) -> int | None:
+def _untouched(measurements: Measurements) -> int | None:
     """The first of the far buckets that are what they were in the untrained retrofit, though others are not."""
-    if exam.pairs is not None:
-        counts = exam.pairs[: next(iter(exam.arms.biases.values())).bucketing.per_direction]
+    if measurements.pairs is not None:
+        counts = measurements.pairs[: next(iter(measurements.arms.biases.values())).bucketing.per_direction]
         still = [not count for count in counts]
-    elif exam.arms.untrained is not None:
-        before = dict(exam.arms.untrained.named_parameters())
+    elif measurements.arms.untrained is not None:
+        before = dict(measurements.arms.untrained.named_parameters())
         moved = torch.stack(
             [
                 (bias.weight.detach() != before[f"{name}.relative_attention_bias.weight"].detach()).any(0)
-                for name, bias in exam.arms.biases.items()
+                for name, bias in measurements.arms.biases.items()
             ]
         ).any(0)
-        still = [not bool(m) for m in moved[: next(iter(exam.arms.biases.values())).bucketing.per_direction]]
+        still = [not bool(m) for m in moved[: next(iter(measurements.arms.biases.values())).bucketing.per_direction]]
     else:
         return None
     start = len(still)
@@ -84,11 +84,11 @@ def _untouched(exam: Exam) -> int | None:
     return start if 0 < start < len(still) else None
 
 
-def _by_the_source(exam: Exam) -> int | None:
+def _by_the_source(measurements: Measurements) -> int | None:
     """The bucket from which on the tables are better continued, by the source's attention."""
-    if exam.alterations is not None or exam.fidelity is None:
+    if measurements.alterations is not None or measurements.fidelity is None:
         return None
-    fidelity = exam.fidelity
+    fidelity = measurements.fidelity
     own, refit = fidelity.mean(fidelity.own), fidelity.mean(fidelity.refit)
     kl = {start: fidelity.mean(by_name) for start, by_name in fidelity.continued.items()}
     best = min(kl, key=lambda start: kl[start], default=0)

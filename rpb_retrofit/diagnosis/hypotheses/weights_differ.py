@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from statistics import median
 
-from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
-from rpb_retrofit.diagnosis.judge import weights_back
+from rpb_retrofit.diagnosis.measurements import Measurements
+from rpb_retrofit.diagnosis.shared_evidence import weights_back
 from rpb_retrofit.diagnosis.weights import trained
 
 CAUSE = "weights differ from the source's beyond what the retrofit changes"
@@ -21,11 +21,11 @@ OUTLIER, FAR = 20.0, 0.3
 """A weight moved too far where it moved so many times as far as the median one, and by this share of its size."""
 
 
-def examine(exam: Exam) -> Finding:
+def examine(measurements: Measurements) -> Finding:
     """Compare every weight with the source's."""
-    if exam.arms.source is None:
+    if measurements.arms.source is None:
         return unknown("there is nothing to compare with; give --source")
-    moved = exam.moved
+    moved = measurements.moved
     missing = [name for name, far in moved.items() if far is None]
     if missing:
         return confirmed(
@@ -34,20 +34,20 @@ def examine(exam: Exam) -> Finding:
         )
     sizes = {name: far for name, far in moved.items() if far is not None}
     changed = {name: far for name, far in sizes.items() if far > 0}
-    folded = exam.arms.folded
-    attention = {n for n in changed if any(n.startswith(f"{a}.") for a in exam.arms.attentions)}
+    folded = measurements.arms.folded
+    attention = {n for n in changed if any(n.startswith(f"{a}.") for a in measurements.arms.attentions)}
     typical = median(sizes.values())
     if typical > FOREIGN:
         return confirmed(
             f"the median weight is {typical:.0%} of its size away from the source's: they are not this source's",
             "give the source that the retrofit was made from; its config names "
-            f"'{exam.arms.settings.get('source', 'none')}'",
-            effect=weights_back(exam, list(changed)),
+            f"'{measurements.arms.settings.get('source', 'none')}'",
+            effect=weights_back(measurements, list(changed)),
         )
     tuned = trained(moved)
     odd = {name: far for name, far in changed.items() if name not in tuned and not (folded and name in attention)}
     if typical == 0 and odd:  # most weights are the source's, and training moved none of these
-        return _damaged(exam, odd, f"{len(odd)} of {len(sizes)} weights are not the source's, {_others(tuned)}")
+        return _damaged(measurements, odd, f"{len(odd)} of {len(sizes)} weights are not the source's, {_others(tuned)}")
     usual = typical or (median(sizes[name] for name in tuned) if tuned else 0.0)
     if not usual:
         rest = ", but for what makes the queries, into which something was folded" if changed else ""
@@ -55,7 +55,7 @@ def examine(exam: Exam) -> Finding:
     odd = {name: far for name, far in changed.items() if far > max(FAR, OUTLIER * usual)}
     if odd:
         said = f"{len(odd)} weights moved by up to {max(odd.values()):.0%} of their size, the median one by {usual:.1%}"
-        return _damaged(exam, odd, said)
+        return _damaged(measurements, odd, said)
     return excluded(
         f"weights moved as training moves them: by {usual:.1%} of their size, at most {max(sizes.values()):.0%}"
     )
@@ -65,8 +65,8 @@ def _others(tuned: set[str]) -> str:
     return f"all others are but for {len(tuned)} that moved with their kind or layer" if tuned else "all others are"
 
 
-def _damaged(exam: Exam, odd: dict[str, float], said: str) -> Finding:
+def _damaged(measurements: Measurements, odd: dict[str, float], said: str) -> Finding:
     worst = sorted(odd, key=lambda name: -odd[name])
     said = f"{said}: {', '.join(worst[:3])} (by {odd[worst[0]]:.1%} of its size)"
-    effect = weights_back(exam, worst)
+    effect = weights_back(measurements, worst)
     return confirmed(f"{said}; {effect}" if effect is not None else said, REMEDY, effect=effect)

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rpb_retrofit.diagnosis.exam import Exam
 from rpb_retrofit.diagnosis.fidelity import best_order
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
 from rpb_retrofit.diagnosis.intervention import with_tables
-from rpb_retrofit.diagnosis.judge import LEFT, NOTABLE, WON_BACK, altered, explains, of_kind, with_best
+from rpb_retrofit.diagnosis.measurements import Measurements
 from rpb_retrofit.diagnosis.provenance import HEADS, LAYERS, is_written
+from rpb_retrofit.diagnosis.shared_evidence import LEFT, NOTABLE, WON_BACK, altered, explains, of_kind, with_best
 from rpb_retrofit.diagnosis.words import some
 
 CAUSE = "the tables are in the wrong order of heads or layers"
@@ -25,48 +25,50 @@ REMEDY = (
 )
 
 
-def examine(exam: Exam) -> Finding:
+def examine(measurements: Measurements) -> Finding:
     """Find the assignment of rows to heads, and of tables to layers, that is nearest to the source."""
-    acting = of_kind(exam, "with its heads in another order") + of_kind(exam, "another layer's")
+    acting = of_kind(measurements, "with its heads in another order") + of_kind(measurements, "another layer's")
     if acting:
         return confirmed(
             f"the bias that acts is another head's or layer's than the table's in {some(acting)}",
             REMEDY,
         )
-    if known := [*altered(exam, HEADS), *altered(exam, LAYERS)]:
-        effect = with_best(exam, known)
+    if known := [*altered(measurements, HEADS), *altered(measurements, LAYERS)]:
+        effect = with_best(measurements, known)
         said = f"by the checksums of what was written, {some(known)} hold their rows in another order, or other layers'"
         return confirmed(f"{said}; fitted anew: {effect}" if effect else said, REMEDY, effect=effect)
-    if exam.as_written:
+    if measurements.as_written:
         return excluded("every table is what a retrofit or a training wrote, number for number")
-    if exam.fidelity is None:
+    if measurements.fidelity is None:
         return unknown("only the source's attention tells whose table it is; give --source")
-    layers, heads = _layers(exam) if exam.alterations is None else None, _heads(exam)
+    layers, heads = _layers(measurements) if measurements.alterations is None else None, _heads(measurements)
     brought = sum(gain for _, gain in heads.values())
     if layers is not None and layers.brought > brought:
-        tables = {name: exam.arms.biases[other].weight.detach().clone() for name, other in layers.others.items()}
-        return _confirm(exam, "layers-put-back", layers.said, tables)
+        tables = {
+            name: measurements.arms.biases[other].weight.detach().clone() for name, other in layers.others.items()
+        }
+        return _confirm(measurements, "layers-put-back", layers.said, tables)
     if heads:
-        biases = exam.arms.biases
+        biases = measurements.arms.biases
         tables = {name: biases[name].weight.detach()[order].clone() for name, (order, _) in heads.items()}
-        return _confirm(exam, "heads-put-back", _said(heads), tables)
+        return _confirm(measurements, "heads-put-back", _said(heads), tables)
     return excluded("no exchange of rows or of tables brings the attention nearer to the source's")
 
 
-def _confirm(exam: Exam, name: str, said: str, tables: Mapping[str, Tensor]) -> Finding:
+def _confirm(measurements: Measurements, name: str, said: str, tables: Mapping[str, Tensor]) -> Finding:
     """Whether it is borne out by the running model with these tables."""
-    biases = {name: exam.arms.biases[name] for name in tables}
-    effect = exam.brings(name, partial(with_tables, biases, lambda n, b: tables[n]))
+    biases = {name: measurements.arms.biases[name] for name in tables}
+    effect = measurements.brings(name, partial(with_tables, biases, lambda n, b: tables[n]))
     if effect is None:
         return confirmed(said, REMEDY)
-    if explains(exam, effect, list(tables)) or exam.alterations is not None:
+    if explains(measurements, effect, list(tables)) or measurements.alterations is not None:
         return confirmed(f"{said}; {effect}", REMEDY, effect=effect)
     return excluded(f"{said}, but {effect}")
 
 
-def _heads(exam: Exam) -> dict[str, tuple[list[int], float]]:
+def _heads(measurements: Measurements) -> dict[str, tuple[list[int], float]]:
     """The attentions in which heads are to exchange rows: the row of each head, and the KL that it wins, summed."""
-    fidelity, found = exam.fidelity, dict[str, tuple[list[int], float]]()
+    fidelity, found = measurements.fidelity, dict[str, tuple[list[int], float]]()
     assert fidelity is not None
     for name, cost in fidelity.swaps.items():
         order, best, now = best_order(cost)
@@ -74,8 +76,8 @@ def _heads(exam: Exam) -> dict[str, tuple[list[int], float]]:
         moved = _moved(order)
         left = 2 * LEFT * (fidelity.zeros[name] - fidelity.refit[name]).sum().item()
         near = best - fidelity.refit[name].sum().item() < left  # random rows, too, suit other heads by chance
-        if name in (exam.alterations or {}):
-            if moved and is_written(exam.arms, name, exam.arms.biases[name].weight.detach()[order]):
+        if name in (measurements.alterations or {}):
+            if moved and is_written(measurements.arms, name, measurements.arms.biases[name].weight.detach()[order]):
                 found[name] = order, now - best
         elif moved and (now - best) / len(moved) > NOTABLE and now - best > WON_BACK * excess and near:
             found[name] = order, now - best
@@ -105,8 +107,8 @@ class _Layers(NamedTuple):
     others: dict[str, str]
 
 
-def _layers(exam: Exam) -> _Layers | None:
-    fidelity = exam.fidelity
+def _layers(measurements: Measurements) -> _Layers | None:
+    fidelity = measurements.fidelity
     assert fidelity is not None
     names = list(fidelity.layers)
     if len(names) < 2:

@@ -1,0 +1,1 @@
+"""Retrofitting a model in memory: what is checked, attached, filled, recorded and taken back."""

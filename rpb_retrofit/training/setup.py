@@ -1,0 +1,83 @@
+"""What the stages of a run share: the text as rows of tokens, the objective, what is kept apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel
+
+from rpb_retrofit.errors import ConfigError, DataError, UnsupportedModelError
+from rpb_retrofit.runtime.families import family_of
+from rpb_retrofit.runtime.mechanisms import trained_context
+from rpb_retrofit.text import bos_policy, special_tokens, tokenise
+from rpb_retrofit.training.batches import Rows, layout_of
+from rpb_retrofit.training.documents import Mixture, open_sources
+from rpb_retrofit.training.held_out import held_out_for
+from rpb_retrofit.training.objective import objective_for
+from rpb_retrofit.training.recipe import Recipe
+from rpb_retrofit.training.step import TrainingSetup
+
+
+def open_setup(
+    accelerator: Accelerator,
+    recipe: Recipe,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    teacher: PreTrainedModel | None,
+    label: str,
+    say: Callable[[str], None],
+) -> TrainingSetup:
+    """The setting in which ``model``, called ``label``, is trained; the same for every model of one tokenizer.
+
+    Raises ConfigError, DataError or UnsupportedModelError for wrong text and tokenizers, before anything is trained.
+    """
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(f"{type(model).__name__}: only decoders and encoders can be fine-tuned here")
+    embeddings: Any = model.get_input_embeddings()
+    rows = embeddings.weight.shape[0]
+    if len(tokenizer) > rows:
+        raise DataError(
+            f"the tokenizer of '{model.name_or_path}' has {len(tokenizer)} tokens, its model {rows}: wrong tokenizer"
+        )
+    before, after = special_tokens(tokenizer)
+    lengths = [length for stage in recipe.stages for length in stage.lengths]
+    _check_lengths(lengths, len(before) + len(after), teacher or (model if label == "control" else None), say)
+    layout = layout_of(model, tokenizer, before, after)
+    sources, weights, apart = open_sources(recipe)
+
+    def encode(documents: Sequence[str]) -> list[torch.Tensor]:
+        found = tokenise(tokenizer, documents)
+        return [torch.cat([before, ids, after]) if layout.packed and len(ids) else ids for ids in found]
+
+    objective = objective_for(recipe, model, layout.causal, teacher)
+    held = held_out_for(recipe, tokenise(tokenizer, apart), objective, layout, bos_policy(tokenizer, "auto"))
+    stream = Mixture(sources, weights, encode)
+    if (found := stream.count_up_to(longest := max(lengths))) < longest:
+        raise DataError(
+            f"the training text has {found} tokens, fewer than one sequence of {longest}: give more text or "
+            "shorter lengths"
+        )
+    return TrainingSetup(accelerator, recipe, Rows(stream, layout), layout, tokenizer, objective, held, label)
+
+
+def _check_lengths(
+    lengths: Sequence[int], special: int, source: PreTrainedModel | None, say: Callable[[str], None]
+) -> None:
+    """``source`` is whatever takes part with its own positions, as a teacher or a control."""
+    if min(lengths) <= special + 1:
+        raise ConfigError(f"lengths: {min(lengths)} tokens leave no room beside {special} special ones: make it longer")
+    if source is None:
+        return
+    family = family_of(source.config)
+    context = trained_context(source, family)
+    if context is None or max(lengths) <= context:
+        return
+    if family.mechanism in ("learned", "sinusoidal"):
+        raise ConfigError(
+            f"lengths: {max(lengths)} tokens, and the source has {context} {family.mechanism} positions: it can "
+            "neither teach nor be a control beyond them; make it shorter, or choose next-token or masked"
+        )
+    say(f"sequences of {max(lengths)} tokens are longer than the source's context of {context}")

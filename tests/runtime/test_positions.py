@@ -1,0 +1,532 @@
+"""The bias follows ``position_ids``: against float64 references, in caches, in generation, and in traced graphs."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PrefixTuningConfig, get_peft_model
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+import rpb_retrofit as rpb
+from rpb_retrofit.errors import ConfigError
+from rpb_retrofit.runtime import buckets
+from rpb_retrofit.runtime.modeling import positioned
+from rpb_retrofit.runtime.positions import JUDGED, POSITIONS, Positions, extended
+from tests.families.cases import CASES, Case
+from tests.families.reference import float64_copy, with_bias
+from tests.families.test_contract import MAX_DISTANCE, build, closeness, retrofitted, tokens
+from tests.runtime.test_engine_in_models import ways
+
+BY_NAME = {str(case): case for case in CASES}
+RESTARTED = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5], [0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 7, 8]])
+DECODERS = ("llama", "mistral", "gemma3_text", "gpt2", "falcon-rope", "llama4_text", "bert-decoder")
+pytestmark = pytest.mark.filterwarnings("ignore:.*(slow path|generation flags):UserWarning", "ignore::FutureWarning")
+
+
+def families(*names: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", [BY_NAME[name] for name in names], ids=str)
+
+
+@pytest.fixture
+def llama() -> PreTrainedModel:
+    return retrofitted(BY_NAME["llama"])
+
+
+@families("llama", "llama4_text", "gpt2", "falcon", "bert", "modernbert", "distilbert", "deepseek_v3")
+@pytest.mark.parametrize("kind", ["restarted", "random", "far apart"])
+@torch.no_grad()
+def test_any_positions_equal_the_float64_reference(case: Case, kind: str) -> None:
+    source, model, ids = build(case), retrofitted(case), tokens(2, 12)
+    random = torch.Generator().manual_seed(5)
+    positions = {
+        "restarted": RESTARTED,
+        "random": torch.randint(0, 30, (2, 12), generator=random),
+        "far apart": torch.arange(12)[None] * torch.tensor([[3], [7]]),
+    }[kind]
+    tables = {
+        n: m.relative_attention_bias.weight for n, m in model.named_modules() if hasattr(m, "relative_attention_bias")
+    }
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": positions}
+    reference = float64_copy(case, source)
+    with with_bias(case, reference, tables, MAX_DISTANCE, positions):
+        want = reference(**{**given, "position_ids": positions.clamp(max=20)}).logits
+    got = model(**given).logits.double()
+    assert closeness(got, want) < 2e-5
+    assert closeness(model(ids, attention_mask=torch.ones_like(ids)).logits.double(), want) > 1e-3
+
+
+def by_steps(model: PreTrainedModel, ids: Tensor, positions: Tensor, cache: Cache | None, cuts: list[int]) -> Tensor:
+    """The logits of a text that comes in parts, each with its positions, which the model tells apart by a mask."""
+    steps, start = [], 0
+    for end in cuts:
+        out = model(
+            ids[:, start:end],
+            attention_mask=torch.ones_like(ids[:, :end]),
+            position_ids=positions[:, start:end],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        steps, start, cache = [*steps, out.logits], end, out.past_key_values
+    return torch.cat(steps, 1)
+
+
+CACHES: dict[str, Callable[[Any], Cache | None]] = {
+    "the model's own": lambda config: None,
+    "dynamic": lambda config: DynamicCache(config=config),
+    "static": lambda config: StaticCache(config=config, max_cache_len=16),
+}
+
+
+@families(*DECODERS)
+@pytest.mark.parametrize("cache", CACHES)
+@torch.no_grad()
+def test_cached_keys_keep_their_positions(case: Case, cache: str) -> None:
+    model, ids = retrofitted(case), tokens(2, 12)
+    want = model(ids, attention_mask=torch.ones_like(ids), position_ids=RESTARTED, use_cache=False).logits
+    got = by_steps(model, ids, RESTARTED, CACHES[cache](model.config), [5, 6, 7, 9, 10, 11, 12])
+    assert closeness(got, want) < 1e-5
+
+
+@torch.no_grad()
+def test_positions_follow_the_rows_of_a_cache(llama: PreTrainedModel) -> None:
+    """Reordered, repeated, selected, cropped, copied and pickled caches go on as if they had been filled so."""
+    ids, mask = tokens(2, 12), torch.ones(2, 12, dtype=torch.long)
+    want = llama(ids, attention_mask=mask, position_ids=RESTARTED, use_cache=False).logits[:, -3:]
+
+    def filled(until: int = 9) -> Any:
+        cache = DynamicCache(config=llama.config)
+        by_steps(llama, ids[:, :until], RESTARTED[:, :until], cache, [6, until])
+        return cache
+
+    def ended(cache: Any, rows: Tensor) -> None:
+        given = {"attention_mask": mask[rows], "position_ids": RESTARTED[rows, 9:], "past_key_values": cache}
+        assert closeness(llama(ids[rows, 9:], **given).logits, want[rows]) < 1e-5
+
+    cache = filled()
+    cache.reorder_cache(torch.tensor([1, 0]))
+    ended(cache, torch.tensor([1, 0]))
+    cache = filled()
+    cache.batch_repeat_interleave(2)
+    ended(cache, torch.tensor([0, 0, 1, 1]))
+    cache.crop(-3)
+    cache.batch_select_indices(torch.tensor([2, 0]))
+    ended(cache, torch.tensor([1, 0]))
+    cache = filled(12)
+    cache.crop(-3)
+    ended(copy.deepcopy(cache), torch.arange(2))
+    ended(pickle.loads(pickle.dumps(cache)), torch.arange(2))
+    cache.reset()
+    by_steps(llama, ids[:, :9], RESTARTED[:, :9], cache, [9])
+    ended(cache, torch.arange(2))
+    with pytest.raises(ConfigError, match=r"position_ids of 2 rows, and the batch has 3.*batch_repeat_interleave"):
+        llama(tokens(3, 1), past_key_values=filled(), position_ids=torch.tensor([[9]]))
+
+
+@torch.no_grad()
+def test_without_position_ids_positions_are_the_indices_again(llama: PreTrainedModel) -> None:
+    """As in Transformers: what a caller leaves out goes on from the number of cached tokens."""
+    ids, mask = tokens(2, 12), torch.ones(2, 12, dtype=torch.long)
+    positions = torch.cat([torch.arange(9) % 5, torch.arange(9, 12)])[None]
+    want = llama(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, -3:]
+    cache = DynamicCache(config=llama.config)
+    by_steps(llama, ids[:, :9], positions[:, :9], cache, [9])
+    assert closeness(llama(ids[:, 9:], attention_mask=mask, past_key_values=cache).logits, want) < 1e-5
+
+
+@torch.no_grad()
+def test_kept_frequencies_and_bias_follow_alike() -> None:
+    """Two branches behind a shared prefix, with half of the rotary frequencies kept."""
+    model = build(BY_NAME["llama"])
+    config = rpb.RetrofitConfig(init="zeros", keep_frequencies=2, relative_attention_num_buckets=8)
+    report = rpb.retrofit(model, config)
+    for name in report.tables:
+        nn.init.normal_(model.get_parameter(name))
+    ids, mask = tokens(1, 8), torch.ones(8, 8, dtype=torch.bool).tril()
+    mask[6:, 4:6] = False
+    positions = torch.tensor([[0, 1, 2, 3, 4, 5, 4, 5]])
+    got = model(ids, position_ids=positions, attention_mask=mask[None, None]).logits[:, 6:]
+    assert closeness(got, model(ids[:, [0, 1, 2, 3, 6, 7]]).logits[:, 4:]) < 1e-5
+
+
+@families("llama", "mistral", "gpt2", "bert-decoder")
+@pytest.mark.parametrize("shift", ["left padding", "from 100 on"])
+@torch.no_grad()
+def test_the_fast_way_stays(case: Case, shift: str) -> None:
+    """Positions that are the index less a constant of the row, given by hand, in one pass and token by token."""
+    model, ids = retrofitted(case), tokens(2, 12)
+    mask = torch.ones_like(ids)
+    if shift == "left padding":
+        mask[1, :4] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0) + (100 if shift == "from 100 on" else 0)
+    want = model(ids, attention_mask=mask).logits
+    cache, steps, found = DynamicCache(config=model.config), [], []
+    for start, end in ((0, 7), (7, 10), (10, 11), (11, 12)):
+        given = {"attention_mask": mask[:, :end], "position_ids": positions[:, start:end], "past_key_values": cache}
+        steps.append(model(ids[:, start:end], **given).logits)
+        found.append(set(ways(model)))
+    assert found == [{"blockwise"}, {"blockwise"}, {"row"}, {"row"}]
+    assert closeness(torch.cat(steps, 1)[mask.bool()], want[mask.bool()]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        torch.zeros(1, 4, dtype=torch.long),
+        torch.zeros(3, 1, 5, dtype=torch.long),
+        torch.zeros(3, 5, dtype=torch.long),
+        torch.zeros(1, 5),
+        [[0, 1, 2, 3, 4]],
+    ],
+    ids=lambda x: str(getattr(x, "shape", "list")),
+)
+def test_what_cannot_be_positions_is_refused(llama: PreTrainedModel, ids: Any) -> None:
+    with pytest.raises(ConfigError, match=r"position_ids of .*one for each of the 5 tokens, of shape \(2, 5\) or"):
+        llama(tokens(2, 5), position_ids=ids)
+
+
+# --- generation --------------------------------------------------------------------------------------------------
+
+
+def padded_chat(model: PreTrainedModel, new: int, **kwargs: Any) -> tuple[Tensor, Any]:
+    """A cached beginning, then two texts of unequal length padded on the left: their new tokens, and the cache."""
+    beginning, cache = tokens(1, 6).expand(2, -1), DynamicCache(config=model.config)
+    model(beginning, past_key_values=cache)
+    cache.batch_repeat_interleave(kwargs.get("num_beams", 1))
+    text = torch.cat([beginning, tokens(2, 5, seed=4)], 1)
+    mask = torch.ones_like(text)
+    mask[1, 6:9] = 0
+    out = model.generate(
+        text, attention_mask=mask, past_key_values=cache, max_new_tokens=new, do_sample=False, eos_token_id=None,
+        return_dict_in_generate=True, **kwargs,
+    )  # fmt: skip
+    return out.sequences[:, 11:], out.past_key_values
+
+
+@families("llama", "gpt2", "falcon-rope", "olmo2")  # a sliding window goes by the index, as in Transformers
+@pytest.mark.parametrize("beams", [1, 3])
+@torch.no_grad()
+def test_padding_between_a_cached_prefix_and_its_continuation(case: Case, beams: int) -> None:
+    model = retrofitted(case, tie_word_embeddings=False)
+    new, _ = padded_chat(model, 6, num_beams=beams)
+    text = torch.cat([tokens(1, 6), tokens(2, 5, seed=4)[1:, 3:]], 1)
+    alone = model.generate(text, max_new_tokens=6, do_sample=False, eos_token_id=None, num_beams=beams)
+    assert torch.equal(new[1:], alone[:, 8:])
+
+
+@torch.no_grad()
+def test_generation_needs_no_look_at_each_token(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the first step of a left-padded batch; a cache goes on knowing its positions when it is over."""
+    looks: list[int] = []
+    look = Positions._look
+    monkeypatch.setattr(Positions, "_look", lambda *args: looks.append(1) or look(*args))
+    ids = tokens(2, 8)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    out = llama.generate(
+        ids, attention_mask=mask, max_new_tokens=5, do_sample=False, eos_token_id=None, return_dict_in_generate=True
+    )
+    assert not looks and set(ways(llama)) == {"row"}
+    cache = out.past_key_values
+    assert getattr(cache, JUDGED) and getattr(cache, POSITIONS)[:, -1].tolist() == [7, 4]
+    # By hand, and not where generation would have gone on: both rows repeat their first tokens' positions.
+    mask = torch.cat([mask, torch.ones(2, 7, dtype=torch.long)], 1)
+    text = torch.cat([out.sequences, tokens(2, 2, seed=9)], 1)
+    before = (mask.cumsum(1) - 1).clamp(min=0)[:, :12]
+    positions = torch.cat([before, torch.tensor([[0, 1, 2], [3, 4, 5]])], 1)
+    want = llama(text, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, -3:]
+    got = llama(text[:, 12:], attention_mask=mask, position_ids=positions[:, 12:], past_key_values=cache).logits
+    assert looks and not getattr(cache, JUDGED)
+    assert closeness(got, want) < 1e-5
+
+
+@torch.no_grad()
+def test_generation_from_irregular_positions(llama: PreTrainedModel) -> None:
+    """A cache with restarted positions: generation goes on by general steps, equal to full passes."""
+    ids, cache = tokens(2, 12), DynamicCache(config=llama.config)
+    by_steps(llama, ids, RESTARTED, cache, [12])
+    text = torch.cat([ids, tokens(2, 1, seed=8)], 1)
+    positions = torch.cat([RESTARTED, torch.tensor([[6], [9]])], 1)
+    out = llama.generate(
+        text, position_ids=positions, past_key_values=cache, max_new_tokens=4, do_sample=False, eos_token_id=None
+    )
+    for _ in range(4):
+        given = {"attention_mask": torch.ones_like(text), "position_ids": positions, "use_cache": False}
+        text = torch.cat([text, llama(text, **given).logits[:, -1:].argmax(-1)], 1)
+        positions = torch.cat([positions, positions[:, -1:] + 1], 1)
+    assert torch.equal(out, text)
+
+
+@families("llama", "gpt2", "falcon-rope")
+@torch.no_grad()
+def test_generation_from_vectors(case: Case) -> None:
+    """Transformers reads in the signature whether a class can begin with vectors in the place of tokens."""
+    model, ids = retrofitted(case), tokens(2, 8)
+    settings: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    vectors = model.get_input_embeddings()(ids)
+    assert torch.equal(model.generate(inputs_embeds=vectors, **settings), model.generate(ids, **settings)[:, 8:])
+
+
+@families("llama", "gpt2")
+@torch.no_grad()
+def test_prefix_tuning_of_a_padded_batch(case: Case) -> None:
+    """PEFT puts a filled cache under a generation that began without one, and shifts its positions."""
+    model = retrofitted(case)
+    peft = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    for parameter in peft.prompt_encoder.parameters():
+        nn.init.normal_(parameter)
+    ids = tokens(2, 7)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    settings: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    both = peft.generate(input_ids=ids, attention_mask=mask, **settings)
+    alone = peft.generate(input_ids=ids[1:, 3:], attention_mask=mask[1:, 3:], **settings)
+    assert torch.equal(both[1:, 7:], alone[:, 4:])
+
+
+@torch.no_grad()
+def test_a_loop_of_ones_own_over_a_cache_of_generate(llama: PreTrainedModel) -> None:
+    """What a generation knew of its ids is over with it."""
+    ids = tokens(1, 8)
+    out = llama.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=None, return_dict_in_generate=True)
+    text, cache = torch.cat([out.sequences, tokens(1, 1, seed=5)], 1), out.past_key_values
+    assert cache.get_seq_length() == 10
+    given = {"position_ids": torch.tensor([[3, 4]]), "attention_mask": torch.ones(1, 12, dtype=torch.long)}
+    inputs = llama.prepare_inputs_for_generation(text, next_sequence_length=2, past_key_values=cache, **given)
+    positions = torch.cat([torch.arange(10), torch.tensor([3, 4])])[None]
+    want = llama(text, position_ids=positions, attention_mask=torch.ones_like(text), use_cache=False).logits[:, -2:]
+    assert closeness(llama(**inputs).logits, want) < 1e-5
+
+
+# --- heads and copies --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
+def test_a_head_that_drops_positions_refuses_them(head: str) -> None:
+    """Falcon's heads swallow position_ids, though the model within takes them."""
+    case = BY_NAME["falcon-rope"]
+    model = getattr(transformers, f"FalconFor{head}")(build(case).config).eval()
+    rpb.retrofit(model, rpb.RetrofitConfig(init="zeros"))
+    with pytest.raises(ConfigError, match=f"position_ids: RpbFalconFor{head} takes no positions"):
+        model(tokens(1, 5), position_ids=torch.arange(5)[None])
+
+
+@families("falcon", "falcon-rope", "llama")
+@torch.no_grad()
+def test_positions_survive_copies_between_layers(case: Case) -> None:
+    """As where layers are on several devices, and arguments move with them."""
+    model, ids = retrofitted(case), tokens(2, 12)
+    given = {"attention_mask": torch.ones_like(ids), "position_ids": RESTARTED}
+    want = model(ids, **given, use_cache=False).logits
+
+    def copied(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {k: v.clone() if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.register_forward_pre_hook(copied, with_kwargs=True)
+    assert closeness(model(ids, **given, use_cache=False).logits, want) < 1e-5
+    assert closeness(by_steps(model, ids, RESTARTED, None, [5, 6, 9, 12]), want) < 1e-5
+
+
+@torch.no_grad()
+def test_several_rows_a_sample() -> None:
+    """GPT-2's double heads take (batch, choices, tokens), and positions of the same rows."""
+    model = transformers.GPT2DoubleHeadsModel(build(BY_NAME["gpt2"]).config).eval()
+    rpb.retrofit(model, rpb.RetrofitConfig(init="normal"))
+    ids = tokens(2, 12)
+    want = model(ids[:, None], use_cache=False).logits[:, 0]
+    restarted = model(ids[None], position_ids=RESTARTED, use_cache=False).logits[0]
+    assert closeness(model(ids[None], position_ids=torch.arange(12)[None], use_cache=False).logits[0], want) < 1e-5
+    assert closeness(restarted, want) > 1e-3
+
+
+# --- graphs ------------------------------------------------------------------------------------------------------
+
+
+@families("llama", "gpt2", "falcon-rope")
+@torch.no_grad()
+def test_compiled_decoding_with_positions(case: Case) -> None:
+    """The usual recipe of a static cache: one graph for each token, with positions given by hand."""
+    torch._dynamo.reset()
+    model, ids = retrofitted(case), tokens(2, 12)
+    want = model(ids, attention_mask=torch.ones_like(ids), position_ids=RESTARTED, use_cache=False).logits
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    by_steps(model, ids, RESTARTED, cache, [8])
+    step = torch.compile(model, backend="eager", fullgraph=True)
+    for at in range(8, 12):
+        mask = torch.zeros(2, 16, dtype=torch.long)
+        mask[:, : at + 1] = 1
+        given = {"attention_mask": mask, "position_ids": RESTARTED[:, at : at + 1], "past_key_values": cache}
+        assert closeness(step(ids[:, at : at + 1], **given).logits[:, 0], want[:, at]) < 1e-5
+
+
+@families("llama", "gpt2", "mistral")
+@torch.no_grad()
+def test_graphs_of_caches_without_positions(case: Case) -> None:
+    """A cache that was filled without position_ids, and one that the model makes: one graph, as of the source."""
+    torch._dynamo.reset()
+    model, ids = retrofitted(case), tokens(2, 12)
+    want = model(ids, attention_mask=torch.ones_like(ids), position_ids=RESTARTED, use_cache=False).logits
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    given = {"attention_mask": torch.ones_like(ids), "position_ids": RESTARTED}
+    assert closeness(compiled(ids, **given).logits, want) < 1e-5
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    model(ids[:, :8], past_key_values=cache)
+    at = torch.tensor([[3], [5]])
+    positions = torch.cat([torch.arange(8)[None].expand(2, -1), at], 1)
+    want = model(ids[:, :9], attention_mask=torch.ones(2, 9), position_ids=positions, use_cache=False).logits[:, 8:]
+    mask = (torch.arange(16) < 9).long()[None].expand(2, -1)
+    got = compiled(ids[:, 8:9], attention_mask=mask, position_ids=at, past_key_values=cache).logits
+    assert closeness(got, want) < 1e-5
+
+
+def call_of(case: Case, model: PreTrainedModel) -> nn.Module:
+    class Call(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids: Tensor, mask: Tensor) -> Any:
+            extra = {} if case.kind == "encoder" else {"use_cache": False}
+            if case.kind == "seq2seq":
+                extra["decoder_input_ids"] = ids.flip(1)
+            return self.model(input_ids=ids, attention_mask=mask, **extra).logits
+
+    return Call()
+
+
+@families("llama", "mistral", "gpt2", "bloom", "mpt", "falcon", "bert", "modernbert", "t5", "bart", "gpt_oss", "gemma2")
+@pytest.mark.parametrize("length", [12, 300])
+@torch.no_grad()
+def test_a_traced_model_obeys_another_mask(case: Case, length: int) -> None:
+    """torch.jit.trace keeps what it cannot see change: the padding must reach the graph as a tensor."""
+    if length > 64 and str(case) not in ("llama", "bert"):
+        pytest.skip("one decoder and one encoder are enough for a text of several blocks")
+    settings = {"max_position_embeddings": 512} if length > 64 else {}
+    call, ids = call_of(case, retrofitted(case, layers=1 if length > 64 else 2, **settings)), tokens(2, length)
+    ones = torch.ones_like(ids)
+    left, right = ones.clone(), ones.clone()
+    left[1, :5], right[0, 9:] = 0, 0
+    masks = [ones, right] if case.kind != "causal" else [ones, left]
+    for first, other in (masks, masks[::-1]):
+        graph = torch.jit.trace(call, (ids, first), check_trace=False, strict=False)
+        for mask in (first, other):
+            real = ones.bool() if case.kind == "seq2seq" else mask.bool()
+            assert closeness(graph(ids, mask)[real], call(ids, mask)[real]) < 1e-5
+
+
+@families("llama", "gpt2", "bert", "t5")
+@pytest.mark.parametrize("strict", [False, True])
+@torch.no_grad()
+def test_a_model_that_never_ran_can_be_exported(case: Case, strict: bool) -> None:
+    if case.kind == "seq2seq" and strict:
+        pytest.skip("one way is enough where two models are traced")
+    call, ids = call_of(case, retrofitted(case)), tokens(2, 8)
+    buckets._first_distances.cache_clear()
+    buckets._buckets_around_zero.cache_clear()
+    graph = torch.export.export(call, (ids, torch.ones_like(ids)), strict=strict).module()
+    assert closeness(graph(ids, torch.ones_like(ids)), call(ids, torch.ones_like(ids))) < 1e-5
+
+
+@torch.no_grad()
+def test_exported_positions_are_an_argument(llama: PreTrainedModel) -> None:
+    ids, mask = tokens(2, 12), torch.ones(2, 12, dtype=torch.long)
+    given = {"attention_mask": mask, "position_ids": torch.arange(12)[None].repeat(2, 1), "use_cache": False}
+    graph = torch.export.export(llama, (ids,), given, strict=False).module()
+    given = {**given, "position_ids": RESTARTED}
+    assert closeness(graph(ids, **given).logits, llama(ids, **given).logits) < 1e-5
+
+
+def test_a_fake_pass_leaves_nothing_behind() -> None:
+    """Shapes can be computed before any number was, and do no harm to a real pass that follows."""
+    buckets._first_distances.cache_clear()
+    buckets._buckets_around_zero.cache_clear()
+    model = retrofitted(BY_NAME["llama"])
+    with FakeTensorMode() as mode, torch.no_grad():
+        fake: Any = type(model)(copy.deepcopy(model.config))
+        for positions in (None, mode.from_tensor(torch.tensor([[0, 1, 2, 0, 1]]))):
+            cache = DynamicCache(config=model.config)
+            for part in (tokens(1, 5), tokens(1, 1)):
+                at = None if positions is None else positions[:, : part.shape[1]]
+                logits = fake(mode.from_tensor(part), position_ids=at, past_key_values=cache).logits
+                assert logits.shape == (1, part.shape[1], model.config.vocab_size)
+    with torch.no_grad():
+        assert type(model(tokens(1, 5)).logits) is Tensor
+
+
+def test_one_query_on_a_device_is_not_looked_at() -> None:
+    """Decoding must not wait for a GPU: the general way is taken, whatever the positions are."""
+    slots = torch.arange(5, device="meta")[None]
+    assert not Positions(slots[:, 4:], slots, 4).are_indices(None, 5, None)
+
+
+# --- arithmetic --------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_slots_go_on_counting(data: st.DataObject) -> None:
+    """`extended` against a plain list: known slots, then slots that count on, then the new ones, which count on."""
+    number = st.integers(0, 50)
+    known = data.draw(st.lists(number, min_size=1, max_size=6) | st.none())
+    past = data.draw(st.integers(0, 9))
+    new = data.draw(st.lists(number, min_size=1, max_size=4))
+    spare = data.draw(st.integers(0, 3))
+    before = list(range(past)) if known is None else known[:past]
+    while len(before) < past:
+        before.append(before[-1] + 1)
+    want = before + new
+    for _ in range(spare):
+        want.append(want[-1] + 1)
+    slots = None if known is None else torch.tensor([known])
+    for at in (past, torch.tensor(past)):
+        got = extended(slots, torch.tensor([new]), at, past + len(new) + spare)
+        assert got.tolist() == [want]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_the_look_sees_what_each_query_sees(data: st.DataObject) -> None:
+    """`Positions.are_indices` of runs, of booleans and of numbers: one answer, that of every visible pair."""
+    queries, past = data.draw(st.integers(2, 6)), data.draw(st.integers(0, 4))
+    keys = past + queries
+    jumps = data.draw(st.lists(st.sampled_from([1, 1, 1, 1, 0, 5]), min_size=keys, max_size=keys))
+    slots = torch.tensor([jumps]).cumsum(1)
+    ends = [data.draw(st.tuples(st.integers(0, keys), st.integers(0, keys))) for _ in range(queries)]
+    runs = torch.tensor([[ends]], dtype=torch.int32)
+    at = torch.arange(keys)
+    seen = (at >= runs[..., :1]) & (at < runs[..., 1:])
+    query, index = slots[:, past:], torch.arange(past, keys)
+    right = (index - query[0])[:, None] == (at - slots[0])
+    want = bool((right | ~seen[0, 0]).all())
+    for mask in (runs, seen, torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)):
+        assert Positions(query, slots, past).are_indices(mask, keys, None) == want
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_positions_reach_every_attention(case: Case) -> None:
+    """No family's attention is left without: the keyword arrives, or the ids that carry what it does."""
+    model = retrofitted(case)
+    if not positioned(model):
+        pytest.skip("takes no position_ids")
+    arrived = {}
+
+    def arrive(module: nn.Module, args: object, kwargs: dict[str, Any]) -> None:
+        arrived[module] = POSITIONS in kwargs or hasattr(kwargs.get("position_ids"), POSITIONS)
+
+    biased = [module for module in model.modules() if hasattr(module, "relative_attention_bias")]
+    for module in biased:
+        module.register_forward_pre_hook(arrive, with_kwargs=True)
+    model(tokens(1, 5), position_ids=torch.arange(5)[None])
+    assert arrived == dict.fromkeys(biased, True)
