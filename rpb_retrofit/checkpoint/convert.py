@@ -20,7 +20,7 @@ from rpb_retrofit.files.folder import check_absent, whole_folder
 from rpb_retrofit.files.headers import check_headers, check_stored
 from rpb_retrofit.files.shards import place, place_without, tensor_names
 from rpb_retrofit.files.source import Source, expanded, find, model_class
-from rpb_retrofit.runtime.families import family_of, is_own
+from rpb_retrofit.runtime.families import is_own
 from rpb_retrofit.swap.eligibility import check_eligible
 from rpb_retrofit.tables import CALIBRATED
 
@@ -160,9 +160,13 @@ def _write_all_but_weights(
 
     from rpb_retrofit.checkpoint.load import check_generation, on_gpu, open_tokenizer, open_weights
     from rpb_retrofit.checkpoint.rewrite import Change
-    from rpb_retrofit.runtime.modeling import own_names, save_config, write_runtime
+    from rpb_retrofit.runtime.anatomy import Anatomy
+    from rpb_retrofit.runtime.attach import own_names
+    from rpb_retrofit.runtime.locks import save_config
+    from rpb_retrofit.runtime.modeling import write_runtime
     from rpb_retrofit.swap.filling import first_tables, parameters_of, table_specs
-    from rpb_retrofit.swap.inplace import folded, retrofit
+    from rpb_retrofit.swap.inplace import retrofit
+    from rpb_retrofit.swap.snapshot import folded
     from rpb_retrofit.tables.checksums import record
 
     settings = source.config()
@@ -181,7 +185,8 @@ def _write_all_but_weights(
         with torch.device("meta"), no_init_weights():
             model = model_class(settings)(settings)
         report, changes = retrofit(model, config), {}
-        tables = parameters_of(first_tables(model, config), table_specs(model, config))
+        anatomy = Anatomy.of(model)
+        tables = parameters_of(first_tables(anatomy, config), table_specs(anatomy, config))
         record(model, tables)
     model.config.architectures = [type(model).__name__]
     save_config(model.config, folder)
@@ -198,11 +203,11 @@ def _write_all_but_weights(
 
 def _texts(config: RetrofitConfig, text: CalibrationText | None, tokenizer: Any, model: PreTrainedModel) -> Any:
     """What `retrofit` takes for ``calibration`` and ``polishing``."""
-    from rpb_retrofit.runtime.mechanisms import trained_context
+    from rpb_retrofit.runtime.anatomy import Anatomy
 
     if text is None:
         return None, None
-    context = trained_context(model, family_of(model.config))
+    context = Anatomy.of(model).context
     return (
         text.windows(tokenizer, context) if config.takes_text else None,
         text.polishing(tokenizer, context, config.polish) if config.polish else None,

@@ -107,8 +107,8 @@ def command(
     from rpb_retrofit.evaluation.nll import check_ids
     from rpb_retrofit.files.folder import check_absent, whole_folder
     from rpb_retrofit.files.journal import Journal
+    from rpb_retrofit.runtime.anatomy import Anatomy
     from rpb_retrofit.runtime.families import family_of
-    from rpb_retrofit.runtime.mechanisms import trained_context
     from rpb_retrofit.tables.calibrate import SHORTEST
     from rpb_retrofit.text import CalibrationText, bos_policy, tokenise
     from rpb_retrofit.training.identity import checksum, fingerprint, texts_of
@@ -143,7 +143,7 @@ def command(
     check_scratch()
     scored, fitted = _texts(data, calibration, train_data)
     model, tokenizer = open_causal_lm(source)
-    context = trained_context(model, family_of(model.config))
+    context = Anatomy.of(model).context
     target = wanted_target or 2 * (context or 0)
     if target < 2:
         raise ConfigError(f"'{source}' does not say for how many tokens it was trained: give --target-length")

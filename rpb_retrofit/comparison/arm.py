@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rpb_retrofit.errors import ConfigError
-from rpb_retrofit.runtime.families import Family, family_of
-from rpb_retrofit.runtime.mechanisms import trained_context
+from rpb_retrofit.runtime.anatomy import Anatomy
+from rpb_retrofit.runtime.families import Family
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,19 @@ class Situation:
     number: float | None = None
 
     @cached_property
+    def anatomy(self) -> Anatomy:
+        """What the source is made of."""
+        return Anatomy.of(self.source)
+
+    @property
     def family(self) -> Family:
         """How positions enter the source."""
-        return family_of(self.source.config)
+        return self.anatomy.family
 
     @cached_property
     def context(self) -> int:
         """Tokens that the source was trained for; ConfigError where nothing says."""
-        if (context := trained_context(self.source, self.family)) is None:
+        if (context := self.anatomy.context) is None:
             raise ConfigError(f"'{self.source.name_or_path}' does not say for how many tokens it was trained")
         return context
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from rpb_retrofit.comparison.arm import Apply, Situation
 from rpb_retrofit.errors import ConfigError
-from rpb_retrofit.runtime.mechanisms import inverse_frequencies, modules_named
+from rpb_retrofit.runtime.anatomy import Anatomy
 
 Settings = Callable[[float, float, int, int], Mapping[str, Any]]
 """Factor, the source's base, its context in tokens, and the dimensions that rotate, to ``rope_parameters``."""
@@ -43,10 +43,10 @@ def rotate_by(
 
     ConfigError where the source has no RoPE, or one that is scaled already.
     """
-    family, config = situation.family, model.config.get_text_config()
-    if family.mechanism != "rope":
-        raise ConfigError(f"the source has {family.mechanism} positions, and there is no RoPE to scale")
-    frequencies = inverse_frequencies(model, family)
+    anatomy, config = Anatomy.of(model), model.config.get_text_config()
+    if anatomy.family.mechanism != "rope":
+        raise ConfigError(f"the source has {anatomy.family.mechanism} positions, and there is no RoPE to scale")
+    frequencies = anatomy.inverse_frequencies
     parameters = deepcopy(config.rope_parameters)
     nested = isinstance(next(iter(parameters.values())), dict)
     for kind, own in parameters.items() if nested else [("", parameters)]:
@@ -58,7 +58,7 @@ def rotate_by(
             raise ConfigError("the source's RoPE has one frequency, 1 radian a token, which no base changes")
         own |= settings(own["rope_theta"], situation.context, rotating)
     config.rope_parameters = parameters
-    for name, holder in modules_named(model, family.positions).items():
+    for name, holder in anatomy.position_modules.items():
         fresh: Any = type(holder)(config=config)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, fresh.to(model.device))

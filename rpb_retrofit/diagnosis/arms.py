@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from rpb_retrofit.errors import DataError, NotRetrofittedError
+from rpb_retrofit.runtime.anatomy import Anatomy
 from rpb_retrofit.runtime.bias import RelativePositionBias
-from rpb_retrofit.runtime.families import TABLE, UNSCALED, Family, family_of, is_own
-from rpb_retrofit.runtime.modeling import RetrofitModel, attention_modules
+from rpb_retrofit.runtime.families import TABLE, UNSCALED, Family, is_own
+from rpb_retrofit.runtime.modeling import RetrofitModel
 from rpb_retrofit.tables import CONTENT
 
 SOURCE, UNTRAINED, RETROFIT, CONTROL = "source", "untrained", "retrofit", "control"
@@ -73,14 +74,24 @@ class Arms:
         return self.settings.get("calibrate") == CONTENT or self.settings.get("scale") == UNSCALED
 
     @cached_property
-    def family(self) -> Family:
-        """How positions enter these models."""
-        return family_of(self.retrofit.config)
+    def anatomy(self) -> Anatomy:
+        """What the retrofit is made of."""
+        return Anatomy.of(self.retrofit)
 
     @cached_property
+    def source_anatomy(self) -> Anatomy | None:
+        """What the source is made of, where there is one."""
+        return None if self.source is None else Anatomy.of(self.source)
+
+    @property
+    def family(self) -> Family:
+        """How positions enter these models."""
+        return self.anatomy.family
+
+    @property
     def attentions(self) -> dict[str, Any]:
         """The retrofit's self-attention modules by name."""
-        return attention_modules(self.retrofit, self.family)
+        return self.anatomy.attentions
 
     @property
     def biases(self) -> dict[str, RelativePositionBias]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -10,30 +10,31 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from rpb_retrofit.runtime.families import Family
-from rpb_retrofit.tables.recording import Run, eager, intercepted, run
+from rpb_retrofit.instruments.interception import Attend, intercepted
+from rpb_retrofit.instruments.modes import eager, evaluating
+from rpb_retrofit.runtime.anatomy import Anatomy
+from rpb_retrofit.tables.recording import run
 
 See = Callable[[str, Tensor], None]
 """Told the name of an attention and its weights (heads, Q, K)."""
 
 
 @torch.no_grad()
-def look(model: PreTrainedModel, family: Family, attentions: Mapping[str, Any], window: Tensor, see: See) -> None:
+def observe(anatomy: Anatomy, window: Tensor, see: See) -> None:
     """One forward pass of a window (n,), in which ``see`` is shown the weights of every attention in turn."""
     with ExitStack() as undo:
-        if family.uses_interface:
-            undo.enter_context(intercepted(model, attentions, partial(_watched, see)))
+        if anatomy.family.uses_interface:
+            undo.enter_context(intercepted(anatomy, partial(_watched, see)))
         else:
-            undo.enter_context(eager(model))
-            for name, module in attentions.items():
+            undo.enter_context(eager(anatomy))
+            for name, module in anatomy.attentions.items():
                 undo.callback(module.register_forward_hook(partial(_shown, see, name)).remove)
-        undo.callback(model.train, model.training)
-        run(model.eval(), window)
+        undo.enter_context(evaluating(anatomy.model))
+        run(anatomy.model, window)
 
 
-def _watched(see: See, name: str, attend: Run) -> Run:
+def _watched(see: See, name: str, attend: Attend) -> Attend:
     def watched(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         output, weights = attend(module, *args, **{**kwargs, "output_attentions": True})
         assert weights is not None, "they were asked for"
@@ -63,9 +64,7 @@ class AttentionPatterns:
         return torch.stack([half.mean(1) if half.shape[1] else half.new_zeros(len(half)) for half in halves])
 
 
-def attention_patterns(
-    model: PreTrainedModel, family: Family, attentions: Mapping[str, Any], text: Tensor, tokens: Tensor, period: int
-) -> AttentionPatterns:
+def attention_patterns(anatomy: Anatomy, text: Tensor, tokens: Tensor, period: int) -> AttentionPatterns:
     """Where a causal model's heads look, on a window of ``text`` (n,) and on ``period`` random ones of the ``tokens``,
     twice."""
     spread: dict[str, Tensor] = {}
@@ -84,6 +83,6 @@ def attention_patterns(
 
     generator = torch.Generator().manual_seed(0)
     drawn = tokens[torch.randint(len(tokens), (period,), generator=generator)]
-    look(model, family, attentions, text, see_text)
-    look(model, family, attentions, torch.cat([drawn, drawn]), see_copies)
+    observe(anatomy, text, see_text)
+    observe(anatomy, torch.cat([drawn, drawn]), see_copies)
     return AttentionPatterns(spread, previous, induction)

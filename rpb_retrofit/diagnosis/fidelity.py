@@ -10,7 +10,7 @@ values: there what lower layers lost counts under any table.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -19,15 +19,14 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from rpb_retrofit.diagnosis.arms import Arms
 from rpb_retrofit.diagnosis.meanings import MADE_FOR, continued, meanings_of
 from rpb_retrofit.files.spool import Spool, temporary_spool
+from rpb_retrofit.runtime.anatomy import Anatomy
 from rpb_retrofit.runtime.bias import RelativePositionBias
 from rpb_retrofit.runtime.buckets import Bucketing
 from rpb_retrofit.runtime.families import FACTOR
-from rpb_retrofit.runtime.modeling import attention_modules
 from rpb_retrofit.tables.attention_rows import AttentionRows
 from rpb_retrofit.tables.fit import Loss, Target, fit, loss, target_of
 from rpb_retrofit.tables.output_metric import metrics
@@ -101,20 +100,19 @@ class Fidelity:
 
 @torch.no_grad()
 def fidelity(
-    arms: Arms, source: PreTrainedModel, windows: Sequence[Tensor], width: int, suspected: Collection[str]
+    arms: Arms, source: Anatomy, windows: Sequence[Tensor], width: int, suspected: Collection[str]
 ) -> Fidelity:
     """Compare the retrofit's tables with ``source`` on windows of text; heads are ``width`` wide. What tables may have
     been meant to be is only asked of the ``suspected`` attentions': not of those that are what was written."""
     found = Fidelity()
     with temporary_spool(AttentionRows) as spool:
-        theirs = attention_modules(source, arms.family)
-        names = _record(arms, source, theirs, windows, spool)
-        measures = metrics(source, arms.family, theirs, windows[0])
+        names = _record(arms, source, windows, spool)
+        output_metrics = metrics(source, windows[0])
         biases = arms.biases
         for name in tqdm(names, desc="attention beside the source's", unit="layer", leave=False):
             pairs, bias = _RowPairs(spool, name, len(windows), arms.attentions[name]), biases[name]
             layout = ParameterLayout(bias.bucketing, bias.tail is not None)
-            target, outputs = target_of(pairs, layout), Outputs.of(pairs, layout, measures.get(name))
+            target, outputs = target_of(pairs, layout), Outputs.of(pairs, layout, output_metrics.get(name))
             far = partial(loss, target=target, pairs=pairs, layout=layout, thin=None, term=outputs)
             _own_and_best(found, name, _numbers(bias), fit(pairs, layout, target=target).numbers, layout, far)
             _richer_tables(found, name, pairs, bias)
@@ -127,13 +125,11 @@ def fidelity(
     return found
 
 
-def _record(
-    arms: Arms, source: PreTrainedModel, theirs: Mapping[str, Any], windows: Sequence[Tensor], spool: Spool
-) -> list[str]:
+def _record(arms: Arms, source: Anatomy, windows: Sequence[Tensor], spool: Spool) -> list[str]:
     every = max(1, max(map(len, windows)) // QUERIES)
     positions = [range(len(window) - 1, -1, -every) for window in windows]
-    names = record_source(source, arms.family, theirs, windows, positions, spool, lambda n: None)
-    with watch(arms.retrofit, arms.family, arms.attentions) as listen:
+    names = record_source(source, windows, positions, spool, lambda n: None)
+    with watch(arms.anatomy) as listen:
         for number, (window, queries) in enumerate(zip(windows, positions, strict=True)):
 
             def take(name: str, rows: AttentionRows, number: int = number) -> None:

@@ -16,12 +16,12 @@ from transformers import PreTrainedModel
 
 from rpb_retrofit.diagnosis.arms import Arms
 from rpb_retrofit.diagnosis.position_probe import weights_of
+from rpb_retrofit.instruments.interception import Attend, intercepted
+from rpb_retrofit.runtime.anatomy import Anatomy
 from rpb_retrofit.runtime.bias import RelativePositionBias
 from rpb_retrofit.runtime.buckets import Bucketing
-from rpb_retrofit.runtime.families import TABLE, Family
-from rpb_retrofit.runtime.mechanisms import hand_over, modules_named
-from rpb_retrofit.runtime.modeling import attention_modules
-from rpb_retrofit.tables.recording import Run, intercepted
+from rpb_retrofit.runtime.families import TABLE
+from rpb_retrofit.runtime.mechanisms import hand_over
 
 HIDDEN = -1e4
 """What a bias is where a key is hidden: no score makes good for it, and unlike minus infinity it cannot give NaN."""
@@ -43,18 +43,17 @@ class Change:
 
 
 @contextmanager
-def changed(model: PreTrainedModel, family: Family, change: Change) -> Iterator[None]:
+def changed(anatomy: Anatomy, change: Change) -> Iterator[None]:
     """Inside, the model runs with the change; afterwards as before."""
-    attentions = attention_modules(model, family)
     with ExitStack() as undo:
         if change.rope is not None:
-            undo.enter_context(_rotated_by(model, family, change.rope))
+            undo.enter_context(_rotated_by(anatomy, change.rope))
         if change.scale != 1 or change.trained is not None or change.window is not None:
-            undo.enter_context(intercepted(model, attentions, partial(_with, change)))
+            undo.enter_context(intercepted(anatomy, partial(_with, change)))
         yield
 
 
-def _with(change: Change, name: str, attend: Run) -> Run:
+def _with(change: Change, name: str, attend: Attend) -> Attend:
     def run(module: Any, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         factor = torch.full((query.shape[2], 1), change.scale, device=query.device)
         if change.trained is not None:
@@ -85,9 +84,9 @@ def _narrowed(module: Any, window: int | None) -> Iterator[None]:
 
 
 @contextmanager
-def _rotated_by(model: PreTrainedModel, family: Family, settings: Mapping[str, Any]) -> Iterator[None]:
+def _rotated_by(anatomy: Anatomy, settings: Mapping[str, Any]) -> Iterator[None]:
     """Inside, the rotary modules of a model are made from its config with other ``rope_parameters``."""
-    holders: dict[str, Any] = modules_named(model, family.positions)
+    model, holders = anatomy.model, anatomy.position_modules
     with ExitStack() as undo:
         for name, holder in holders.items():
             config = deepcopy(holder.config)
@@ -153,46 +152,46 @@ def with_tables(
 
 
 @contextmanager
-def attending_as(arms: Arms, source: PreTrainedModel, heads: Mapping[str, Tensor]) -> Iterator[None]:
+def attending_as(arms: Arms, source: Anatomy, heads: Mapping[str, Tensor]) -> Iterator[None]:
     """Inside, these heads (heads,), bool, of the retrofit's attentions look where the source's do in the same text.
 
     For families that use the interface, and passes without a cache.
     """
-    theirs: dict[str, Tensor] = {}
-    named = {name: arms.attentions[name] for name in heads}
-    sources = {name: module for name, module in attention_modules(source, arms.family).items() if name in heads}
+    weights: dict[str, Tensor] = {}
 
     def overhear(module: Any, args: Any, kwargs: Any) -> None:
         ids = args[0] if args else kwargs["input_ids"]
-        with intercepted(source, sources, partial(_keep_weights, theirs)):
-            source.base_model(input_ids=ids, use_cache=False)
+        with intercepted(source, partial(_keep_weights, weights), heads):
+            source.model.base_model(input_ids=ids, use_cache=False)
 
     handle: Any = arms.retrofit.register_forward_pre_hook(overhear, with_kwargs=True)
     try:
-        with intercepted(arms.retrofit, named, partial(_with_weights, theirs, heads)):
+        with intercepted(arms.anatomy, partial(_with_weights, weights, heads), heads):
             yield
     finally:
         handle.remove()
 
 
-def _keep_weights(found: dict[str, Tensor], name: str, attend: Run) -> Run:
+def _keep_weights(kept: dict[str, Tensor], name: str, attend: Attend) -> Attend:
     def run(
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        found[name] = weights_of(partial(attend, module), query, key, value.shape[-1], mask, kwargs)
+        kept[name] = weights_of(partial(attend, module), query, key, value.shape[-1], mask, kwargs)
         return attend(module, query, key, value, mask, **kwargs)
 
     return run
 
 
-def _with_weights(theirs: Mapping[str, Tensor], heads: Mapping[str, Tensor], name: str, attend: Run) -> Run:
+def _with_weights(
+    source_weights: Mapping[str, Tensor], heads: Mapping[str, Tensor], name: str, attend: Attend
+) -> Attend:
     def run(
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         output, weights = attend(module, query, key, value, mask, **kwargs)
         chosen = heads[name].to(output.device)
         all_values = value[0].repeat_interleave(query.shape[1] // value.shape[1], 0)
-        there = theirs[name].to(output.device)[chosen] @ all_values[chosen].float()
+        there = source_weights[name].to(output.device)[chosen] @ all_values[chosen].float()
         output = output.clone()
         output[0, :, chosen] = there.transpose(0, 1).to(output.dtype)
         return output, weights

@@ -33,8 +33,7 @@ from rpb_retrofit.evaluation.speed import Seconds, Skipped, SpeedResult, is_out_
 from rpb_retrofit.evaluation.statistics import Difference
 from rpb_retrofit.files.journal import Journal
 from rpb_retrofit.files.source import one_line
-from rpb_retrofit.runtime.mechanisms import trained_context
-from rpb_retrofit.runtime.modeling import attention_modules
+from rpb_retrofit.runtime.anatomy import Anatomy
 
 Within = Callable[[], AbstractContextManager[Any]]
 """Within what it gives, a model is changed."""
@@ -123,9 +122,10 @@ class Measurements:
     @cached_property
     def limit(self) -> int | None:
         """Tokens beyond which an absolute source has no positions; None where there is no such end."""
-        if self.arms.source is None or self.arms.family.mechanism not in ("learned", "sinusoidal"):
+        source = self.arms.source_anatomy
+        if source is None or self.arms.family.mechanism not in ("learned", "sinusoidal"):
             return None
-        return trained_context(self.arms.source, self.arms.family)
+        return source.context
 
     def within(self, length: int) -> int:
         """A length, or what of it the text fills and all arms can take."""
@@ -134,7 +134,7 @@ class Measurements:
     @property
     def trained(self) -> int | None:
         """Tokens of context that the source was made for, None where nothing says."""
-        return trained_context(self.arms.plain, self.arms.family)
+        return Anatomy.of(self.arms.plain).context
 
     # --- the running model ----------------------------------------------------------------------------------------
 
@@ -155,15 +155,14 @@ class Measurements:
         return self._position_probe(SOURCE, self.arms.plain if source is None else source)
 
     def _position_probe(self, role: str, model: PreTrainedModel) -> PositionProbe:
-        family = self.arms.family
         reach = max((bias.bucketing.max_distance for bias in self.arms.biases.values()), default=0)
         far = min(2 * reach, 4096) if role == RETROFIT else 0
-        if role == SOURCE and not family.uses_interface:
+        if role == SOURCE and not self.arms.family.uses_interface:
             return PositionProbe({}, 0.0)
 
         def measure() -> PositionProbe:
             with in_float32(model):
-                return position_probe(model, family, attention_modules(model, family), self.probe_length, far)
+                return position_probe(Anatomy.of(model), self.probe_length, far)
 
         return self.journal(f"positions-{role}", measure)
 
@@ -270,7 +269,7 @@ class Measurements:
     @cached_property
     def fidelity(self) -> Fidelity | None:
         """Whether the tables suit the source; None without one, or where the tables cannot be read."""
-        source, arms = self.arms.source, self.arms
+        source, arms = self.arms.source_anatomy, self.arms
         if source is None or arms.family.mechanism == "t5" or not self.running:
             return None
         windows = self.suggesting
@@ -309,13 +308,10 @@ class Measurements:
         model = dict(self.arms).get(role)
         if model is None or not self.running:
             return None
-        family = self.arms.family
         text = self.window(self.within(512))
         return self.journal(
             f"attention_patterns-{role}",
-            lambda: attention_patterns(
-                model, family, attention_modules(model, family), text, self.common, min(48, len(text) // 2)
-            ),
+            lambda: attention_patterns(Anatomy.of(model), text, self.common, min(48, len(text) // 2)),
         )
 
     # --- losses ---------------------------------------------------------------------------------------------------
@@ -451,7 +447,7 @@ class Measurements:
         """An arm's losses with a change of its attention, on the text that interventions are scored on."""
         if role == SOURCE and change == Change():
             return self._predictions(length)[0]
-        within = partial(changed, dict(self.arms)[role], self.arms.family, change)
+        within = partial(changed, Anatomy.of(dict(self.arms)[role]), change)
         return self._probed(role, name, within, length).losses
 
     def _probed(self, role: str, name: str, within: Within, length: int) -> Scores:

@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from rpb_retrofit.runtime.families import FACTOR, TABLE, Family
+from rpb_retrofit.instruments.interception import Attend, intercepted
+from rpb_retrofit.instruments.modes import evaluating
+from rpb_retrofit.runtime.anatomy import Anatomy
+from rpb_retrofit.runtime.families import FACTOR, TABLE
 from rpb_retrofit.runtime.interface import CAUSAL
-from rpb_retrofit.tables.recording import Run, intercepted, run
+from rpb_retrofit.tables.recording import run
 
 CONTENT = 0.3
 """Standard deviation of the random queries and keys that show the scale of the content: far from where a soft cap
@@ -67,10 +69,9 @@ class PositionProbe:
 
 
 @torch.no_grad()
-def position_probe(
-    model: PreTrainedModel, family: Family, attentions: Mapping[str, Any], length: int, far: int = 0
-) -> PositionProbe:
+def position_probe(anatomy: Anatomy, length: int, far: int = 0) -> PositionProbe:
     """The probes of a model's attentions, at ``length`` tokens; of causal ones also at ``far`` keys."""
+    model, attentions = anatomy.model, anatomy.attentions
     probes: dict[str, AttentionProbe] = {}
     embedded: list[float] = []
     # A token between the special ones, which an embedding may treat in its own way.
@@ -80,13 +81,12 @@ def position_probe(
             undo.callback(
                 module.register_forward_pre_hook(partial(_still, embedded), prepend=True, with_kwargs=True).remove
             )
-            if not family.uses_interface:
+            if not anatomy.family.uses_interface:
                 undo.callback(module.register_forward_hook(partial(_by_weights, probes, name)).remove)
-        if family.uses_interface:
-            undo.enter_context(intercepted(model, attentions, partial(_probe, probes, attentions, far)))
-        training = model.training
-        undo.callback(model.train, training)
-        run(model.eval(), window)
+        if anatomy.family.uses_interface:
+            undo.enter_context(intercepted(anatomy, partial(_probe, probes, attentions, far)))
+        undo.enter_context(evaluating(model))
+        run(model, window)
     return PositionProbe(probes, embedded[0] if embedded else 0.0)
 
 
@@ -109,10 +109,12 @@ def _turned(x: Tensor) -> Tensor:
     return _spread(torch.nn.functional.normalize(x, dim=-1))
 
 
-def _probe(probes: dict[str, AttentionProbe], attentions: Mapping[str, Any], far: int, name: str, attend: Run) -> Run:
+def _probe(
+    probes: dict[str, AttentionProbe], attentions: Mapping[str, Any], far: int, name: str, attend: Attend
+) -> Attend:
     """``attend`` of the attention ``name``, which is probed first."""
 
-    def sitting(
+    def probing(
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         def weights(query: Tensor, key: Tensor, mask: Tensor | None = mask) -> Tensor:
@@ -120,7 +122,7 @@ def _probe(probes: dict[str, AttentionProbe], attentions: Mapping[str, Any], far
 
         nothing = torch.zeros_like(query), torch.zeros_like(key)
         causal = getattr(module, CAUSAL)
-        with _overhear(attentions[name]) as asked:
+        with _asked_for(attentions[name]) as asked:
             blank = weights(*nothing)
         offsets, bias, by_row = _profile(blank, causal)
         if causal and far > len(offsets):
@@ -147,11 +149,11 @@ def _probe(probes: dict[str, AttentionProbe], attentions: Mapping[str, Any], far
         )
         return attend(module, query, key, value, mask, **kwargs)
 
-    return sitting
+    return probing
 
 
 def weights_of(
-    attend: Run, query: Tensor, key: Tensor, width: int, mask: Tensor | None, kwargs: dict[str, Any]
+    attend: Attend, query: Tensor, key: Tensor, width: int, mask: Tensor | None, kwargs: dict[str, Any]
 ) -> Tensor:
     """The weights (heads, Q, K), float32, that an attention gives: the values of each key in turn are one, else zero.
 
@@ -192,7 +194,7 @@ def _slope(x: Tensor, y: Tensor) -> Tensor:
 
 
 @contextmanager
-def _overhear(module: Any) -> Iterator[list[int]]:
+def _asked_for(module: Any) -> Iterator[list[int]]:
     """Inside, the list grows by the ends of the offsets that a module's bias is asked for."""
     asked: list[int] = []
     bias = module._modules.get(TABLE)

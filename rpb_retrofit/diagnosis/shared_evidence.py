@@ -17,8 +17,8 @@ from rpb_retrofit.diagnosis.meanings import MADE_FOR, meanings_of
 from rpb_retrofit.diagnosis.measurements import Measurements
 from rpb_retrofit.diagnosis.words import some
 from rpb_retrofit.files.digest import digest_of
+from rpb_retrofit.runtime.attach import SCALING
 from rpb_retrofit.runtime.buckets import Bucketing
-from rpb_retrofit.runtime.modeling import SCALING
 
 WON_BACK = 0.4
 """Share of the distance from the best tables that undoing a mistake must win back to be suspected."""

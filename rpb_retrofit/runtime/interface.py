@@ -22,10 +22,12 @@ from transformers.masking_utils import (
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import _active_collector
 
+from .anatomy import is_causal_module
 from .attention import ROW, attention, bias_at, bias_matrix, decode
+from .cached_positions import self_attention
 from .errors import AttentionImplementationError
 from .families import FACTOR, TABLE
-from .positions import Positions, self_attention, tagged
+from .positions import Positions, tagged
 from .visibility import dense, is_runs, runs_of
 
 ATTENTION = "rpb_retrofit"
@@ -161,12 +163,6 @@ def plain_attention(
     if attention_mask is not None and is_runs(attention_mask):
         attention_mask = dense(attention_mask, key.shape[2])
     return sdpa_attention_forward(module, query, key, value, attention_mask, *args, **kwargs)
-
-
-def is_causal_module(module: Any) -> bool:
-    """Whether an attention module hides the keys after the query: by its class, unless its config says otherwise."""
-    config = getattr(module, "config", None)
-    return bool(getattr(module, "is_causal", True) and getattr(config, "is_causal", True))
 
 
 def _records_attentions() -> bool:

@@ -10,7 +10,7 @@ rope           every token gets index 0: each rotation, of any type, partial, in
                left rotating: they tell neighbours apart and never leave the angles that training showed
 learned,       every token gets the mean of the position vectors, each as often as its position occurs, so that
 sinusoidal     activations keep their statistics, and a text may be longer than the table was
-alibi          the argument that carries the slopes arrives as zeros (or is replaced by the bias, see modeling.py)
+alibi          the argument that carries the slopes arrives as zeros (or is replaced by the bias, see attach.py)
 t5             the module of its own table makes way for the new one
 =============  =====================================================================================================
 """
@@ -23,16 +23,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .errors import PartialMatchError, UnsupportedModelError
-from .factor import RotaryPairs
-from .families import Family
+from .anatomy import Anatomy, unused_rows
+from .errors import PartialMatchError
 from .positions import parameters
-
-
-def modules_named(model: nn.Module, ending: str) -> dict[str, nn.Module]:
-    """Modules whose dotted name ends with these components, by name."""
-    return {name: module for name, module in model.named_modules() if f".{name}".endswith(f".{ending}")}
-
 
 MEAN = "rpb_mean"
 """Attribute of position embeddings: lengths of texts, and the share of all tokens that lie in texts of each."""
@@ -41,16 +34,16 @@ KEPT = "rpb_kept"
 """Attribute of rotary modules: how many of their highest frequencies go on rotating, by the name of their buffer."""
 
 
-def neutralise(model: nn.Module, family: Family, kept: dict[str, int], lengths: list[tuple[int, float]]) -> None:
+def neutralise(anatomy: Anatomy, kept: dict[str, int], lengths: list[tuple[int, float]]) -> None:
     """Switch the source's mechanism off in place, but for the rotary frequencies that are ``kept``.
 
     ``lengths`` of texts, and the share of all tokens in each, say which positions occur; empty: all alike.
 
     Raises PartialMatchError where its modules are not found.
     """
+    model, family, holders = anatomy.model, anatomy.family, anatomy.position_modules
     if not family.positions:
-        return  # ALiBi and T5 live in the attention modules and their arguments: see modeling.py
-    holders = modules_named(model, family.positions)
+        return  # ALiBi and T5 live in the attention modules and their arguments: see attach.py
     if not holders:
         raise PartialMatchError(
             f"{type(model).__name__}: no module named '{family.positions}' holds its {family.mechanism} positions"
@@ -90,22 +83,6 @@ def restore(model: nn.Module) -> None:
             module.__class__ = cast(Any, type(module).source_class)
 
 
-def trained_context(model: Any, family: Family) -> int | None:
-    """The most tokens that a plain model was made for, None where nothing says: of a table of positions, its rows."""
-    if family.mechanism in ("learned", "sinusoidal"):
-        tables = modules_named(model, family.positions).values()
-        return min((cast(Any, table).num_embeddings - unused_rows(table) for table in tables), default=None)
-    config = model.config.get_text_config()
-    lengths = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
-    return next((length for length in lengths if length), None)
-
-
-def unused_rows(table: nn.Module) -> int:
-    """Rows that no position uses, at a position table's head: OPT's and BART's offset, RoBERTa's padding row."""
-    padding = getattr(table, "padding_idx", None)
-    return getattr(table, "offset", 0) if padding is None else padding + 1
-
-
 def remove_hooks(module: nn.Module, *functions: Any) -> None:
     """Take these functions off a module's forward hooks and pre-hooks."""
     for hooks, with_kwargs in (
@@ -143,36 +120,6 @@ def rotate_highest(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], o
     if isinstance(output, Tensor):
         return choose(output, still)
     return tuple(choose(real, zero) for real, zero in zip(output, still, strict=True))
-
-
-def inverse_frequencies(model: nn.Module, family: Family) -> dict[str, Tensor]:
-    """The rotary frequencies, in radians a token and descending, by the name of the buffer that holds them.
-
-    They are computed from the config again, so a model without weights (on the meta device) has them too.
-    """
-    found: dict[str, Tensor] = {}
-    for holder in modules_named(model, family.positions).values():
-        with torch.device("cpu"):
-            fresh: Any = type(holder)(config=cast(Any, holder).config)
-        buffers = {name: buffer for name, buffer in fresh.named_buffers() if name.endswith("inv_freq")}
-        found |= {name: buffer for name, buffer in buffers.items() if "original" not in name}
-    for name, frequencies in found.items():
-        if not bool((frequencies.diff() <= 0).all()):
-            raise PartialMatchError(f"{type(model).__name__}: the frequencies in {name} do not descend: keep none")
-    return found
-
-
-def rotary_pairs(model: Any, family: Family) -> RotaryPairs:
-    """Which dimensions of a query rotate together; UnsupportedModelError where none do, or nothing says which."""
-    name = type(model).__name__
-    if family.mechanism != "rope" or not family.uses_interface:
-        reason = "has no rotary frequencies" if family.mechanism != "rope" else "keeps its queries to itself"
-        raise UnsupportedModelError(f"{name} {reason}: its content term gets no factors, only tables can be fitted")
-    counts = {len(frequencies) for frequencies in inverse_frequencies(model, family).values()}
-    if len(counts) != 1:
-        raise UnsupportedModelError(f"{name} has layers with {sorted(counts)} frequencies: only tables can be fitted")
-    start = getattr(model.config.get_text_config(), family.rotary_after) if family.rotary_after else 0
-    return RotaryPairs(family.pairing, start, counts.pop())
 
 
 def unbounded_positions(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from rpb_retrofit.config import RetrofitConfig
-from rpb_retrofit.errors import ConfigError, NotRetrofittedError, RevertError, UnsupportedModelError
-from rpb_retrofit.files.spool import temporary_spool
-from rpb_retrofit.runtime.families import FACTOR, TABLE, UNSCALED, is_own
-from rpb_retrofit.runtime.modeling import UNSAVED, attach, attention_modules, detach, on, own_names, submodels
-from rpb_retrofit.swap.eligibility import check_eligible
+from rpb_retrofit.errors import NotRetrofittedError, RevertError
+from rpb_retrofit.files.spool import Spool, temporary_spool
+from rpb_retrofit.runtime.anatomy import Anatomy
+from rpb_retrofit.runtime.attach import own_names
+from rpb_retrofit.runtime.families import FACTOR, UNSCALED
+from rpb_retrofit.runtime.modeling import UNSAVED, attach, detach
 from rpb_retrofit.swap.filling import fill
-from rpb_retrofit.swap.finite import check_finite
+from rpb_retrofit.swap.model_checks import check_model, check_text, sharded
 from rpb_retrofit.swap.report import RetrofitReport, report
+from rpb_retrofit.swap.snapshot import SNAPSHOT, Snapshot, fingerprints
 from rpb_retrofit.swap.stored_settings import auto_map, describe
-from rpb_retrofit.tables import CALIBRATED, CONTENT, FROM, INITIALISATIONS
+from rpb_retrofit.tables import CONTENT
 from rpb_retrofit.tables.attention_rows import AttentionRows
 from rpb_retrofit.tables.bucket_search import TRIED_FIRST, Candidate
 from rpb_retrofit.tables.calibrate import Calibration, check_windows
@@ -30,32 +29,6 @@ from rpb_retrofit.tables.checksums import record
 from rpb_retrofit.tables.folding import fold
 from rpb_retrofit.tables.polish import Polish
 from rpb_retrofit.tables.unscaling import unscale
-
-_SNAPSHOT = "_rpb_source"
-
-
-_WRITTEN = (
-    *("rpb_retrofit", "auto_map", "attn_implementation", "experts_implementation", "architectures"),
-    *("_attn_implementation_internal", "_experts_implementation_internal", "_name_or_path"),
-)
-"""What a retrofit, or saving it, writes into a config."""
-
-Fingerprint = tuple[torch.dtype, torch.Size, int]
-"""Of a parameter: dtype, shape, and the sum of its bits read as integers."""
-
-
-@dataclass
-class _Snapshot:
-    """What `revert` needs and the retrofitted model no longer holds."""
-
-    configs: list[tuple[Any, dict[str, Any]]]  # each config, and its attributes as they were
-    names: list[tuple[PreTrainedModel, str | None]]  # each model, and where it was loaded from
-    own_tables: dict[str, nn.Module]  # T5's
-    fingerprints: dict[str, Fingerprint]  # of the source's parameters, T5's tables aside; of folded ones, as folded
-    folded: dict[str, torch.Tensor] = field(default_factory=dict)  # weights as they were before something was folded in
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(None), ()  # a copied or pickled model has configs of its own, so it has no snapshot
 
 
 def retrofit(
@@ -67,9 +40,8 @@ def retrofit(
     """Swap the positional mechanism of ``model`` for the T5 bucketed bias, in place.
 
     No weight of the source changes, but for what makes the queries with ``calibrate="tables+content"`` or
-    ``scale="unscaled"``; `revert` gives
-    the source back bit for bit. ``save_pretrained`` then writes a checkpoint
-    that loads with `rpb_retrofit.load` or, without this package, with ``trust_remote_code=True``.
+    ``scale="unscaled"``; `revert` gives the source back bit for bit. ``save_pretrained`` then writes a checkpoint that
+    loads with `rpb_retrofit.load` or, without this package, with ``trust_remote_code=True``.
 
     Args:
         model: any model whose family has a row in ``runtime/families.py``, on any device, before it is dispatched
@@ -85,111 +57,37 @@ def retrofit(
             where a weight holds NaN or infinity: the model is left as it was.
     """
     config = config or RetrofitConfig()
-    _check_text(config, calibration, polishing)
-    if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModelError(f"{type(model).__name__} is not a Transformers model: retrofit first, then wrap it")
-    family = check_eligible(model.config.to_dict(), model.name_or_path or type(model).__name__)
-    if config.init == CALIBRATED and family.mechanism == "t5":
-        raise ConfigError(
-            f"init='calibrated': '{model.name_or_path or type(model).__name__}' has T5's tables already, nothing is to "
-            f"be fitted; take them over with init='{FROM}{model.name_or_path or 'CHECKPOINT'}'"
-        )
-    attentions = attention_modules(model, family)
-    _check_values(model, config.changes_weights or calibration is not None or config.polish > 0)
-    check_finite(
-        {name: p for name, p in model.named_parameters() if _has_values(p)}, model.name_or_path or type(model).__name__
-    )
-    snapshot = _Snapshot(
-        configs=[(config, dict(vars(config))) for config in _distinct(m.config for m in submodels(model))],
-        names=[(m, m.name_or_path) for m in submodels(model)],
-        own_tables={name: getattr(module, TABLE) for name, module in attentions.items() if hasattr(module, TABLE)},
-        fingerprints=_fingerprints(model),
-    )
-    config, unscaled = replace(config, scale="source"), config.scale == UNSCALED  # the last thing to be done
-    first = _with_buckets(config, TRIED_FIRST) if config.relative_attention_num_buckets == "auto" else config
+    check_text(config, calibration, polishing)
+    anatomy = check_model(model, config, reads_text=calibration is not None)
+    snapshot = Snapshot.of(anatomy)
     windows = check_windows(model, calibration) if calibration is not None else []
-    settings = describe(model, first, family, windows)
+    unscaled, config = config.scale == UNSCALED, replace(config, scale="source")  # the scale is folded last
+    settings = describe(anatomy, _first(config), windows)
+    notes: list[str] = []
     with temporary_spool(AttentionRows) as spool:
-        fitting = polish = None
-        if windows:
-            kept = max(settings.get("kept_frequencies", {"": 0}).values())
-            fitting = Calibration(family, windows, config.seed, spool, kept)
-            fitting.record(model, attentions)
-        if config.polish:
-            lessons = windows if polishing is None else check_windows(model, polishing)
-            polish = Polish(lessons, config.polish, spool)
-            polish.teach(model)
-        try:
-            _attach(model, settings)
-        except BaseException:
-            _restore_configs(snapshot)
-            raise
-        setattr(model, _SNAPSHOT, snapshot)
-        try:
-            choice = None
+        calibrating = _record(anatomy, config, settings, windows, spool)
+        polish = _teach(model, config, windows, polishing, spool)
+        with snapshot.or_restored():
+            _attach(anatomy, settings)
+            setattr(model, SNAPSHOT, snapshot)
             if config.relative_attention_num_buckets == "auto":
-                assert fitting is not None, "a config without calibration chooses no buckets"
-                choice = fitting.choose(model, attentions)
-                config = _with_buckets(config, choice.chosen)
-                detach(model)
-                _attach(model, describe(model, config, family, windows))
-            found, notes = fill(model, config, fitting, attentions)
+                config = _choose_buckets(anatomy, config, calibrating, notes)
+            calibrated, conversions = fill(anatomy, config, calibrating)
             polished = None if polish is None else polish.apply(model, own_names(model))
+            notes += conversions
             if config.calibrate == CONTENT:
-                assert fitting is not None, "a config without calibration fits no factors"
-                fold(model, family, attentions, fitting.windows[0], fitting.kept, snapshot.folded)
-            factors = len(snapshot.folded)
-            scales = unscale(model, attentions, snapshot.folded) if unscaled else 0
-            snapshot.fingerprints |= {name: _fingerprint(model.get_parameter(name)) for name in snapshot.folded}
+                notes.append(_fold_factors(anatomy, calibrating, snapshot))
+            if unscaled:
+                notes.append(_fold_scale(anatomy, snapshot))
+            snapshot.take_folded_fingerprints()
             record(model)
-        except BaseException:
-            _unfold(model, snapshot)
-            revert(model)
-            raise
-    _rename(model)
-    said = [*([str(choice)] if choice else []), *notes]
-    if config.calibrate == CONTENT:
-        said.append(_where_factors_are(model, factors))
-    if unscaled:
-        folded_in = f"scale of the scores folded into {scales} weights that make queries"
-        said.append(folded_in if scales else "scores had no scale")
-    return report(model, said, found, polished)
+    _rename(anatomy)
+    return report(anatomy, notes, calibrated, polished)
 
 
-def _check_values(model: nn.Module, needed: bool) -> None:
-    """UnsupportedModelError where parameters are elsewhere, in pieces, or (``needed``) without values."""
-    parameters = dict(model.named_parameters())
-    if (name := _sharded(model)) is not None:
-        raise UnsupportedModelError(
-            f"{name} is sharded (by FSDP2, tensor parallelism or DeepSpeed's ZeRO-3): retrofit, then shard"
-        )
-    meta = [name for name, parameter in parameters.items() if parameter.is_meta]
-    if 0 < len(meta) < len(parameters):
-        raise UnsupportedModelError(f"{len(meta)} parameters are offloaded ({meta[0]}, ...): retrofit, then dispatch")
-    without = [name for name, parameter in parameters.items() if not _has_values(parameter)]
-    if without and needed:
-        where = "on the meta device" if meta else "a fake tensor"
-        raise UnsupportedModelError(f"{without[0]} is {where}, without a value to go by: load the weights")
-
-
-def _sharded(model: nn.Module) -> str | None:
-    """The first parameter of which this process holds a piece, or None."""
-    pieces = (name for name, p in model.named_parameters() if isinstance(p, DTensor) or hasattr(p, "ds_id"))
-    return next(pieces, None)
-
-
-def _has_values(parameter: torch.Tensor) -> bool:
-    return not parameter.is_meta and not isinstance(parameter, FakeTensor)
-
-
-def _where_factors_are(model: PreTrainedModel, folded: int) -> str:
-    kept = sum(parameter.numel() for name, parameter in model.named_parameters() if FACTOR in name)
-    if kept:
-        return (
-            f"factors on the content term kept as {kept:,} parameters: a norm stands between the query projections and "
-            "the scores"
-        )
-    return f"factors on the content term folded into {folded} weights of the query projections"
+def _first(config: RetrofitConfig) -> RetrofitConfig:
+    """What is attached first: T5's buckets, where they are yet to be chosen."""
+    return _with_buckets(config, TRIED_FIRST) if config.relative_attention_num_buckets == "auto" else config
 
 
 def _with_buckets(config: RetrofitConfig, chosen: Candidate) -> RetrofitConfig:
@@ -200,37 +98,71 @@ def _with_buckets(config: RetrofitConfig, chosen: Candidate) -> RetrofitConfig:
     )
 
 
-def _attach(model: PreTrainedModel, settings: dict[str, Any]) -> None:
-    for submodel in submodels(model):
+def _record(
+    anatomy: Anatomy, config: RetrofitConfig, settings: dict[str, Any], windows: Sequence[Tensor], spool: Spool
+) -> Calibration | None:
+    """What the source's attention does on the text, if there is any."""
+    if not windows:
+        return None
+    kept = max(settings.get("kept_frequencies", {"": 0}).values())
+    calibration = Calibration(anatomy, windows, config.seed, spool, kept)
+    calibration.record()
+    return calibration
+
+
+def _teach(
+    model: PreTrainedModel, config: RetrofitConfig, windows: list[Tensor], polishing: Any | None, spool: Spool
+) -> Polish | None:
+    """What the source predicts on the text, where tables will be polished."""
+    if not config.polish:
+        return None
+    polish = Polish(windows if polishing is None else check_windows(model, polishing), config.polish, spool)
+    polish.teach(model)
+    return polish
+
+
+def _attach(anatomy: Anatomy, settings: dict[str, Any]) -> None:
+    for submodel in anatomy.submodels:
         submodel.config.rpb_retrofit = settings
         submodel.config.auto_map = auto_map(submodel.config)
-    attach(model)
+    attach(anatomy)
 
 
-def _rename(model: PreTrainedModel) -> None:
-    """Take the source's name off the model and its configs: what is trained on it would name that as its base."""
-    for submodel in submodels(model):
-        submodel.name_or_path, submodel.config.name_or_path = UNSAVED, ""
+def _choose_buckets(
+    anatomy: Anatomy, config: RetrofitConfig, calibration: Calibration | None, notes: list[str]
+) -> RetrofitConfig:
+    """The settings with the buckets that held-out text chooses, and the model attached with them."""
+    assert calibration is not None, "a config without calibration chooses no buckets"
+    choice = calibration.choose()
+    notes.append(str(choice))
+    config = _with_buckets(config, choice.chosen)
+    detach(anatomy)
+    _attach(anatomy, describe(anatomy, config, calibration.windows))
+    return config
 
 
-def _check_text(config: RetrofitConfig, calibration: Any | None, polishing: Any | None) -> None:
-    if calibration is None and config.init == CALIBRATED:
-        raise ConfigError(
-            "init='calibrated' needs text: give calibration=[batches of token ids], or choose another init: "
-            f"{', '.join(INITIALISATIONS)}"
+def _fold_factors(anatomy: Anatomy, calibration: Calibration | None, snapshot: Snapshot) -> str:
+    """Fold the factors on the content term where that is exact; what came of it."""
+    assert calibration is not None, "a config without calibration fits no factors"
+    fold(anatomy, calibration.windows[0], calibration.kept, snapshot.folded)
+    if kept := sum(parameter.numel() for name, parameter in anatomy.model.named_parameters() if FACTOR in name):
+        return (
+            f"factors on the content term kept as {kept:,} parameters: a norm stands between the query projections and "
+            "the scores"
         )
-    if calibration is not None and not config.takes_text:
-        raise ConfigError(f"calibration was given, but init='{config.init}' uses none: leave it out")
-    if polishing is not None and not config.polish:
-        raise ConfigError("polishing was given, but polish=0 uses none: leave it out")
-    if config.polish and calibration is None and polishing is None:
-        raise ConfigError(f"polish={config.polish} needs text: give polishing=[batches of token ids]")
+    return f"factors on the content term folded into {len(snapshot.folded)} weights of the query projections"
 
 
-def folded(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Of a model that was retrofitted in this process: the weights that something was folded into, as they were."""
-    snapshot: _Snapshot = getattr(model, _SNAPSHOT)
-    return snapshot.folded
+def _fold_scale(anatomy: Anatomy, snapshot: Snapshot) -> str:
+    """Fold the scale of the content term; what came of it."""
+    changed = unscale(anatomy, snapshot.folded)
+    return f"scale of the scores folded into {changed} weights that make queries" if changed else "scores had no scale"
+
+
+def _rename(anatomy: Anatomy) -> None:
+    """Take the source's name off the model and its configs: what is trained on it would name that as its base."""
+    for submodel in anatomy.submodels:
+        submodel.name_or_path, submodel.config.name_or_path = UNSAVED, ""
 
 
 def revert(model: PreTrainedModel) -> None:
@@ -243,61 +175,21 @@ def revert(model: PreTrainedModel) -> None:
     settings = getattr(model.config, "rpb_retrofit", None)
     if settings is None:
         raise NotRetrofittedError(f"{type(model).__name__} '{model.name_or_path}' is not a retrofit: nothing to revert")
-    snapshot: _Snapshot | None = getattr(model, _SNAPSHOT, None)
+    snapshot: Snapshot | None = getattr(model, SNAPSHOT, None)
     if snapshot is None:
         raise RevertError(
             f"this {type(model).__name__} was loaded or copied after its retrofit, so its source cannot be restored "
             f"from it: load the source again from '{settings['source']}'"
         )
-    if (name := _sharded(model)) is not None:
+    if (name := sharded(model)) is not None:
         raise RevertError(
             f"{name} was sharded after the retrofit, so this process has no whole weights to compare: load the source "
             f"again from '{settings['source']}'"
         )
-    now, before = _fingerprints(model), snapshot.fingerprints
+    now, before = fingerprints(model), snapshot.fingerprints
     if changed := [name for name in before if now.get(name) != before[name]]:
         raise RevertError(
             f"{len(changed)} of the source's parameters changed since the retrofit ({changed[0]}"
             f"{', ...' if len(changed) > 1 else ''}): load the source again from '{settings['source']}'"
         )
-    _unfold(model, snapshot)
-    detach(model)
-    for name, module in snapshot.own_tables.items():
-        attention: Any = model.get_submodule(name)
-        setattr(attention, TABLE, on(next(attention.parameters()).device, module))
-        attention.has_relative_attention_bias = True
-    _restore_configs(snapshot)
-    for submodel, name in snapshot.names:
-        submodel.name_or_path = name
-    delattr(model, _SNAPSHOT)
-
-
-def _unfold(model: PreTrainedModel, snapshot: _Snapshot) -> None:
-    for name, weight in snapshot.folded.items():
-        model.get_parameter(name).data.copy_(weight)
-
-
-def _restore_configs(snapshot: _Snapshot) -> None:
-    """What the retrofit wrote into the configs goes; what it replaced comes back."""
-    for config, before in snapshot.configs:
-        for name in _WRITTEN:
-            vars(config).pop(name, None)
-            if name in before:
-                vars(config)[name] = before[name]
-
-
-def _distinct(configs: Iterable[Any]) -> list[Any]:
-    return list({id(config): config for config in configs}.values())
-
-
-def _fingerprints(model: nn.Module) -> dict[str, Fingerprint]:
-    """Of all parameters but the tables, the source's (T5's) and the retrofit's."""
-    return {name: _fingerprint(parameter) for name, parameter in model.named_parameters() if not is_own(name)}
-
-
-def _fingerprint(parameter: torch.Tensor) -> Fingerprint:
-    if not _has_values(parameter):
-        return parameter.dtype, parameter.shape, 0
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = parameter.detach().contiguous().view(integers[parameter.element_size()])
-    return parameter.dtype, parameter.shape, int(bits.sum(dtype=torch.int64))
+    snapshot.restore()

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from transformers import PreTrainedModel
-
-from rpb_retrofit.runtime.families import TABLE, family_of
-from rpb_retrofit.runtime.modeling import attention_modules, block_names, own_names, table_names
+from rpb_retrofit.runtime.anatomy import Anatomy
+from rpb_retrofit.runtime.attach import own_names, table_names
+from rpb_retrofit.runtime.families import TABLE
 from rpb_retrofit.tables.calibrate import CalibrationReport
 from rpb_retrofit.tables.polish import PolishReport
 
@@ -39,25 +38,20 @@ class RetrofitReport:
 
 
 def report(
-    model: PreTrainedModel,
-    notes: list[str],
-    found: CalibrationReport | None,
-    polished: PolishReport | None,
+    anatomy: Anatomy, notes: list[str], calibration: CalibrationReport | None, polish: PolishReport | None
 ) -> RetrofitReport:
     """Describe an attached model, and where its tables come from."""
-    family = family_of(model.config)
-    attentions = attention_modules(model, family)
-    tables, settings = table_names(model), model.config.rpb_retrofit
+    model, settings = anatomy.model, anatomy.model.config.rpb_retrofit
     return RetrofitReport(
-        mechanism=family.mechanism,
-        layers_expected=len(block_names(model)),
-        layers_patched=[name for name, module in attentions.items() if hasattr(module, TABLE)],
-        tables=tables,
+        mechanism=anatomy.family.mechanism,
+        layers_expected=len(anatomy.blocks),
+        layers_patched=[name for name, module in anatomy.attentions.items() if hasattr(module, TABLE)],
+        tables=table_names(model),
         parameters_added=sum(model.get_parameter(name).numel() for name in own_names(model)),
         num_buckets=settings["relative_attention_num_buckets"],
         max_distance=settings["relative_attention_max_distance"],
         init=settings["init"],
-        calibration=found,
-        polish=polished,
+        calibration=calibration,
+        polish=polish,
         notes=notes,
     )

@@ -9,26 +9,24 @@ from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from rpb_retrofit.config import RetrofitConfig
 from rpb_retrofit.errors import ConfigError
-from rpb_retrofit.runtime.families import FACTOR, Family
-from rpb_retrofit.runtime.mechanisms import inverse_frequencies, rotary_pairs, trained_context
+from rpb_retrofit.runtime.anatomy import Anatomy
+from rpb_retrofit.runtime.families import FACTOR
 from rpb_retrofit.tables import CONTENT
 from rpb_retrofit.version import __version__
 
 
-def describe(
-    model: PreTrainedModel, config: RetrofitConfig, family: Family, windows: Sequence[Tensor] = ()
-) -> dict[str, Any]:
+def describe(anatomy: Anatomy, config: RetrofitConfig, windows: Sequence[Tensor] = ()) -> dict[str, Any]:
     """What the model's config says about its retrofit: the key ``rpb_retrofit`` of config.json.
 
     ``windows`` are those of calibration: their lengths say which of an absolute source's positions occur.
     """
+    model, family = anatomy.model, anatomy.family
     absolute = family.mechanism in ("learned", "sinusoidal") and windows
-    kept = kept_frequencies(model, config.keep_frequencies, family)
+    kept = kept_frequencies(anatomy, config.keep_frequencies)
     return {
         "version": __version__,
         "source": str(model.name_or_path or type(model).__name__),
@@ -36,7 +34,7 @@ def describe(
         **asdict(config),
         **({"kept_frequencies": kept} if kept else {}),
         **({"text_lengths": text_lengths(windows)} if absolute else {}),
-        **({FACTOR: rotary_pairs(model, family)._asdict()} if config.calibrate == CONTENT else {}),
+        **({FACTOR: anatomy.rotary_pairs._asdict()} if config.calibrate == CONTENT else {}),
     }
 
 
@@ -48,24 +46,24 @@ def text_lengths(windows: Sequence[Tensor]) -> list[tuple[int, float]]:
     return [(length, tokens[length] / tokens.total()) for length in sorted(tokens)]
 
 
-def kept_frequencies(model: PreTrainedModel, keep: int | str, family: Family) -> dict[str, int]:
+def kept_frequencies(anatomy: Anatomy, keep: int | str) -> dict[str, int]:
     """How many of the highest frequencies of each rotary buffer stay; empty where none do."""
     if keep == 0:
         return {}
-    source = model.name_or_path or type(model).__name__
-    if family.mechanism != "rope":
+    source, mechanism = anatomy.model.name_or_path or type(anatomy.model).__name__, anatomy.family.mechanism
+    if mechanism != "rope":
         raise ConfigError(
-            f"keep_frequencies={keep!r}: '{source}' has {family.mechanism} positions and no frequencies: leave it out"
+            f"keep_frequencies={keep!r}: '{source}' has {mechanism} positions and no frequencies: leave it out"
         )
-    found = inverse_frequencies(model, family)
+    by_buffer = anatomy.inverse_frequencies
     if keep == "auto":
-        context = trained_context(model, family) or 0
-        kept = {name: int((2 * math.pi / frequencies <= context).sum()) for name, frequencies in found.items()}
+        context = anatomy.context or 0
+        kept = {name: int((2 * math.pi / frequencies <= context).sum()) for name, frequencies in by_buffer.items()}
         return kept if any(kept.values()) else {}
-    for name, frequencies in found.items():
+    for name, frequencies in by_buffer.items():
         if int(keep) > len(frequencies):
             raise ConfigError(f"keep_frequencies={keep}: '{source}' has {len(frequencies)} in {name}; keep fewer")
-    return dict.fromkeys(found, int(keep))
+    return dict.fromkeys(by_buffer, int(keep))
 
 
 def auto_map(config: Any) -> dict[str, str]:

@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 
 from rpb_retrofit.errors import ConfigError, DataError
 from rpb_retrofit.files.spool import Spool
-from rpb_retrofit.runtime.families import FACTOR, TABLE, Family
+from rpb_retrofit.runtime.anatomy import Anatomy
+from rpb_retrofit.runtime.families import FACTOR, TABLE
 from rpb_retrofit.tables.attention_rows import AttentionRows
 from rpb_retrofit.tables.bucket_search import Choice, Trial
 from rpb_retrofit.tables.fit import Fit, fit
@@ -28,7 +29,7 @@ from rpb_retrofit.tables.head_matching import match_heads
 from rpb_retrofit.tables.output_metric import metrics
 from rpb_retrofit.tables.outputs import fit_outputs
 from rpb_retrofit.tables.parameters import ParameterLayout
-from rpb_retrofit.tables.recording import StopForward, blocks_of, record_source, resumed, run, watch
+from rpb_retrofit.tables.recording import StopForward, record_source, resumed, run, watch
 from rpb_retrofit.tables.table_spec import Start
 
 QUERIES = 128
@@ -125,47 +126,45 @@ class Calibration:
     The ``kept`` highest rotary frequencies go on rotating, and get no factor.
     """
 
-    def __init__(self, family: Family, windows: Sequence[Tensor], seed: int, spool: Spool, kept: int = 0) -> None:
-        self.family, self.windows, self.spool, self.kept = family, windows, spool, kept
+    def __init__(self, anatomy: Anatomy, windows: Sequence[Tensor], seed: int, spool: Spool, kept: int = 0) -> None:
+        self.anatomy, self.windows, self.spool, self.kept = anatomy, windows, spool, kept
         generator = torch.Generator().manual_seed(seed)
         every = max(1, max(map(len, windows)) // QUERIES)
         self.positions = [_positions(len(window), every, generator) for window in self.windows]
         self.order: list[str] = []
         self.metrics: dict[str, Tensor] = {}
 
-    def record(self, model: PreTrainedModel, attentions: Mapping[str, Any]) -> None:
+    def record(self) -> None:
         """Run the source on all windows, once."""
         with tqdm(total=len(self.windows), desc="source", unit="window", leave=False) as bar:
-            self.order = record_source(
-                model, self.family, attentions, self.windows, self.positions, self.spool, bar.update
-            )
-        self.metrics = metrics(model, self.family, attentions, self.windows[0])
+            self.order = record_source(self.anatomy, self.windows, self.positions, self.spool, bar.update)
+        self.metrics = metrics(self.anatomy, self.windows[0])
 
-    def choose(self, model: PreTrainedModel, attentions: Mapping[str, Any]) -> Choice:
+    def choose(self) -> Choice:
         """How many buckets, and how far they reach, by a first calibration of an attached model's tables alone.
 
         DataError where there is no window to hold out.
         """
         if len(self.windows) < 2:
             raise DataError("calibration: one window of text; choosing buckets holds one out, so give two or more")
+        attentions = self.anatomy.attentions
         directions = {getattr(module, TABLE).bucketing.bidirectional for module in attentions.values()}
         trial = Trial(self.order, max(map(len, self.windows)), sorted(directions))
-        for name, pairs in self._layers(model, attentions, "choosing buckets"):
+        for name, pairs in self._layers("choosing buckets"):
             layout = replace(self._layout(attentions[name]), pairs=None)
             trial(name, partial(_RowPairs, self.spool, name), len(self.windows), layout)
             _fill(attentions[name], layout, fit(pairs, layout).numbers)
         return trial.choice()
 
-    def apply(
-        self, model: PreTrainedModel, attentions: Mapping[str, Any], candidates: Mapping[str, Start] | None = None
-    ) -> CalibrationReport:
+    def apply(self, candidates: Mapping[str, Start] | None = None) -> CalibrationReport:
         """Fill the tables of an attached model. Tables that layers share get the mean of the layers' fits.
 
         With ``candidates``, by the tables' names, nothing is fitted: each head gets the best of their heads.
         """
+        model, attentions = self.anatomy.model, self.anatomy.attentions
         starts = {id(model.get_submodule(name.removesuffix(".weight"))): c for name, c in (candidates or {}).items()}
         layers, shared = [], defaultdict[int, list[Tensor]](list)
-        for name, pairs in self._layers(model, attentions, "calibrating"):
+        for name, pairs in self._layers("calibrating"):
             layout, bias, heads = self._layout(attentions[name]), getattr(attentions[name], TABLE), None
             if candidates is None:
                 found = fit_outputs(pairs, layout, self.metrics.get(name))
@@ -178,12 +177,11 @@ class Calibration:
         queries = sum(len(positions) for positions in self.positions)
         return CalibrationReport(len(self.windows), max(map(len, self.windows)), queries, layers)
 
-    def _layers(
-        self, model: PreTrainedModel, attentions: Mapping[str, Any], doing: str
-    ) -> Iterator[tuple[str, _RowPairs]]:
+    def _layers(self, doing: str) -> Iterator[tuple[str, _RowPairs]]:
         """Each attention in running order with its rows, on top of what was filled in until then."""
-        blocks, windows = blocks_of(model, self.order), range(len(self.windows))
-        with watch(model, self.family, attentions) as listen:
+        model, windows = self.anatomy.model, range(len(self.windows))
+        blocks = [self.anatomy.block_of(name) for name in self.order]
+        with watch(self.anatomy) as listen:
             for index, name in enumerate(tqdm(self.order, desc=doing, unit="layer", leave=False)):
                 for number in windows:
                     listen(self._keep(name, number), self.positions[number])

@@ -16,9 +16,10 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from rpb_retrofit.files.digest import digest_of
+from rpb_retrofit.runtime.anatomy import submodels
+from rpb_retrofit.runtime.attach import table_names
 from rpb_retrofit.runtime.buckets import Bucketing
 from rpb_retrofit.runtime.families import TABLE
-from rpb_retrofit.runtime.modeling import submodels, table_names
 
 KEY = "table_checksums"
 DIGITS = 16

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
+from rpb_retrofit.runtime.anatomy import Anatomy
+from rpb_retrofit.runtime.attach import detach_factors
 from rpb_retrofit.runtime.factor import ContentFactor, RotaryPairs
-from rpb_retrofit.runtime.families import FACTOR, Family
-from rpb_retrofit.runtime.modeling import detach_factors
+from rpb_retrofit.runtime.families import FACTOR
 from rpb_retrofit.tables.attention_rows import AttentionRows
 from rpb_retrofit.tables.recording import run, watch
 
@@ -29,38 +29,29 @@ ALIKE = 1 - 1e-4
 """Cosine over the tokens from which on an output counts as a query's dimension: half precision rounds."""
 
 
-def fold(
-    model: PreTrainedModel,
-    family: Family,
-    attentions: Mapping[str, Any],
-    window: Tensor,
-    kept: int,
-    before: dict[str, Tensor],
-) -> None:
+def fold(anatomy: Anatomy, window: Tensor, kept: int, before: dict[str, Tensor]) -> None:
     """Fold the factors of all attentions into the weights that make their queries, and take their modules off.
 
     ``before`` receives the weights as they were, by name. Nothing happens where one of the queries has no such weights.
     The ``kept`` highest frequencies have no factor.
     """
-    makers = {}
-    for name, (query, outputs) in _observe(model, family, attentions, window).items():
+    makers, attentions = {}, anatomy.attentions
+    for name, (query, outputs) in _observe(anatomy, window).items():
         if (maker := _maker(query, outputs, getattr(attentions[name], FACTOR).pairs, kept)) is None:
             return
         makers[name] = maker
     for name, (layer, rows) in makers.items():
-        linear, factor = model.get_submodule(f"{name}.{layer}"), getattr(attentions[name], FACTOR)
+        linear, factor = anatomy.model.get_submodule(f"{name}.{layer}"), getattr(attentions[name], FACTOR)
         for kind, parameter in linear.named_parameters(recurse=False):
             before[f"{name}.{layer}.{kind}"] = parameter.detach().clone()
             _turn_rows(parameter, rows, factor, kept)
-    detach_factors(model)
+    detach_factors(anatomy.model)
 
 
-def _observe(
-    model: PreTrainedModel, family: Family, attentions: Mapping[str, Any], window: Tensor
-) -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
+def _observe(anatomy: Anatomy, window: Tensor) -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
     """By attention: its queries (heads, n, d), and the outputs (n, N) of the linear layers in it by name."""
     window = window[:TOKENS]
-    outputs: dict[str, dict[str, Tensor]] = {name: {} for name in attentions}
+    outputs: dict[str, dict[str, Tensor]] = {name: {} for name in anatomy.attentions}
     queries: dict[str, Tensor] = {}
 
     def hear(name: str, layer: str, module: nn.Module, args: Any, output: Tensor) -> None:
@@ -72,18 +63,18 @@ def _observe(
 
     hooks = [
         module.register_forward_hook(partial(hear, name, layer))
-        for name, attention in attentions.items()
+        for name, attention in anatomy.attentions.items()
         for layer, module in attention.named_modules()
         if isinstance(module, nn.Linear)
     ]
     try:
-        with watch(model, family, attentions) as listen:
+        with watch(anatomy) as listen:
             listen(take, range(len(window) - 1, -1, -1))
-            run(model, window)
+            run(anatomy.model, window)
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: (queries[name], outputs[name]) for name in attentions}
+    return {name: (queries[name], outputs[name]) for name in anatomy.attentions}
 
 
 def _maker(query: Tensor, outputs: Mapping[str, Tensor], pairs: RotaryPairs, kept: int) -> tuple[str, Tensor] | None:

@@ -6,34 +6,34 @@ on. What it does is read off by giving it unit vectors, so a Linear, a Conv1D, a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from rpb_retrofit.runtime.families import Family
-from rpb_retrofit.tables.recording import Run, evaluating, intercepted, run
+from rpb_retrofit.instruments.interception import Attend, intercepted
+from rpb_retrofit.instruments.modes import evaluating
+from rpb_retrofit.runtime.anatomy import Anatomy
+from rpb_retrofit.tables.recording import run
 
 TOKENS = 64
 """Tokens of the text on which outputs and inputs are compared."""
 
 
 @torch.no_grad()
-def metrics(model: PreTrainedModel, family: Family, attentions: Mapping[str, Any], window: Tensor) -> dict[str, Tensor]:
+def metrics(anatomy: Anatomy, window: Tensor) -> dict[str, Tensor]:
     """By attention: (heads, v, v), float32, the inner products of what the dimensions of each head's output add up to.
 
     Attentions whose outputs nothing linear reads as they are, are left out; so are those of a model that does not use
     the attention interface.
     """
-    if not family.uses_interface:
+    if not anatomy.family.uses_interface:
         return {}
     last: list[tuple[str, Tensor]] = []  # the attention that ran last, until its reader is found
     readers: dict[str, tuple[nn.Module, torch.Size]] = {}
 
-    def keep(name: str, attend: Run, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    def keep(name: str, attend: Attend, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         output, weights = attend(*args, **kwargs)
         last[:] = [(name, output)]
         return output, weights
@@ -46,12 +46,12 @@ def metrics(model: PreTrainedModel, family: Family, attentions: Mapping[str, Any
 
     hooks = [
         module.register_forward_pre_hook(compare)
-        for module in model.modules()
+        for module in anatomy.model.modules()
         if getattr(getattr(module, "weight", None), "ndim", 0) == 2 and not isinstance(module, nn.Embedding)
     ]
     try:
-        with evaluating(model), intercepted(model, attentions, lambda name, attend: partial(keep, name, attend)):
-            run(model, window[:TOKENS])
+        with evaluating(anatomy.model), intercepted(anatomy, lambda name, attend: partial(keep, name, attend)):
+            run(anatomy.model, window[:TOKENS])
     finally:
         for hook in hooks:
             hook.remove()

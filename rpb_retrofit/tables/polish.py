@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from rpb_retrofit.errors import ConfigError, DataError
 from rpb_retrofit.files.spool import Spool
+from rpb_retrofit.instruments.modes import evaluating
 
 LENGTH = 512
 """Most tokens of a step."""
@@ -69,7 +70,7 @@ class Polish:
         """Keep what the source predicts. ConfigError where it does not predict next tokens."""
         pieces = [*self.lessons[: self.steps], *self.held_out]
         for number, piece in enumerate(tqdm(pieces, desc="source's predictions", unit="text", leave=False)):
-            with _evaluating(model):
+            with evaluating(model):
                 log = _log_probabilities(model, piece, self.steps)
             self.spool["teacher", number] = tuple(log.topk(min(TOP, log.shape[-1])))
 
@@ -85,7 +86,7 @@ class Polish:
                 "give numbers on this text, in a dtype that holds them?"
             )
         tokens = 0
-        with _only(model, parameters), _evaluating(model):
+        with _only(model, parameters), evaluating(model):
             optimizer = torch.optim.Adam(parameters.values(), lr=RATE, betas=(0.9, 0.98))
             schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=self.steps + 1, pct_start=0.1)
             with tqdm(total=self.steps, desc="polishing", unit="step", leave=False) as bar:
@@ -112,7 +113,7 @@ class Polish:
 
     @torch.no_grad()
     def _held_out(self, model: PreTrainedModel, first: int) -> float:
-        with _evaluating(model):
+        with evaluating(model):
             losses = [self._divergence(model, piece, first + i).item() for i, piece in enumerate(self.held_out)]
         return sum(losses) / len(losses)
 
@@ -132,16 +133,6 @@ def _log_probabilities(model: PreTrainedModel, piece: Tensor, steps: int) -> Ten
         )
     output: Any = model(input_ids=piece[None].to(model.device), use_cache=False)
     return output.logits[0].float().log_softmax(-1)
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 @contextmanager

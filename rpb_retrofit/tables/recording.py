@@ -6,7 +6,7 @@ queries and keys. They are kept on disk: memory does not grow with the text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -17,17 +17,16 @@ from transformers import PreTrainedModel
 
 from rpb_retrofit.errors import PartialMatchError
 from rpb_retrofit.files.spool import Spool
-from rpb_retrofit.runtime.families import TABLE, Family
-from rpb_retrofit.runtime.interface import ATTENTION, CAUSAL, RUN, biased_attention, is_causal_module, plain_attention
-from rpb_retrofit.runtime.modeling import block_names, num_heads, submodels
+from rpb_retrofit.instruments.attributes import set_attribute
+from rpb_retrofit.instruments.interception import Attend, intercepted
+from rpb_retrofit.instruments.modes import eager, evaluating
+from rpb_retrofit.runtime.anatomy import Anatomy
+from rpb_retrofit.runtime.interface import CAUSAL
 from rpb_retrofit.runtime.visibility import is_runs, runs_of
 from rpb_retrofit.tables.attention_rows import AttentionRows
 
 Take = Callable[[str, AttentionRows], None]
 """Told the name of an attention module and the rows of its attention."""
-
-Run = Callable[..., tuple[Tensor, Tensor | None]]
-"""An attention: what `runtime.interface.biased_attention` is."""
 
 FAINTEST = -80.0
 """The least logarithm of an attention weight, where a model hands out only weights: smaller ones round to zero."""
@@ -49,9 +48,7 @@ def run(model: PreTrainedModel, window: Tensor) -> None:
 
 
 def record_source(
-    model: PreTrainedModel,
-    family: Family,
-    attentions: Mapping[str, Any],
+    anatomy: Anatomy,
     windows: Sequence[Tensor],
     positions: Sequence[range],
     spool: Spool,
@@ -62,7 +59,7 @@ def record_source(
     The model is left as it was. Raises PartialMatchError where an attention did not run, or ran twice.
     """
     order: list[str] = []
-    with watch(model, family, attentions) as listen:
+    with watch(anatomy) as listen:
         for number, (window, queries) in enumerate(zip(windows, positions, strict=True)):
             ran: list[str] = []
 
@@ -71,11 +68,12 @@ def record_source(
                 ran.append(name)
 
             listen(take, queries)
-            run(model, window)
-            if sorted(ran) != sorted(attentions):
-                odd = [name for name in attentions if ran.count(name) != 1]
+            run(anatomy.model, window)
+            if sorted(ran) != sorted(anatomy.attentions):
+                odd = [name for name in anatomy.attentions if ran.count(name) != 1]
+                kind = type(anatomy.model).__name__
                 raise PartialMatchError(
-                    f"{type(model).__name__}: {len(odd)} attentions did not run once per text: {', '.join(odd)}; "
+                    f"{kind}: {len(odd)} attentions did not run once per text: {', '.join(odd)}; "
                     "init='calibrated' is not possible, take init='zeros'"
                 )
             order = ran
@@ -84,9 +82,7 @@ def record_source(
 
 
 @contextmanager
-def watch(
-    model: PreTrainedModel, family: Family, attentions: Mapping[str, Any]
-) -> Iterator[Callable[[Take, range], None]]:
+def watch(anatomy: Anatomy) -> Iterator[Callable[[Take, range], None]]:
     """Inside, the function it gives says who takes the rows, and of which query positions, from then on."""
     listener: list[tuple[Take, range]] = []
 
@@ -94,85 +90,20 @@ def watch(
         listener[:] = [(take, positions)]
 
     with ExitStack() as undo:
-        undo.enter_context(evaluating(model))
-        if family.uses_interface:
-            _watch_interface(model, attentions, listener, undo)
+        undo.enter_context(evaluating(anatomy.model))
+        if anatomy.family.uses_interface:
+            undo.enter_context(intercepted(anatomy, lambda name, attend: partial(_take_rows, name, listener, attend)))
         else:
-            undo.enter_context(eager(model))
-            for name, module in attentions.items():
+            undo.enter_context(eager(anatomy))
+            for name, module in anatomy.attentions.items():
                 undo.callback(module.register_forward_hook(partial(_take_weights, name, listener)).remove)
         yield listen
-
-
-@contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, no module of the model trains; then each does what it did before."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
-def eager(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, a model that does not use the interface runs its eager attention, which hands out its weights."""
-    with ExitStack() as undo:
-        for config in {id(m.config): m.config for m in submodels(model)}.values():
-            _set(undo, config, "_attn_implementation_internal", "eager")
-        yield
-
-
-def _watch_interface(
-    model: PreTrainedModel, attentions: Mapping[str, Any], listener: list[tuple[Take, range]], undo: ExitStack
-) -> None:
-    undo.enter_context(intercepted(model, attentions, lambda name, run: partial(_take_rows, name, listener, run)))
-
-
-@contextmanager
-def intercepted(
-    model: PreTrainedModel, attentions: Mapping[str, Any], wrap: Callable[[str, Run], Run]
-) -> Iterator[None]:
-    """Inside, each attention of a model that uses the interface runs ``wrap(name, run)`` in the place of its ``run``.
-
-    A source's ``run`` is the same attention as a retrofit's, with a bias of zero.
-    """
-    with ExitStack() as undo:
-        if getattr(model.config, "rpb_retrofit", None) is None:
-            for config in {id(m.config): m.config for m in submodels(model)}.values():
-                _set(undo, config, "_attn_implementation_internal", ATTENTION)
-            for module in model.modules():
-                if "Attention" in type(module).__name__:
-                    _set(undo, module, RUN, plain_attention)
-            for module in attentions.values():
-                _set(undo, module, TABLE, partial(_no_bias, num_heads(module, model.config)))
-                _set(undo, module, CAUSAL, is_causal_module(module))
-                _set(undo, module, RUN, biased_attention)
-        for name, module in attentions.items():
-            _set(undo, module, RUN, wrap(name, vars(module)[RUN]))
-        yield
-
-
-def _set(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
-    """Set an instance attribute until ``undo``, past what classes do when an attribute is set."""
-    before = vars(owner)
-    if name in before:
-        undo.callback(before.__setitem__, name, before[name])
-    else:
-        undo.callback(before.pop, name)
-    before[name] = value
-
-
-def _no_bias(heads: int, offset: Tensor) -> Tensor:
-    return torch.zeros(heads, len(offset), device=offset.device)
 
 
 def _take_rows(
     name: str,
     listener: list[tuple[Take, range]],
-    attend: Run,
+    attend: Attend,
     module: Any,
     query: Tensor,
     key: Tensor,
@@ -239,9 +170,9 @@ def resumed(model: PreTrainedModel, blocks: Sequence[str], at: int, saved: Spool
         for index, name in enumerate(blocks[:at]):
             block, key = model.get_submodule(name), (_stack_of(name), window)
             if index < at - 1:
-                _set(undo, block, "forward", partial(_replay, saved, key))
+                set_attribute(undo, block, "forward", partial(_replay, saved, key))
             else:
-                _set(undo, block, "forward", partial(_save, block.forward, saved, key))
+                set_attribute(undo, block, "forward", partial(_save, block.forward, saved, key))
         yield
 
 
@@ -257,9 +188,3 @@ def _save(forward: Callable[..., Any], saved: Spool, key: tuple[str, int], *args
 
 def _stack_of(block: str) -> str:
     return block.rpartition(".")[0]
-
-
-def blocks_of(model: nn.Module, attentions: Sequence[str]) -> list[str]:
-    """The block of each attention, by name."""
-    blocks = block_names(model)
-    return [next(block for block in blocks if name.startswith(f"{block}.")) for name in attentions]

@@ -7,22 +7,22 @@ queries are, up to a constant, outputs of a projection, or of a norm behind it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rpb_retrofit.errors import ConfigError
+from rpb_retrofit.instruments.interception import Attend, intercepted
+from rpb_retrofit.instruments.modes import evaluating
+from rpb_retrofit.runtime.anatomy import Anatomy
+from rpb_retrofit.runtime.attach import drop_scale
 from rpb_retrofit.runtime.families import UNSCALED
-from rpb_retrofit.runtime.interface import RUN
-from rpb_retrofit.runtime.modeling import drop_scale, submodels
 from rpb_retrofit.tables.folding import ALIKE, TOKENS, unit
-from rpb_retrofit.tables.recording import evaluating
 
 SUMMED, NEAR = 1e-4, 0.01
 """Relative error of queries up to which it counts as rounding: of long sums in float32, and in the coarsest dtype."""
@@ -41,19 +41,21 @@ class Maker(NamedTuple):
 
 
 @torch.no_grad()
-def unscale(model: PreTrainedModel, attentions: Mapping[str, Any], before: dict[str, Tensor]) -> int:
+def unscale(anatomy: Anatomy, before: dict[str, Tensor]) -> int:
     """Fold the scales of all attentions of an attached model, and say so in its configs; how many weights changed.
 
     ``before`` receives those weights as they were, by name, unless it has them. A scale of one needs nothing. Raises
     ConfigError for a model that does not tell its scale, or whose queries no weights make; what was changed by then
     is the caller's to put back.
     """
+    model, attentions = anatomy.model, anatomy.attentions
     what, kind = f"scale='{UNSCALED}'", type(model).__name__
-    if untold := [name for name, module in attentions.items() if not isinstance(_scale(module), float)]:
+    scales = {name: anatomy.facts(name).scale for name in attentions}
+    if untold := [name for name, scale in scales.items() if scale is None]:
         raise ConfigError(f"{what}: {kind} keeps the scale of its attention to itself ({untold[0]}): {LEAVE}")
-    scaled = {name: module for name, module in attentions.items() if _scale(module) != 1}
-    found = _observe(model, scaled)
-    makers = {name: _maker(query, calls) for name, (query, calls) in found.items()}
+    scaled = {name: scale for name, scale in scales.items() if scale is not None and scale != 1}
+    observed = _observe(anatomy, list(scaled))
+    makers = {name: _maker(query, calls) for name, (query, calls) in observed.items()}
     if without := [name for name in scaled if makers.get(name) is None]:
         raise ConfigError(
             f"{what}: no weights alone make the queries of {len(without)} of {len(attentions)} attentions of {kind} "
@@ -68,26 +70,23 @@ def unscale(model: PreTrainedModel, attentions: Mapping[str, Any], before: dict[
     before.update({name: parameter.detach().clone() for name, parameter in changed.items() if name not in before})
     for name, maker in makers.items():
         if maker is not None:
-            _fold(maker, _scale(scaled[name]))
-    after = _observe(model, scaled)
-    if wrong := [name for name, (query, _) in found.items() if not _near(after[name][0], query, _scale(scaled[name]))]:
-        raise ConfigError(f"{what}: {wrong[0]} of {kind} cannot hold it in {found[wrong[0]][0].dtype}: {LEAVE}")
+            _fold(maker, scaled[name])
+    after = _observe(anatomy, list(scaled))
+    if wrong := [name for name, (query, _) in observed.items() if not _near(after[name][0], query, scaled[name])]:
+        raise ConfigError(f"{what}: {wrong[0]} of {kind} cannot hold it in {observed[wrong[0]][0].dtype}: {LEAVE}")
     for module in attentions.values():
         drop_scale(module)
-    for submodel in submodels(model):
+    for submodel in anatomy.submodels:
         submodel.config.rpb_retrofit = {**submodel.config.rpb_retrofit, "scale": UNSCALED}
     return len(changed)
 
 
-def _scale(attention: Any) -> Any:
-    return getattr(attention, "scaling", None)
-
-
-def _observe(model: PreTrainedModel, attentions: Mapping[str, Any]) -> dict[str, tuple[Tensor, list[Maker]]]:
+def _observe(anatomy: Anatomy, names: Sequence[str]) -> dict[str, tuple[Tensor, list[Maker]]]:
     """By attention: its queries (tokens, heads * d) of texts of one token, and the calls of its layers with weights.
 
     Projections are given random vectors, the same ones each time.
     """
+    model, attentions = anatomy.model, {name: anatomy.attentions[name] for name in names}
     queries: dict[str, Tensor] = {}
     calls: dict[str, list[Maker]] = {name: [] for name in attentions}
 
@@ -95,9 +94,12 @@ def _observe(model: PreTrainedModel, attentions: Mapping[str, Any]) -> dict[str,
         if isinstance(output, Tensor) and output.shape[0] == TOKENS:
             calls[name].append(Maker(layer, module, args[0], output.flatten(1), torch.empty(0)))
 
-    def attend(name: str, run: Any, module: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
-        queries[name] = query.flatten(1)
-        return run(module, query, *args, **kwargs)
+    def listen(name: str, attend: Attend) -> Attend:
+        def run(module: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+            queries[name] = query.flatten(1)
+            return attend(module, query, *args, **kwargs)
+
+        return run
 
     generator = torch.Generator().manual_seed(0)
 
@@ -107,10 +109,8 @@ def _observe(model: PreTrainedModel, attentions: Mapping[str, Any]) -> dict[str,
 
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (TOKENS, 1), generator=generator).to(model.device)
-    with evaluating(model), ExitStack() as undo:
+    with evaluating(model), intercepted(anatomy, listen, names), ExitStack() as undo:
         for name, attention in attentions.items():
-            undo.callback(setattr, attention, RUN, getattr(attention, RUN))
-            setattr(attention, RUN, partial(attend, name, getattr(attention, RUN)))
             for layer, module in _with_weights(attention):
                 if cast(Any, module).weight.dim() == 2:  # what first tokens bring is nearly the same for all of them
                     undo.callback(module.register_forward_pre_hook(vary).remove)

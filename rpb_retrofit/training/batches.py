@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rpb_retrofit.instruments.modes import evaluating
+from rpb_retrofit.runtime.anatomy import Anatomy
 from rpb_retrofit.runtime.bias import RelativePositionBias
 from rpb_retrofit.runtime.buckets import Bucketing, bucket_of
-from rpb_retrofit.runtime.families import family_of
-from rpb_retrofit.runtime.interface import is_causal_module
-from rpb_retrofit.runtime.modeling import attention_modules
 from rpb_retrofit.training.documents import Mixture, State
 from rpb_retrofit.training.recipe import Stage
 
@@ -45,8 +44,8 @@ class Layout:
 
 def layout_of(model: PreTrainedModel, tokenizer: Any, before: Tensor, after: Tensor) -> Layout:
     """Packed where the model tells documents in a row apart; otherwise a row holds one document."""
-    modules = attention_modules(model, family_of(model.config)).values()
-    causal = all(is_causal_module(module) for module in modules)
+    anatomy = Anatomy.of(model)
+    causal = all(anatomy.facts(name).causal for name in anatomy.attentions)
     padding = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     return Layout(causal and tells_documents_apart(model), causal, before, after, padding)
 
@@ -59,15 +58,12 @@ def tells_documents_apart(model: PreTrainedModel) -> bool:
     """
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return False
-    was_training, parts = model.training, [torch.tensor([0, 1, 2]), torch.tensor([3, 4])]
+    parts = [torch.tensor([0, 1, 2]), torch.tensor([3, 4])]
     device = next(model.parameters()).device
     row = collate([parts], 5, Layout(True, True, parts[0][:0], parts[0][:0], 0)).to(device)
-    model.eval()
-    try:
+    with evaluating(model):
         together: Any = model(**row.inputs, use_cache=False)
         alone: Any = model(input_ids=parts[1][None].to(device), use_cache=False)
-    finally:
-        model.train(was_training)
     expected = alone[0].float()
     return bool((together[0][:, 3:].float() - expected).abs().max() <= 0.01 * expected.abs().max())
 

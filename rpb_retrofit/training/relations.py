@@ -7,7 +7,7 @@ memory stays linear in the length.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rpb_retrofit.errors import ConfigError
+from rpb_retrofit.instruments.interception import Attend, intercepted
+from rpb_retrofit.runtime.anatomy import Anatomy, is_causal_module
 from rpb_retrofit.runtime.attention import bias_matrix
-from rpb_retrofit.runtime.families import FACTOR, TABLE, family_of
-from rpb_retrofit.runtime.interface import ATTENTION, RUN, is_causal_module, plain_attention
-from rpb_retrofit.runtime.modeling import attention_modules, submodels
+from rpb_retrofit.runtime.families import FACTOR, TABLE
 from rpb_retrofit.runtime.visibility import dense, is_runs
 from rpb_retrofit.training.divergence import divergence
 
@@ -28,33 +28,31 @@ ROWS = 32
 
 
 class Relations:
-    """Compares the attention of two models of the same layers, while both run on the same batch."""
+    """Compares the attention of two models of the same layers, while both run on the same batch.
+
+    Both are intercepted from the start until `close`. ConfigError where a model's attention hands no rows out.
+    """
 
     def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
         self._rows: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
-        for model, rows in zip((student, teacher), self._rows, strict=True):
-            self._attach(model, rows)
+        anatomies = [Anatomy.of(model) for model in (student, teacher)]
+        for anatomy in anatomies:
+            if not anatomy.family.uses_interface:
+                kind = type(anatomy.model).__name__
+                raise ConfigError(f"relations: {kind} has attention of its own, which hands no rows out: leave it out")
+        with ExitStack() as undo:
+            for anatomy, rows in zip(anatomies, self._rows, strict=True):
+                undo.enter_context(intercepted(anatomy, partial(self._intercept, rows), with_bias=False))
+            self.close = undo.pop_all().close
 
-    def _attach(self, model: PreTrainedModel, rows: dict[str, Tensor]) -> None:
-        family = family_of(model.config)
-        if not family.uses_interface:
-            raise ConfigError(
-                f"relations: {type(model).__name__} has attention of its own, which hands no rows out: leave it out"
-            )
-        attentions: Mapping[str, Any] = attention_modules(model, family)
-        for submodel in submodels(model):
-            submodel.config._attn_implementation_internal = ATTENTION
-        for module in model.modules():
-            if "Attention" in type(module).__name__ and RUN not in vars(module):
-                setattr(module, RUN, plain_attention)
-        for name, module in attentions.items():
-            setattr(module, RUN, partial(self._take, rows, name, getattr(module, RUN)))
+    def _intercept(self, rows: dict[str, Tensor], name: str, attend: Attend) -> Attend:
+        return partial(self._take, rows, name, attend)
 
     def _take(
         self,
         rows: dict[str, Tensor],
         name: str,
-        run: Callable[..., Any],
+        run: Attend,
         module: Any,
         query: Tensor,
         key: Tensor,

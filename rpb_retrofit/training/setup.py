@@ -10,8 +10,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from rpb_retrofit.errors import ConfigError, DataError, UnsupportedModelError
-from rpb_retrofit.runtime.families import family_of
-from rpb_retrofit.runtime.mechanisms import trained_context
+from rpb_retrofit.runtime.anatomy import Anatomy
 from rpb_retrofit.text import bos_policy, special_tokens, tokenise
 from rpb_retrofit.training.batches import Rows, layout_of
 from rpb_retrofit.training.documents import Mixture, open_sources
@@ -71,8 +70,8 @@ def _check_lengths(
         raise ConfigError(f"lengths: {min(lengths)} tokens leave no room beside {special} special ones: make it longer")
     if source is None:
         return
-    family = family_of(source.config)
-    context = trained_context(source, family)
+    anatomy = Anatomy.of(source)
+    family, context = anatomy.family, anatomy.context
     if context is None or max(lengths) <= context:
         return
     if family.mechanism in ("learned", "sinusoidal"):

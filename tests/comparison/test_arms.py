@@ -15,8 +15,8 @@ from rpb_retrofit.comparison.arm import Situation, twin
 from rpb_retrofit.comparison.arms import ARMS, parse
 from rpb_retrofit.diagnosis.intervention import Change, changed
 from rpb_retrofit.errors import ConfigError, RetrofitError
+from rpb_retrofit.runtime.anatomy import Anatomy
 from rpb_retrofit.runtime.families import TABLE
-from rpb_retrofit.runtime.modeling import attention_modules
 from tests.families.cases import CASES, Case
 from tests.families.test_contract import VOCAB, build
 
@@ -151,9 +151,8 @@ def test_the_length_factor(case: Case) -> None:
     (plain, _), (model, _) = applied("none", source), applied("none-log-n", source)
     torch.testing.assert_close(logits(model, text(context)), logits(plain, text(context)))
     ids = text(context + 30)
-    family = Situation(source, TARGET).family
     if not case.settings.keys() & {"sliding_window", "attention_chunk_size"}:  # there the window bounds what is seen
-        with changed(plain, family, Change(trained=context)):
+        with changed(Anatomy.of(plain), Change(trained=context)):
             wanted = logits(plain, ids)
         torch.testing.assert_close(logits(model, ids), wanted, atol=2e-4, rtol=1e-4)
     assert (logits(plain, ids) - logits(model, ids)).abs().max() > (1e-3 if case.family != "mistral" else -1)
@@ -175,7 +174,7 @@ def test_alibi_is_exact(case: Case) -> None:
     table = copy.deepcopy(source)
     buckets = {"relative_attention_num_buckets": 2 * length, "relative_attention_max_distance": 4 * length}
     rpb.retrofit(table, rpb.RetrofitConfig(init="zeros", **buckets))
-    for module in attention_modules(table, Situation(source, TARGET).family).values():
+    for module in Anatomy.of(table).attentions.values():
         exact = -slopes[:, None] * torch.arange(2 * length)
         getattr(module, TABLE).weight.data.copy_(exact)
     ids = text(length)

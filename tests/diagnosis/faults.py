@@ -17,9 +17,10 @@ from torch import Tensor, nn
 import rpb_retrofit as rpb
 from rpb_retrofit.diagnosis.arms import Arms
 from rpb_retrofit.runtime import interface
+from rpb_retrofit.runtime.anatomy import submodels
+from rpb_retrofit.runtime.attach import drop_scale
 from rpb_retrofit.runtime.families import UNSCALED
 from rpb_retrofit.runtime.mechanisms import position_zero, remove_hooks
-from rpb_retrofit.runtime.modeling import drop_scale, submodels
 from tests.diagnosis.small_model import language, plain_language, retrofitted, train, trained
 
 

@@ -150,7 +150,7 @@ def test_heads_that_look_where_the_sources_do(source: PreTrainedModel, fitted: P
         want = seen["source"]
         plain = model(ids).logits
         assert not torch.allclose(seen["retrofit"], want, atol=1e-3)
-        with attending_as(arms, source, {name: torch.ones(4, dtype=torch.bool)}):
+        with attending_as(arms, arms.source_anatomy, {name: torch.ones(4, dtype=torch.bool)}):
             model(ids)
             assert torch.allclose(seen["retrofit"], want, atol=1e-4)
         assert torch.equal(model(ids).logits, plain), "afterwards as before"

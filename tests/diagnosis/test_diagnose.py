@@ -22,7 +22,7 @@ from rpb_retrofit.diagnosis.run import Diagnosis, diagnose
 from rpb_retrofit.errors import DataError, NotRetrofittedError
 from rpb_retrofit.evaluation.context_use import induction_gain, make_inductions
 from rpb_retrofit.evaluation.losses import difference, token_by_token
-from rpb_retrofit.runtime.modeling import submodels
+from rpb_retrofit.runtime.anatomy import submodels
 from rpb_retrofit.tables.checksums import KEY
 from tests.diagnosis.faults import FAULTS, Fault
 from tests.diagnosis.small_model import language, retrofitted, trained

@@ -35,7 +35,9 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 import rpb_retrofit as rpb
-from rpb_retrofit.runtime.modeling import FILE_LOCKS, LOCK, RUNTIME_FILES, submodels
+from rpb_retrofit.runtime.anatomy import submodels
+from rpb_retrofit.runtime.locks import FILE_LOCKS, LOCK
+from rpb_retrofit.runtime.modeling import RUNTIME_FILES
 from tests.families.cases import CASES, Case
 from tests.families.test_contract import (
     AUTO,

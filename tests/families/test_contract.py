@@ -21,8 +21,8 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 import rpb_retrofit as rpb
 from rpb_retrofit.errors import ConfigError, MissingTablesError
+from rpb_retrofit.runtime.anatomy import Anatomy
 from rpb_retrofit.runtime.families import FAMILIES
-from rpb_retrofit.runtime.modeling import positioned
 from tests.families.cases import CASES, Case
 from tests.families.reference import float64_copy, with_bias
 
@@ -271,7 +271,7 @@ def test_8_missing_tables_are_an_error(case: Case, tmp_path: Path, plain_process
 def test_9_the_bias_follows_the_positions_given(case: Case) -> None:
     """Where Transformers' model takes ``position_ids``: in one pass and, of a decoder, with a cache."""
     model, ids = retrofitted(case), tokens(2, 8)
-    if not positioned(model):
+    if not Anatomy.of(model).positioned:
         assert "position_ids" not in inspect.signature(getattr(transformers, case.model).forward).parameters
         with pytest.raises(ConfigError, match=f"position_ids: Rpb{case.model} takes no positions"):
             model(**inputs_of(case, ids), position_ids=torch.arange(8)[None])

@@ -19,7 +19,7 @@ from rpb_retrofit.diagnosis.finding import Kind
 from rpb_retrofit.diagnosis.hypotheses import HYPOTHESES
 from rpb_retrofit.diagnosis.measurements import DiagnosisPlan, Measurements
 from rpb_retrofit.diagnosis.run import diagnose
-from rpb_retrofit.runtime.modeling import submodels
+from rpb_retrofit.runtime.anatomy import submodels
 from rpb_retrofit.tables.checksums import KEY
 from rpb_retrofit.text import tokenise
 from tests.diagnosis.faults import FAULTS, Fault, reloaded

@@ -18,7 +18,6 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import rpb_retrofit as rpb
 from rpb_retrofit.runtime.interface import BACKEND
-from rpb_retrofit.runtime.modeling import block_names
 from tests.families.cases import CASES, Case
 from tests.families.test_contract import CONFIG, build, closeness, inputs_of, retrofitted, tokens
 from tests.support.memory import most_allocated
@@ -113,7 +112,7 @@ def test_layers_compiled_one_by_one(case: Case) -> None:
         for name, parameter in model.named_parameters():
             if name.endswith(".tail"):  # some of them above zero
                 parameter.data.normal_(generator=torch.Generator().manual_seed(0))
-    for name in block_names(models[0]):
+    for name in Anatomy.of(models[0]).blocks:
         models[0].get_submodule(name).compile(backend="aot_eager", fullgraph=True)
     got, want = (gradients(model, inputs_of(case, tokens())) for model in models)
     same_gradients(got, want)

@@ -17,7 +17,7 @@ import transformers
 
 import rpb_retrofit as rpb
 from rpb_retrofit.errors import AttentionImplementationError, ReleaseError
-from rpb_retrofit.runtime import modeling, releases
+from rpb_retrofit.runtime import locks, modeling, releases
 from tests.families.cases import CASES, Case
 from tests.families.test_contract import AUTO, CONFIG, build, inputs_of, retrofitted, saved_config, tokens
 
@@ -39,7 +39,7 @@ def edit(folder: Path, *removed: str) -> dict:
 @every_mechanism
 def test_a_plain_load_is_refused_before_5_4_too(case: Case, tmp_path: Path) -> None:
     retrofitted(case).save_pretrained(tmp_path)
-    assert edit(tmp_path, *PUBLIC)["_attn_implementation_internal"] == modeling.LOCK  # what 4.50 to 5.2 check
+    assert edit(tmp_path, *PUBLIC)["_attn_implementation_internal"] == locks.LOCK  # what 4.50 to 5.2 check
     eager = dict.fromkeys(PUBLIC, "eager")
     for cls in (getattr(transformers, AUTO[case.kind]), getattr(transformers, case.model), transformers.AutoModel):
         for given in ({}, *({name: "eager"} for name in PUBLIC), eager):
@@ -57,7 +57,7 @@ def test_a_retrofit_with_the_former_lock_loads_and_is_saved_with_this_one(case: 
     loaded = rpb.load(tmp_path / "old").eval()
     assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
     loaded.save_pretrained(tmp_path / "new")
-    assert saved_config(tmp_path / "new") == written and written["transformers_weights"] == modeling.LOCK
+    assert saved_config(tmp_path / "new") == written and written["transformers_weights"] == locks.LOCK
 
 
 def test_the_retrofitted_class_itself_takes_what_goes_into_the_config(tmp_path: Path) -> None:

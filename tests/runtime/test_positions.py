@@ -21,8 +21,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import rpb_retrofit as rpb
 from rpb_retrofit.errors import ConfigError
 from rpb_retrofit.runtime import buckets
-from rpb_retrofit.runtime.modeling import positioned
-from rpb_retrofit.runtime.positions import JUDGED, POSITIONS, Positions, extended
+from rpb_retrofit.runtime.anatomy import Anatomy
+from rpb_retrofit.runtime.cached_positions import JUDGED, POSITIONS, extended
+from rpb_retrofit.runtime.positions import Positions
 from tests.families.cases import CASES, Case
 from tests.families.reference import float64_copy, with_bias
 from tests.families.test_contract import MAX_DISTANCE, build, closeness, retrofitted, tokens
@@ -518,7 +519,7 @@ def test_the_look_sees_what_each_query_sees(data: st.DataObject) -> None:
 def test_positions_reach_every_attention(case: Case) -> None:
     """No family's attention is left without: the keyword arrives, or the ids that carry what it does."""
     model = retrofitted(case)
-    if not positioned(model):
+    if not Anatomy.of(model).positioned:
         pytest.skip("takes no position_ids")
     arrived = {}
 

@@ -15,6 +15,7 @@ from transformers import BloomConfig, BloomForCausalLM
 import rpb_retrofit as rpb
 from rpb_retrofit.errors import ConfigError, DataError, RetrofitError
 from rpb_retrofit.files.spool import temporary_spool
+from rpb_retrofit.runtime.anatomy import Anatomy
 from rpb_retrofit.runtime.families import family_of
 from rpb_retrofit.tables.attention_rows import AttentionRows
 from rpb_retrofit.tables.calibrate import Calibration
@@ -104,17 +105,15 @@ def test_the_upper_layers_are_fitted_on_the_lower_ones() -> None:
     config, windows = CALIBRATED, [tokens(1, 40, seed=5)[0]]
     report = rpb.retrofit(model, config, calibration=windows)
     heard: dict[str, Tensor] = {}
-    attentions = {name: model.get_submodule(name) for name in report.layers_patched}
     with temporary_spool(AttentionRows) as spool:
-        whole = Calibration(family_of(model.config), windows, config.seed, spool)
-        whole.record(model, attentions)  # the retrofit itself, whole
+        whole = Calibration(Anatomy.of(model), windows, config.seed, spool)
+        whole.record()  # the retrofit itself, whole
         last = report.layers_patched[-1]
         heard["whole"] = whole.spool["source", last, 0].query
     again = build(case)
     with temporary_spool(AttentionRows) as spool:
-        stepwise = Calibration(family_of(again.config), windows, config.seed, spool)
-        plain = {name: again.get_submodule(name) for name in report.layers_patched}
-        stepwise.record(again, plain)
+        stepwise = Calibration(Anatomy.of(again), windows, config.seed, spool)
+        stepwise.record()
         kept = stepwise._keep
 
         def listen(name: str, number: int) -> Any:
@@ -131,8 +130,8 @@ def test_the_upper_layers_are_fitted_on_the_lower_ones() -> None:
         again.config.rpb_retrofit = model.config.rpb_retrofit
         from rpb_retrofit.runtime.modeling import attach
 
-        attach(again)
-        stepwise.apply(again, plain)
+        attach(Anatomy.of(again))
+        stepwise.apply()
     torch.testing.assert_close(heard["stepwise"], heard["whole"])
 
 

@@ -86,24 +86,22 @@ def test_every_rotary_family(case: Case, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("case", SERVED, ids=str)
 def test_the_pairs_are_those_that_rotate(case: Case) -> None:
     """Against the model's own rotation: query times key, pair by pair, turns with the offset and nothing else does."""
-    from rpb_retrofit.runtime.mechanisms import inverse_frequencies, rotary_pairs
-    from rpb_retrofit.runtime.modeling import attention_modules
+    from rpb_retrofit.runtime.anatomy import Anatomy
     from rpb_retrofit.tables.recording import run, watch
 
     model = build(case).eval()
-    family = family_of(model.config)
-    attentions = attention_modules(model, family)
+    anatomy = Anatomy.of(model)
     heard: dict[str, AttentionRows] = {}
     same = torch.full((24,), 7)  # one token throughout: positions alone tell the first layer's queries apart
-    with watch(model, family, attentions) as listen:
+    with watch(anatomy) as listen:
         listen(heard.__setitem__, range(23, -1, -1))
         run(model, same)
-    first = heard[next(name for name in attentions)]
-    pairs = rotary_pairs(model, family)
+    first = heard[next(name for name in anatomy.attentions)]
+    pairs = anatomy.rotary_pairs
     query = first.query.flip(1)  # positions ascending
     a, b = (query[..., index].double() for index in pairs.dimensions())
     turn = torch.complex(a, b)[:, 1:] / torch.complex(a, b)[:, :-1]  # from position to position
-    frequencies = [buffer.double() for buffer in inverse_frequencies(model, family).values()]  # Gemma 3 has two
+    frequencies = [buffer.double() for buffer in anatomy.inverse_frequencies.values()]  # Gemma 3 has two
     still = [d for d in range(query.shape[-1]) if d not in torch.cat(pairs.dimensions())]
     assert (query[..., still] - query[:, :1, still]).abs().max() < 1e-5 if still else True
     if "dynamic" in str(case) or "longrope" in str(case):

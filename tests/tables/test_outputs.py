@@ -13,9 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 import rpb_retrofit as rpb
 from rpb_retrofit.runtime import factor
+from rpb_retrofit.runtime.anatomy import Anatomy
 from rpb_retrofit.runtime.buckets import Bucketing
-from rpb_retrofit.runtime.families import family_of
-from rpb_retrofit.runtime.modeling import attention_modules
 from rpb_retrofit.tables.attention_rows import AttentionRows
 from rpb_retrofit.tables.fit import RowPairs, fit, loss, target_of
 from rpb_retrofit.tables.output_metric import metrics
@@ -166,10 +165,9 @@ def test_outputs_come_nearer_than_by_attention_alone() -> None:
 def test_the_reader_is_found(name: str) -> None:
     """Every attention's output is read by the projection that the family's own name points at."""
     model = build(BY_NAME[name])
-    family = family_of(model.config)
-    attentions = attention_modules(model, family)
-    found = metrics(model, family, attentions, tokens(1, 40)[0])
-    assert list(found) == list(attentions)
+    anatomy = Anatomy.of(model)
+    found = metrics(anatomy, tokens(1, 40)[0])
+    assert list(found) == list(anatomy.attentions)
     for name, metric in found.items():
         block = model.get_submodule(name.rpartition(".")[0])
         readers = [m for m in block.modules() if isinstance(m, nn.Linear | Conv1D)]

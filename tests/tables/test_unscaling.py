@@ -12,8 +12,8 @@ import torch
 
 import rpb_retrofit as rpb
 from rpb_retrofit.checkpoint.convert import retrofit_checkpoint
+from rpb_retrofit.runtime.anatomy import Anatomy
 from rpb_retrofit.runtime.families import family_of, is_own
-from rpb_retrofit.runtime.modeling import attention_modules
 from rpb_retrofit.tables import unscaling
 from tests.families.cases import CASES
 from tests.families.test_contract import CONFIG, build, inputs_of, tokens
@@ -49,7 +49,7 @@ def test_every_family(case: Any, tmp_path: Path) -> None:
         return
     report = rpb.retrofit(model, UNSCALED)
     assert model.config.rpb_retrofit["scale"] == "unscaled"
-    attentions = attention_modules(model, family_of(model.config)).values()
+    attentions = Anatomy.of(model).attentions.values()
     assert {attention.scaling for attention in attentions} == {1.0}
     changed = {n for n, p in source.named_parameters() if not is_own(n)
                and not torch.equal(p, model.get_parameter(n))}  # fmt: skip
@@ -138,7 +138,7 @@ def test_half_precision_says_where_it_cannot_hold() -> None:
     """Gemma 3's norm multiplies by one more than its weight: the scale would drown in bfloat16, and is refused."""
     for name, held in (("gemma3_text", False), ("qwen3", True)):
         model = build(BY_NAME[name]).to(torch.bfloat16)
-        for attention in attention_modules(model, family_of(model.config)).values():
+        for attention in Anatomy.of(model).attentions.values():
             attention.scaling = 1 / 16
             attention.q_norm.weight.data.normal_(generator=torch.Generator().manual_seed(0)).mul_(0.3)
         before = copy.deepcopy(model.state_dict())

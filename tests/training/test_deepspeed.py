@@ -22,7 +22,7 @@ from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_conf
 
 import rpb_retrofit as rpb
 from rpb_retrofit.errors import ConfigError, InterruptedRunError, RevertError, UnsupportedModelError
-from rpb_retrofit.runtime.modeling import block_names
+from rpb_retrofit.runtime.anatomy import Anatomy
 from rpb_retrofit.training.recipe import Recipe
 from rpb_retrofit.training.step import Stepper
 from rpb_retrofit.training.zero import OWN_WAY, check_zero
@@ -135,7 +135,7 @@ def _in_pieces(base: Path) -> None:
             keep = HfDeepSpeedConfig(settings) if how == "opened in pieces" else None
             found = rpb.load(base / str(case))
             if how == "fsdp2":
-                for block in block_names(found):
+                for block in Anatomy.of(found).blocks:
                     fully_shard(found.get_submodule(block), mesh=mesh)
                 running = fully_shard(found, mesh=mesh)
             else:

@@ -7,9 +7,9 @@ from transformers import PreTrainedModel
 from rpb_retrofit.comparison.arm import Arm, Situation
 from rpb_retrofit.config import RetrofitConfig
 from rpb_retrofit.errors import ConfigError
+from rpb_retrofit.runtime.anatomy import Anatomy
 from rpb_retrofit.runtime.bias import AlibiBias
 from rpb_retrofit.runtime.families import TABLE
-from rpb_retrofit.runtime.modeling import attention_modules, num_heads
 from rpb_retrofit.swap.inplace import retrofit
 from rpb_retrofit.tables.alibi import slopes
 
@@ -18,9 +18,9 @@ def _penalise(model: PreTrainedModel, situation: Situation) -> str:
     if situation.family.mechanism == "alibi":
         raise ConfigError("the source has ALiBi already")
     retrofit(model, RetrofitConfig(init="zeros"))
-    for module in attention_modules(model, situation.family).values():
-        heads = num_heads(module, model.config)
-        setattr(module, TABLE, AlibiBias(slopes(heads)).to(model.device))
+    anatomy = Anatomy.of(model)
+    for name, module in anatomy.attentions.items():
+        setattr(module, TABLE, AlibiBias(slopes(anatomy.facts(name).heads)).to(model.device))
     return (
         f"nearest as a checkpoint: rpb retrofit SOURCE OUT --init alibi --buckets 64 --max-distance {situation.target}"
     )

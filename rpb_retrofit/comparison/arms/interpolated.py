@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from rpb_retrofit.comparison.arm import Arm, Situation
 from rpb_retrofit.errors import ConfigError
-from rpb_retrofit.runtime.mechanisms import modules_named, unused_rows
+from rpb_retrofit.runtime.anatomy import Anatomy, unused_rows
 
 
 def _stretch(model: PreTrainedModel, situation: Situation) -> str:
@@ -20,14 +20,13 @@ def _stretch(model: PreTrainedModel, situation: Situation) -> str:
     rows = int(situation.number or situation.target)
     if rows <= situation.context:
         raise ConfigError(f"a table of {situation.context} positions holds {rows} already: there is nothing to stretch")
-    for name, table in modules_named(model, family.positions).items():
-        holder: Any = table
+    for name, table in Anatomy.of(model).position_modules.items():
         unused = unused_rows(table)
-        before = holder.weight.detach()
+        before = table.weight.detach()
         stretched = interpolate(before[unused:].T[None].double(), size=rows, mode="linear", align_corners=True)
         weight = torch.cat([before[:unused], stretched[0].T.to(before.dtype)])
-        holder.weight = torch.nn.Parameter(weight, requires_grad=holder.weight.requires_grad)
-        holder.num_embeddings = len(weight)
+        table.weight = torch.nn.Parameter(weight, requires_grad=table.weight.requires_grad)
+        table.num_embeddings = len(weight)
         parent: Any = model.get_submodule(name.rpartition(".")[0])
         if hasattr(parent, "position_ids"):  # buffers as long as the table
             parent.position_ids = torch.arange(rows, device=weight.device)[None]

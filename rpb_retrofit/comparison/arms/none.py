@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from rpb_retrofit.comparison.arm import Arm, Situation
 from rpb_retrofit.config import RetrofitConfig
+from rpb_retrofit.runtime.anatomy import Anatomy
 from rpb_retrofit.runtime.mechanisms import neutralise
 from rpb_retrofit.swap.inplace import retrofit
 
@@ -16,7 +17,7 @@ from rpb_retrofit.swap.inplace import retrofit
 def drop(model: PreTrainedModel, situation: Situation) -> str:
     """Switch the mechanism off; where it lives in the attention itself (ALiBi), by a bias of zero."""
     if situation.family.positions:
-        neutralise(model, situation.family, {}, [])
+        neutralise(Anatomy.of(model), {}, [])
         if situation.family.mechanism != "rope":  # every length has the same vectors now
             model.config.max_position_embeddings = max(situation.target, situation.context)
     else:

@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from rpb_retrofit.comparison.arm import Arm, Situation
 from rpb_retrofit.comparison.arms.none import drop
 from rpb_retrofit.errors import ConfigError
-from rpb_retrofit.runtime.modeling import submodels
+from rpb_retrofit.runtime.anatomy import Anatomy
 
 FACTOR = "rpb_length_factor"
 """Attribute of a model's configs, the context and the coefficient; and the beginning of an attention's name."""
@@ -66,7 +66,7 @@ def _drop(model: PreTrainedModel, situation: Situation) -> str:
     name = f"{FACTOR}_{implementation}"
     AttentionInterface.register(name, partial(attend_by_length, implementation))
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
-    for config in {id(m.config): m.config for m in submodels(model)}.values():
+    for config in Anatomy.of(model).configs:
         setattr(config, FACTOR, (situation.context, coefficient))
         config._attn_implementation = name
     return f"{told}, and queries times 1 + {coefficient:.3f} log(n / {situation.context}) beyond the context"

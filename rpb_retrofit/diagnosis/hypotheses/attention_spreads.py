@@ -38,9 +38,7 @@ def examine(measurements: Measurements) -> Finding:
         said += f", the source's by {theirs.slopes().mean().item():.2f}"
     trained = min(measurements.trained or longest, longest // 2)
     change = Change(trained=max(trained // 2, 8))
-    undone = measurements.undone(
-        "length-factor", partial(changed, measurements.arms.retrofit, measurements.arms.family, change), longest
-    )
+    undone = measurements.undone("length-factor", partial(changed, measurements.arms.anatomy, change), longest)
     said += f"; a factor that grows with log n from {change.trained} keys on: at {longest} tokens {undone}"
     faster = theirs is None or grows > theirs.slopes().mean().item() + FASTER
     if undone.sure and undone.loss.mean < -NOTABLE and faster:

@@ -67,7 +67,7 @@ def examine(measurements: Measurements) -> Finding:
 
 def _given_back(measurements: Measurements, heads: dict[str, Tensor]) -> Effect | None:
     """What it brings when these heads look where the source's do; None where no other attention can be put in."""
-    source = measurements.arms.source
+    source = measurements.arms.source_anatomy
     if source is None or not measurements.arms.family.uses_interface:
         return None
     return measurements.brings("heads-given-back", partial(attending_as, measurements.arms, source, heads))

@@ -9,7 +9,7 @@ from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, u
 from rpb_retrofit.diagnosis.measurements import Measurements
 from rpb_retrofit.diagnosis.words import some
 from rpb_retrofit.errors import UnsupportedModelError
-from rpb_retrofit.runtime.mechanisms import rotary_pairs
+from rpb_retrofit.runtime.anatomy import Anatomy
 
 CAUSE = "the source's mechanism is still active"
 PREDICTS = (
@@ -69,7 +69,7 @@ def _meant_to_rotate(measurements: Measurements, width: int) -> Tensor:
     kept = max(measurements.arms.settings.get("kept_frequencies", {}).values(), default=0)
     if kept:
         try:
-            for dimensions in rotary_pairs(measurements.arms.plain, measurements.arms.family).dimensions():
+            for dimensions in Anatomy.of(measurements.arms.plain).rotary_pairs.dimensions():
                 mask[dimensions[:kept]] = True
         except UnsupportedModelError:
             mask[:] = True

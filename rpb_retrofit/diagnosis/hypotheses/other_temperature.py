@@ -32,7 +32,7 @@ def examine(measurements: Measurements) -> Finding:
         return {
             factor: measurements.undone(
                 f"content-{factor:.3f}",
-                partial(changed, measurements.arms.retrofit, measurements.arms.family, Change(scale=factor)),
+                partial(changed, measurements.arms.anatomy, Change(scale=factor)),
             )
             for factor in factors
         }

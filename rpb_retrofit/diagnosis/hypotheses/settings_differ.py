@@ -7,6 +7,7 @@ from typing import Any
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded
 from rpb_retrofit.diagnosis.measurements import Measurements
 from rpb_retrofit.diagnosis.settings import other_settings
+from rpb_retrofit.runtime.anatomy import Anatomy
 from rpb_retrofit.runtime.families import UNSCALED
 from rpb_retrofit.swap.stored_settings import kept_frequencies
 
@@ -25,7 +26,7 @@ def examine(measurements: Measurements) -> Finding:
     settings, arms = measurements.arms.settings, measurements.arms
     kept, meant = (
         settings.get("kept_frequencies", {}),
-        kept_frequencies(arms.plain, settings.get("keep_frequencies", 0), arms.family),
+        kept_frequencies(Anatomy.of(arms.plain), settings.get("keep_frequencies", 0)),
     )
     if kept != meant:
         return confirmed(

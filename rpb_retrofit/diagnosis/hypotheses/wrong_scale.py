@@ -80,7 +80,7 @@ def examine(measurements: Measurements) -> Finding:
 
 
 def _with(measurements: Measurements, factor: float) -> AbstractContextManager[None]:
-    return changed(measurements.arms.retrofit, measurements.arms.family, Change(scale=factor))
+    return changed(measurements.arms.anatomy, Change(scale=factor))
 
 
 def _effect(measurements: Measurements, factor: float) -> Effect | None:
