@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import rpb_retrofit as rpb
+from rpb_retrofit.runtime.anatomy import Anatomy
 from rpb_retrofit.runtime.interface import BACKEND
 from tests.families.cases import CASES, Case
 from tests.families.test_contract import CONFIG, build, closeness, inputs_of, retrofitted, tokens
