@@ -16,8 +16,9 @@ from rpb_retrofit.checkpoint.limits import lift_limits
 from rpb_retrofit.config import RetrofitConfig
 from rpb_retrofit.errors import ConfigError
 from rpb_retrofit.files.contents import CODE_KEYS, without_code
+from rpb_retrofit.files.finite import check_stored
 from rpb_retrofit.files.folder import check_absent, whole_folder
-from rpb_retrofit.files.headers import check_headers, check_stored
+from rpb_retrofit.files.headers import check_headers
 from rpb_retrofit.files.shards import place, place_without, tensor_names
 from rpb_retrofit.files.source import Source, expanded, find, model_class
 from rpb_retrofit.runtime.families import family_of, is_own
@@ -177,7 +178,7 @@ def _write_all_but_weights(
         tables = {name: model.get_parameter(name).detach().cpu() for name in own_names(model)}
         changes = {name: Change(before, model.get_parameter(name)) for name, before in folded(model).items()}
     else:
-        check_stored(source, unused)  # what is not loaded is looked at while it is copied
+        check_stored(source.shards, source.name, unused)  # what is not loaded is looked at while it is copied
         with torch.device("meta"), no_init_weights():
             model = model_class(settings)(settings)
         report, changes = retrofit(model, config), {}

@@ -16,7 +16,8 @@ from transformers.utils import cached_file
 from rpb_retrofit.checkpoint.gguf import load_gguf
 from rpb_retrofit.errors import CheckpointError, DataError, NotRetrofittedError, RetrofitError, UnsupportedModelError
 from rpb_retrofit.files.headers import check_headers
-from rpb_retrofit.files.source import INDEX, Source, expanded, find, is_folder, model_class, one_line, read_index
+from rpb_retrofit.files.printable import count_of_weights, message_of
+from rpb_retrofit.files.source import INDEX, Source, expanded, find, is_folder, model_class, read_index
 from rpb_retrofit.runtime.loading import architectures
 from rpb_retrofit.runtime.modeling import retrofit_class
 
@@ -130,9 +131,9 @@ def open_weights(source: Source, opener: Any) -> Any:
     except RetrofitError:
         raise
     except Exception as error:  # whatever a damaged file makes Transformers raise
-        raise CheckpointError(f"'{name}' cannot be loaded: {one_line(error)}") from error
+        raise CheckpointError(f"'{name}' cannot be loaded: {message_of(error)}") from error
     if missing := sorted(info["missing_keys"]):
-        raise CheckpointError(f"'{name}' lacks {len(missing)} of its weights ({missing[0]}, ...): a damaged checkpoint")
+        raise CheckpointError(f"'{name}' lacks {count_of_weights(missing)}: a damaged checkpoint")
     model.name_or_path = name
     return model.eval()
 
@@ -144,7 +145,7 @@ def check_generation(source: Source) -> None:
             GenerationConfig.from_pretrained(source.folder)
         except Exception as error:  # whatever its content makes of it
             what = f"'{source.name}': its generation_config.json cannot be read"
-            raise CheckpointError(f"{what}: {one_line(error)}") from error
+            raise CheckpointError(f"{what}: {message_of(error)}") from error
 
 
 def open_tokenizer(source: Source) -> Any:
@@ -156,6 +157,6 @@ def open_tokenizer(source: Source) -> Any:
         if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
             raise
         raise CheckpointError(
-            f"'{source.name}' has no tokenizer that Transformers can read ({one_line(error)}); only retrofits with "
+            f"'{source.name}' has no tokenizer that Transformers can read ({message_of(error)}); only retrofits with "
             "--init zeros, normal or alibi do without"
         ) from error

@@ -14,12 +14,12 @@ from transformers import PreTrainedModel
 
 from rpb_retrofit.config import RetrofitConfig
 from rpb_retrofit.errors import ConfigError, NotRetrofittedError, RevertError, UnsupportedModelError
+from rpb_retrofit.files.finite import check_finite
 from rpb_retrofit.files.spool import temporary_spool
 from rpb_retrofit.runtime.families import FACTOR, TABLE, UNSCALED, is_own
 from rpb_retrofit.runtime.modeling import UNSAVED, attach, attention_modules, detach, on, own_names, submodels
 from rpb_retrofit.swap.eligibility import check_eligible
 from rpb_retrofit.swap.filling import fill
-from rpb_retrofit.swap.finite import check_finite
 from rpb_retrofit.swap.report import RetrofitReport, report
 from rpb_retrofit.swap.stored_settings import auto_map, describe
 from rpb_retrofit.tables import CALIBRATED, CONTENT, FROM, INITIALISATIONS
