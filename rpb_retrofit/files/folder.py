@@ -42,7 +42,8 @@ def whole_folder(out: Path) -> Iterator[Path]:
         claim.unmark()
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"writing '{out}' failed: {reason_of(error)}; nothing was left behind (is there space, and may you write there?)"
+            f"writing '{out}' failed: {reason_of(error)}; nothing was left behind (is there space, and may you write "
+            "there?)"
         ) from error
     finally:
         if claim is not None and claim.folder != out:
