@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 from pydantic import Field
 
-from rpb_retrofit.config import RetrofitConfig
+from rpb_retrofit.config import RetrofitConfig, command_of
 from rpb_retrofit.errors import CheckpointError, DataError
 from rpb_retrofit.files.checked import Written, check
 from rpb_retrofit.files.printable import one_line
@@ -32,11 +32,6 @@ from rpb_retrofit.training.yaml_text import read_yaml
 
 TEMPLATE = Path(__file__).parent / "template.md"
 CARD, SOURCE_CARD = "README.md", "README.source.md"
-
-OPTIONS = {"relative_attention_num_buckets": "buckets", "relative_attention_max_distance": "max-distance"}
-"""The command line's names of settings where they are not the settings' own."""
-
-FLAGS = ("shared",)
 
 SETTINGS = ("version", "mechanism", *RetrofitConfig().__dict__)
 """What the card shows of a config's settings; other versions may lack some."""
@@ -64,7 +59,7 @@ def make_card(folder: Path, evaluations: Sequence[Path] = ()) -> ModelCard:
         source=source,
         settings={**dict.fromkeys(SETTINGS, "not known"), **settings},
         kept=kept,
-        retrofit_command=_command(settings) if training is None else None,
+        retrofit_command=one_line(command_of(settings, source)) if training is None else None,
         training=training and _training(training),
         recipe=_text(folder / RECIPE, f"'{folder}'").strip() if (folder / RECIPE).exists() else None,
         picture=PICTURE if (folder / PICTURE).exists() else None,
@@ -102,16 +97,6 @@ def _auto_class(config: dict[str, Any]) -> str:
 def _release(config: dict[str, Any]) -> str:
     """The release of Transformers that the code beside the config needs."""
     return ".".join(map(str, family_of(SimpleNamespace(**config)).since or OLDEST))
-
-
-def _command(settings: dict[str, Any]) -> str:
-    """The `rpb retrofit` that a config's settings come from; the text it was calibrated on is not among them."""
-    words = ["rpb", "retrofit", str(settings["source"]), "OUT"]
-    for name, default in RetrofitConfig().__dict__.items():
-        value, option = settings.get(name, default), OPTIONS.get(name, name.replace("_", "-"))
-        if value != default:
-            words += [f"--{option}"] if name in FLAGS else [f"--{option}", str(value)]
-    return one_line(shlex.join(words))
 
 
 def _training(summary: dict[str, Any]) -> dict[str, Any]:

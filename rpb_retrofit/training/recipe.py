@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from rpb_retrofit.counts import parse_count
+from rpb_retrofit.config import parse_count
 from rpb_retrofit.errors import ConfigError
 from rpb_retrofit.files.small_file import read_small
 from rpb_retrofit.training.yaml_text import LARGEST, read_yaml
