@@ -24,6 +24,7 @@ from rpb_retrofit.files.small_file import read_small
 from rpb_retrofit.pages.markdown import FILTERS
 from rpb_retrofit.pages.words import number
 from rpb_retrofit.runtime.families import family_of
+from rpb_retrofit.runtime.loading import architectures
 from rpb_retrofit.runtime.releases import OLDEST
 from rpb_retrofit.runtime.settings import check_settings
 from rpb_retrofit.training.run import RECIPE
@@ -80,18 +81,17 @@ def _loading(name: str, auto: str) -> str:
     )
 
 
-def _architectures(config: dict[str, Any]) -> list[str]:
-    found = config.get("architectures")
-    return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
-
-
 def _auto_class(config: dict[str, Any]) -> str:
     """The Auto class that serves the class which was saved."""
     auto_map, saved = config.get("auto_map"), _architectures(config)[:1]
     if not isinstance(auto_map, dict) or not saved:
         return "AutoModel"
-    served = (name for name, reference in auto_map.items() if str(reference).endswith(f".{saved[0]}"))
-    return next(served, "AutoModel")
+    serving = (name for name, reference in auto_map.items() if str(reference).endswith(f".{saved[0]}"))
+    return next(serving, "AutoModel")
+
+
+def _architectures(config: dict[str, Any]) -> list[str]:
+    return architectures(SimpleNamespace(architectures=config.get("architectures")))
 
 
 def _release(config: dict[str, Any]) -> str:
@@ -177,8 +177,10 @@ def _exists(path: str) -> bool:
 def _of_source_card(card: Path) -> dict[str, Any]:
     """What a source's card says of its licence and kind. DataError where its metadata are not YAML, or no text."""
     what = f"'{card}'"
-    found = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", _text(card, what).lstrip("\ufeff"), re.DOTALL)
-    known = read_yaml(found[1], f"the metadata of {what}") if found else {}
+    metadata = re.match(
+        r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", _text(card, what).lstrip("\ufeff"), re.DOTALL
+    )
+    known = read_yaml(metadata[1], f"the metadata of {what}") if metadata else {}
     if not isinstance(known, dict):
         raise DataError(
             f"the metadata of {what} are a {type(known).__name__}, not keys with values: repair or remove it"
@@ -205,9 +207,9 @@ def _text(file: Path, what: str) -> str:
 
 def _json(file: Path, what: str) -> dict[str, Any]:
     try:
-        found = json.loads(_text(file, what))
+        content = json.loads(_text(file, what))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{what}: {file.name} is not JSON") from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise DataError(f"{what}: {file.name} is not a JSON object")
-    return found
+    return content

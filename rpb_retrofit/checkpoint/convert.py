@@ -77,9 +77,9 @@ def retrofit_checkpoint(
         calibration = CalibrationText.of(None)
     if source.endswith(".gguf"):
         return _convert_gguf(expanded(source), out, config, calibration)
-    found = find(source)
-    check_eligible(found.settings, source)
-    return _convert_folder(found, out, config, link, calibration)
+    checkpoint = find(source)
+    check_eligible(checkpoint.settings, source)
+    return _convert_folder(checkpoint, out, config, link, calibration)
 
 
 def _convert_folder(
@@ -115,8 +115,8 @@ def _copy_companions(source: Source, folder: Path) -> list[str]:
     for file in source.companions:
         target = folder / RENAMED.get(str(file), file)
         target.parent.mkdir(parents=True, exist_ok=True)
-        if found := without_code(source.folder / file):
-            content, names = found
+        if cleaned := without_code(source.folder / file):
+            content, names = cleaned
             target.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             notes.append(f"left behind: {', '.join(sorted(set(names)))} of {file}, which name code of the source's")
         else:

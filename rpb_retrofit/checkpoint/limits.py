@@ -69,16 +69,16 @@ def _sentence_files(folder: Path) -> Iterator[Path]:
     modules = _read(folder / MODULES)
     if not isinstance(modules, list):
         return
-    found = [folder / MODULES, folder / "config_sentence_transformers.json", *sorted(folder.glob(SETTINGS))]
+    own = [folder / MODULES, folder / "config_sentence_transformers.json", *sorted(folder.glob(SETTINGS))]
     code = Path(__file__).parent / CODE
     if (folder / CODE).is_file() and (folder / CODE).read_bytes() == code.read_bytes():
-        found.append(folder / CODE)
+        own.append(folder / CODE)
     for module in modules:
         place = module.get("path") if isinstance(module, dict) else None
         if isinstance(place, str) and place and (folder / place).resolve().parent == folder.resolve():
             files = sorted((folder / place).rglob("*"))
-            found += [file for file in files if file.suffix in (".json", ".safetensors", ".txt")]
-    yield from (file.relative_to(folder) for file in found if file.is_file() and _inside(file, folder))
+            own += [file for file in files if file.suffix in (".json", ".safetensors", ".txt")]
+    yield from (file.relative_to(folder) for file in own if file.is_file() and _inside(file, folder))
 
 
 def _inside(file: Path, folder: Path) -> bool:

@@ -19,7 +19,7 @@ from rpb_retrofit.files.headers import check_headers
 from rpb_retrofit.files.printable import count_of_weights, message_of
 from rpb_retrofit.files.source import INDEX, Source, expanded, find, is_folder, model_class, read_index
 from rpb_retrofit.runtime.loading import architectures
-from rpb_retrofit.runtime.modeling import retrofit_class
+from rpb_retrofit.runtime.modeling import HUB_ARGUMENTS, retrofit_class
 
 
 def load(path: str | os.PathLike[str], auto_class: Any | None = None, **kwargs: Any) -> Any:
@@ -36,14 +36,12 @@ def load(path: str | os.PathLike[str], auto_class: Any | None = None, **kwargs: 
         one, for one with an adapter beside it, and for one that a newer version wrote.
     """
     config = kwargs.pop("config", None)
-    hub = {name: value for name, value in kwargs.items() if name in _HUB_ARGUMENTS}
+    hub = {name: value for name, value in kwargs.items() if name in HUB_ARGUMENTS}
     _check_files(path, hub)
     if config is None:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, **hub)
     if getattr(config, "rpb_retrofit", None) is None:
         raise NotRetrofittedError(f"'{path}' is not a retrofit: make one with `rpb retrofit {path} OUT`")
-    for name in [name for name in kwargs if name not in _MODEL_ARGUMENTS and hasattr(config, name)]:
-        setattr(config, name, kwargs.pop(name))  # num_labels=3 and the like, as from_pretrained takes them
     source = _source_class(path, config, auto_class)
     given = {"use_safetensors": True, **kwargs, "trust_remote_code": False}
     return retrofit_class(source).from_pretrained(path, config=config, **given)
@@ -61,10 +59,6 @@ def _check_files(path: str | os.PathLike[str], hub: Mapping[str, Any]) -> None:
         read_index(Path(index), str(path))
 
 
-_HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "subfolder")
-_MODEL_ARGUMENTS = ("dtype", "torch_dtype", "attn_implementation", "experts_implementation", "quantization_config")
-
-
 def _source_class(path: str | os.PathLike[str], config: Any, auto_class: Any | None) -> type[PreTrainedModel]:
     if auto_class is None:
         name = next(iter(architectures(config)), "none").removeprefix("Rpb")
@@ -75,8 +69,8 @@ def _source_class(path: str | os.PathLike[str], config: Any, auto_class: Any | N
         return auto_class
     if type(config) not in auto_class._model_mapping:
         raise UnsupportedModelError(f"{auto_class.__name__} has no class for model type '{config.model_type}'")
-    served = auto_class._model_mapping[type(config)]
-    return served[0] if isinstance(served, tuple | list) else served
+    classes = auto_class._model_mapping[type(config)]
+    return classes[0] if isinstance(classes, tuple | list) else classes
 
 
 def open_causal_lm(name: str, examined: bool = False) -> tuple[Any, Any]:
@@ -86,7 +80,7 @@ def open_causal_lm(name: str, examined: bool = False) -> tuple[Any, Any]:
     Raises CheckpointError for what cannot be found, DataError for a model that does not predict next tokens.
     """
     if not name.endswith(".gguf"):
-        architecture = (find(name).config().architectures or ["(none)"])[0]
+        architecture = next(iter(architectures(find(name).config())), "(none)")
         if not architecture.endswith(("ForCausalLM", "LMHeadModel")):
             raise DataError(f"'{name}' is a {architecture}: only models that predict the next token can be scored")
     model, tokenizer = open_model(name, examined)
