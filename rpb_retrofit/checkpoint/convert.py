@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import threading
 from concurrent.futures import CancelledError, ThreadPoolExecutor
@@ -19,8 +18,9 @@ from rpb_retrofit.files.contents import CODE_KEYS, without_code
 from rpb_retrofit.files.finite import check_stored
 from rpb_retrofit.files.folder import check_absent, whole_folder
 from rpb_retrofit.files.headers import check_headers
+from rpb_retrofit.files.json_file import save_json
 from rpb_retrofit.files.shards import place, place_without, tensor_names
-from rpb_retrofit.files.source import Source, expanded, find, model_class
+from rpb_retrofit.files.source import INDEX, Source, expanded, find, model_class
 from rpb_retrofit.runtime.families import family_of, is_own
 from rpb_retrofit.swap.eligibility import check_eligible
 from rpb_retrofit.tables import CALIBRATED
@@ -105,7 +105,7 @@ def _convert_folder(
         weight_map |= tables
         total = sum((folder / name).stat().st_size for name in set(weight_map.values()))
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        save_json(folder / INDEX, index)
     return Conversion(report, out, len(shards) + 1, "linked" if linked else "copied")
 
 
@@ -117,7 +117,7 @@ def _copy_companions(source: Source, folder: Path) -> list[str]:
         target.parent.mkdir(parents=True, exist_ok=True)
         if cleaned := without_code(source.folder / file):
             content, names = cleaned
-            target.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            save_json(target, content)
             notes.append(f"left behind: {', '.join(sorted(set(names)))} of {file}, which name code of the source's")
         else:
             shutil.copyfile(source.folder / file, target)

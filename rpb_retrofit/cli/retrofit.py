@@ -24,6 +24,7 @@ from rpb_retrofit.errors import ConfigError
 from rpb_retrofit.tables import CALIBRATED, FROM
 
 if TYPE_CHECKING:
+    from rpb_retrofit.checkpoint.convert import Conversion
     from rpb_retrofit.text import CalibrationText
 
 Source = Annotated[str, typer.Argument(help="A folder, a hub id, or a GGUF file.", metavar="SOURCE")]
@@ -110,14 +111,7 @@ def command(
     result = {"out": str(done.out), "weights": done.weights, "shards": done.shards, **asdict(done.report)}
     if text is not None:
         result["calibration_text"] = text.text.name
-    show(
-        f"{done.report}\n"
-        f"weights {done.weights}, {done.shards} shards in {done.out}\n"
-        f"load it with rpb_retrofit.load('{done.out}'), or where rpb_retrofit is not installed with\n"
-        f"AutoModel...from_pretrained('{done.out}', trust_remote_code=True)",
-        result,
-        json,
-    )
+    show(_in_words(done), result, json)
 
 
 def _calibration_text(
@@ -138,3 +132,12 @@ def _calibration_text(
         raise ConfigError(f"--calibration '{file}': --init {config.init} uses no text; leave one of the two out")
     unused(context, ["calibration_tokens", "calibration_length"], f"--init {config.init} uses no text")
     return None
+
+
+def _in_words(done: Conversion) -> str:
+    return (
+        f"{done.report}\n"
+        f"weights {done.weights}, {done.shards} shards in {done.out}\n"
+        f"load it with rpb_retrofit.load('{done.out}'), or where rpb_retrofit is not installed with\n"
+        f"AutoModel...from_pretrained('{done.out}', trust_remote_code=True)"
+    )

@@ -1,4 +1,4 @@
-"""JSON from files that anybody may have written: an object, or an error in one line."""
+"""JSON files: read from whoever wrote them, as an object or an error in one line; written for people to read."""
 
 from __future__ import annotations
 
@@ -25,3 +25,8 @@ def read_object(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"'{file}' is not a JSON object")
     return content
+
+
+def save_json(file: Path, content: Any) -> None:
+    """Write JSON, indented, in UTF-8. OSError where that fails."""
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
