@@ -19,6 +19,7 @@ from rpb_retrofit.files.finite import check_stored
 from rpb_retrofit.files.folder import check_absent, whole_folder
 from rpb_retrofit.files.headers import check_headers
 from rpb_retrofit.files.json_file import save_json
+from rpb_retrofit.files.printable import first_of
 from rpb_retrofit.files.shards import place, place_without, tensor_names
 from rpb_retrofit.files.source import INDEX, Source, expanded, find, model_class
 from rpb_retrofit.runtime.families import family_of, is_own
@@ -190,9 +191,8 @@ def _write_all_but_weights(
     save_file(tables, folder / shard, metadata={"format": "pt"})
     shutil.copymode(folder / "config.json", folder / shard)  # safetensors lets nobody but the owner read its files
     if unused:
-        more = ", ..." * (len(unused) > 1)
         report.notes.append(
-            f"{len(unused)} tensors that {type(model).__name__} has no use for travel along: {unused[0]}{more}"
+            f"{len(unused)} tensors that {type(model).__name__} has no use for travel along: {first_of(unused)}"
         )
     return report, dict.fromkeys(tables, shard), changes
 

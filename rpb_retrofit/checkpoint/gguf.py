@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from transformers.initialization import no_init_weights
 
 from rpb_retrofit.errors import CheckpointError
-from rpb_retrofit.files.printable import count_of_weights, message_of, short_name
+from rpb_retrofit.files.printable import first_of, message_of, short_name
 
 
 def load_gguf(file: Path) -> tuple[PreTrainedModel, Any]:
@@ -41,7 +41,7 @@ def load_gguf(file: Path) -> tuple[PreTrainedModel, Any]:
         ) from error
     loaded, info = opened
     if missing := sorted(info["missing_keys"]):
-        raise CheckpointError(f"'{file}' lacks {count_of_weights(missing)}: a damaged file")
+        raise CheckpointError(f"'{file}' lacks {len(missing)} of its weights ({first_of(missing)}): a damaged file")
     # What Transformers loaded remembers that it was quantised, and would not be saved as plain weights.
     settings = loaded.config.to_dict()
     settings.pop("quantization_config", None)

@@ -16,7 +16,7 @@ from transformers.utils import cached_file
 from rpb_retrofit.checkpoint.gguf import load_gguf
 from rpb_retrofit.errors import CheckpointError, DataError, NotRetrofittedError, RetrofitError, UnsupportedModelError
 from rpb_retrofit.files.headers import check_headers
-from rpb_retrofit.files.printable import count_of_weights, message_of
+from rpb_retrofit.files.printable import first_of, message_of
 from rpb_retrofit.files.source import INDEX, Source, expanded, find, is_folder, model_class, read_index
 from rpb_retrofit.runtime.loading import architectures
 from rpb_retrofit.runtime.modeling import HUB_ARGUMENTS, retrofit_class
@@ -127,7 +127,9 @@ def open_weights(source: Source, opener: Any) -> Any:
     except Exception as error:  # whatever a damaged file makes Transformers raise
         raise CheckpointError(f"'{name}' cannot be loaded: {message_of(error)}") from error
     if missing := sorted(info["missing_keys"]):
-        raise CheckpointError(f"'{name}' lacks {count_of_weights(missing)}: a damaged checkpoint")
+        raise CheckpointError(
+            f"'{name}' lacks {len(missing)} of its weights ({first_of(missing)}): a damaged checkpoint"
+        )
     model.name_or_path = name
     return model.eval()
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy
 
 from rpb_retrofit.errors import CheckpointError
-from rpb_retrofit.files.printable import count_of_weights
+from rpb_retrofit.files.printable import first_of
 from rpb_retrofit.files.shards import data_start, read_header
 
 if TYPE_CHECKING:
@@ -54,7 +54,8 @@ def check_stored(shards: Iterable[Path], name: str, unused: Container[str]) -> N
 def _refuse(wrong: Sequence[str], name: str) -> None:
     if wrong:
         raise CheckpointError(
-            f"'{name}': {count_of_weights(wrong)} hold NaN or infinity: a damaged checkpoint, fetch it again"
+            f"'{name}': {len(wrong)} of its weights hold NaN or infinity ({first_of(wrong)}): a damaged checkpoint, fetch "
+            "it again"
         )
 
 

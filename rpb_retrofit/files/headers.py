@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rpb_retrofit.errors import CheckpointError, RetrofitError
-from rpb_retrofit.files.printable import count_of_weights, message_of
+from rpb_retrofit.files.printable import first_of, message_of
 from rpb_retrofit.files.shards import read_header
 from rpb_retrofit.files.source import Source, model_class
 
@@ -45,8 +45,8 @@ def check_headers(source: Source, config: Any) -> list[str]:
 def _check_report(source: Source, info: Mapping[str, Any]) -> None:
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(
-            f"'{source.name}' lacks {count_of_weights(missing)}: a damaged checkpoint, or a config.json that is not "
-            "its own"
+            f"'{source.name}' lacks {len(missing)} of its weights ({first_of(missing)}): a damaged checkpoint, or a "
+            "config.json that is not its own"
         )
     for key, stored, expected in sorted(info["mismatched_keys"]):
         raise CheckpointError(

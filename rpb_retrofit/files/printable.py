@@ -63,6 +63,6 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def count_of_weights(names: Sequence[str]) -> str:
-    """How many weights something is said of, and which is the first: ``2 of its weights (lm_head.weight, ...)``."""
-    return f"{len(names)} of its weights ({names[0]}{', ...' * (len(names) > 1)})"
+def first_of(names: Sequence[str]) -> str:
+    """The first of some names, and whether there are more: ``lm_head.weight, ...``."""
+    return names[0] + ", ..." * (len(names) > 1)
