@@ -54,8 +54,8 @@ def check_stored(shards: Iterable[Path], name: str, unused: Container[str]) -> N
 def _refuse(wrong: Sequence[str], name: str) -> None:
     if wrong:
         raise CheckpointError(
-            f"'{name}': {len(wrong)} of its weights hold NaN or infinity ({first_of(wrong)}): a damaged checkpoint, fetch "
-            "it again"
+            f"'{name}': {len(wrong)} of its weights hold NaN or infinity ({first_of(wrong)}): a damaged "
+            "checkpoint, fetch it again"
         )
 
 
