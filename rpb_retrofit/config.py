@@ -1,10 +1,12 @@
-"""The settings of a retrofit."""
+"""The settings of a retrofit, and how the command line writes them."""
 
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from decimal import Decimal, InvalidOperation
 from typing import Any, Literal
 
 from rpb_retrofit.errors import ConfigError
@@ -12,6 +14,14 @@ from rpb_retrofit.runtime.families import UNSCALED
 from rpb_retrofit.tables import CALIBRATED, CONTENT, FROM, INITIALISATIONS
 
 _MAY_BE_AUTO = ("relative_attention_num_buckets", "keep_frequencies")
+
+_OPTIONS = {"relative_attention_num_buckets": "buckets", "relative_attention_max_distance": "max-distance"}
+"""The command line's names of settings where they are not the settings' own."""
+
+_FLAGS = ("shared",)
+"""Settings that are options without a value."""
+
+_POWERS = {"k": 1, "m": 2, "g": 3}
 
 
 @dataclass(frozen=True)
@@ -97,3 +107,31 @@ class RetrofitConfig:
                 hint = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(known)}"
                 raise ConfigError(f"unknown config key '{key}': {hint}")
         return cls(**settings)
+
+
+def command_of(settings: Mapping[str, Any], source: str = "SOURCE") -> str:
+    """The ``rpb retrofit`` that settings come from, those of a `RetrofitConfig` or of a checkpoint's config.json.
+
+    What is as by default, or not among them, is left out; the text to calibrate on never is among them.
+    """
+    words = ["rpb", "retrofit", source, "OUT"]
+    for name, default in vars(RetrofitConfig()).items():
+        value, option = settings.get(name, default), f"--{_OPTIONS.get(name, name.replace('_', '-'))}"
+        if value != default:
+            words += [option] if name in _FLAGS else [option, str(value)]
+    return shlex.join(words)
+
+
+def parse_count(text: str, thousand: int = 1000) -> int | None:
+    """``5M``, ``32k`` or ``4096`` as a number that fits 63 bits; None for anything else. ``k`` is a ``thousand``."""
+    digits, power = text.strip(), 0
+    if digits[-1:].lower() in _POWERS:
+        digits, power = digits[:-1], _POWERS[digits[-1].lower()]
+    try:
+        value = Decimal(digits)  # a float would round what has more than 15 digits
+    except InvalidOperation:
+        return None
+    if not value.is_finite() or not 0 <= value < 2**63:
+        return None
+    whole = value * thousand**power
+    return int(whole) if whole < 2**63 and whole == int(whole) else None

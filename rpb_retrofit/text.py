@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rpb_retrofit.errors import DataError
 from rpb_retrofit.files.digest import digest, digest_of
+from rpb_retrofit.files.printable import first_line
 from rpb_retrofit.tables.calibrate import SHORTEST
 
 _FORMATS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -85,8 +86,7 @@ def read_rows(file: str, option: str, column: str = _COLUMN, streaming: bool = F
         cause = error.__cause__ or error
         if isinstance(cause, UnicodeDecodeError):
             raise DataError(f"{option} '{file}' is not UTF-8: {cause.reason} at byte {cause.start}") from error
-        said = (str(cause).splitlines() or [type(cause).__name__])[0]
-        raise DataError(f"{option} '{file}' cannot be read as {kind}: {said}") from error
+        raise DataError(f"{option} '{file}' cannot be read as {kind}: {first_line(cause)}") from error
     if column not in names:
         raise DataError(f"{option} '{file}' has no column '{column}', only {', '.join(names) or 'none'}")
     return rows if streaming else rows[column]

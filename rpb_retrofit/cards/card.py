@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 from pydantic import Field
 
-from rpb_retrofit.config import RetrofitConfig
+from rpb_retrofit.config import RetrofitConfig, command_of
 from rpb_retrofit.errors import CheckpointError, DataError
 from rpb_retrofit.files.checked import Written, check
 from rpb_retrofit.files.printable import one_line
@@ -24,6 +24,7 @@ from rpb_retrofit.files.small_file import read_small
 from rpb_retrofit.pages.markdown import FILTERS
 from rpb_retrofit.pages.words import number
 from rpb_retrofit.runtime.families import family_of
+from rpb_retrofit.runtime.loading import architectures
 from rpb_retrofit.runtime.releases import OLDEST
 from rpb_retrofit.runtime.settings import check_settings
 from rpb_retrofit.training.run import RECIPE
@@ -32,11 +33,6 @@ from rpb_retrofit.training.yaml_text import read_yaml
 
 TEMPLATE = Path(__file__).parent / "template.md"
 CARD, SOURCE_CARD = "README.md", "README.source.md"
-
-OPTIONS = {"relative_attention_num_buckets": "buckets", "relative_attention_max_distance": "max-distance"}
-"""The command line's names of settings where they are not the settings' own."""
-
-FLAGS = ("shared",)
 
 SETTINGS = ("version", "mechanism", *RetrofitConfig().__dict__)
 """What the card shows of a config's settings; other versions may lack some."""
@@ -64,7 +60,7 @@ def make_card(folder: Path, evaluations: Sequence[Path] = ()) -> ModelCard:
         source=source,
         settings={**dict.fromkeys(SETTINGS, "not known"), **settings},
         kept=kept,
-        retrofit_command=_command(settings) if training is None else None,
+        retrofit_command=one_line(command_of(settings, source)) if training is None else None,
         training=training and _training(training),
         recipe=_text(folder / RECIPE, f"'{folder}'").strip() if (folder / RECIPE).exists() else None,
         picture=PICTURE if (folder / PICTURE).exists() else None,
@@ -85,33 +81,22 @@ def _loading(name: str, auto: str) -> str:
     )
 
 
-def _architectures(config: dict[str, Any]) -> list[str]:
-    found = config.get("architectures")
-    return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
-
-
 def _auto_class(config: dict[str, Any]) -> str:
     """The Auto class that serves the class which was saved."""
     auto_map, saved = config.get("auto_map"), _architectures(config)[:1]
     if not isinstance(auto_map, dict) or not saved:
         return "AutoModel"
-    served = (name for name, reference in auto_map.items() if str(reference).endswith(f".{saved[0]}"))
-    return next(served, "AutoModel")
+    serving = (name for name, reference in auto_map.items() if str(reference).endswith(f".{saved[0]}"))
+    return next(serving, "AutoModel")
+
+
+def _architectures(config: dict[str, Any]) -> list[str]:
+    return architectures(SimpleNamespace(architectures=config.get("architectures")))
 
 
 def _release(config: dict[str, Any]) -> str:
     """The release of Transformers that the code beside the config needs."""
     return ".".join(map(str, family_of(SimpleNamespace(**config)).since or OLDEST))
-
-
-def _command(settings: dict[str, Any]) -> str:
-    """The `rpb retrofit` that a config's settings come from; the text it was calibrated on is not among them."""
-    words = ["rpb", "retrofit", str(settings["source"]), "OUT"]
-    for name, default in RetrofitConfig().__dict__.items():
-        value, option = settings.get(name, default), OPTIONS.get(name, name.replace("_", "-"))
-        if value != default:
-            words += [f"--{option}"] if name in FLAGS else [f"--{option}", str(value)]
-    return one_line(shlex.join(words))
 
 
 def _training(summary: dict[str, Any]) -> dict[str, Any]:
@@ -192,8 +177,10 @@ def _exists(path: str) -> bool:
 def _of_source_card(card: Path) -> dict[str, Any]:
     """What a source's card says of its licence and kind. DataError where its metadata are not YAML, or no text."""
     what = f"'{card}'"
-    found = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", _text(card, what).lstrip("\ufeff"), re.DOTALL)
-    known = read_yaml(found[1], f"the metadata of {what}") if found else {}
+    metadata = re.match(
+        r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", _text(card, what).lstrip("\ufeff"), re.DOTALL
+    )
+    known = read_yaml(metadata[1], f"the metadata of {what}") if metadata else {}
     if not isinstance(known, dict):
         raise DataError(
             f"the metadata of {what} are a {type(known).__name__}, not keys with values: repair or remove it"
@@ -220,9 +207,9 @@ def _text(file: Path, what: str) -> str:
 
 def _json(file: Path, what: str) -> dict[str, Any]:
     try:
-        found = json.loads(_text(file, what))
+        content = json.loads(_text(file, what))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{what}: {file.name} is not JSON") from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise DataError(f"{what}: {file.name} is not a JSON object")
-    return found
+    return content

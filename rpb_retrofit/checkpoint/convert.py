@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import threading
 from concurrent.futures import CancelledError, ThreadPoolExecutor
@@ -16,10 +15,13 @@ from rpb_retrofit.checkpoint.limits import lift_limits
 from rpb_retrofit.config import RetrofitConfig
 from rpb_retrofit.errors import ConfigError
 from rpb_retrofit.files.contents import CODE_KEYS, without_code
+from rpb_retrofit.files.finite import check_stored
 from rpb_retrofit.files.folder import check_absent, whole_folder
-from rpb_retrofit.files.headers import check_headers, check_stored
+from rpb_retrofit.files.headers import check_headers
+from rpb_retrofit.files.json_file import save_json
+from rpb_retrofit.files.printable import first_of
 from rpb_retrofit.files.shards import place, place_without, tensor_names
-from rpb_retrofit.files.source import Source, expanded, find, model_class
+from rpb_retrofit.files.source import INDEX, Source, expanded, find, model_class
 from rpb_retrofit.runtime.families import is_own
 from rpb_retrofit.swap.eligibility import check_eligible
 from rpb_retrofit.tables import CALIBRATED
@@ -76,9 +78,9 @@ def retrofit_checkpoint(
         calibration = CalibrationText.of(None)
     if source.endswith(".gguf"):
         return _convert_gguf(expanded(source), out, config, calibration)
-    found = find(source)
-    check_eligible(found.settings, source)
-    return _convert_folder(found, out, config, link, calibration)
+    checkpoint = find(source)
+    check_eligible(checkpoint.settings, source)
+    return _convert_folder(checkpoint, out, config, link, calibration)
 
 
 def _convert_folder(
@@ -104,7 +106,7 @@ def _convert_folder(
         weight_map |= tables
         total = sum((folder / name).stat().st_size for name in set(weight_map.values()))
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        save_json(folder / INDEX, index)
     return Conversion(report, out, len(shards) + 1, "linked" if linked else "copied")
 
 
@@ -114,9 +116,9 @@ def _copy_companions(source: Source, folder: Path) -> list[str]:
     for file in source.companions:
         target = folder / RENAMED.get(str(file), file)
         target.parent.mkdir(parents=True, exist_ok=True)
-        if found := without_code(source.folder / file):
-            content, names = found
-            target.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if cleaned := without_code(source.folder / file):
+            content, names = cleaned
+            save_json(target, content)
             notes.append(f"left behind: {', '.join(sorted(set(names)))} of {file}, which name code of the source's")
         else:
             shutil.copyfile(source.folder / file, target)
@@ -181,7 +183,7 @@ def _write_all_but_weights(
         tables = {name: model.get_parameter(name).detach().cpu() for name in own_names(model)}
         changes = {name: Change(before, model.get_parameter(name)) for name, before in folded(model).items()}
     else:
-        check_stored(source, unused)  # what is not loaded is looked at while it is copied
+        check_stored(source.shards, source.name, unused)  # what is not loaded is looked at while it is copied
         with torch.device("meta"), no_init_weights():
             model = model_class(settings)(settings)
         report, changes = retrofit(model, config), {}
@@ -194,9 +196,8 @@ def _write_all_but_weights(
     save_file(tables, folder / shard, metadata={"format": "pt"})
     shutil.copymode(folder / "config.json", folder / shard)  # safetensors lets nobody but the owner read its files
     if unused:
-        more = ", ..." * (len(unused) > 1)
         report.notes.append(
-            f"{len(unused)} tensors that {type(model).__name__} has no use for travel along: {unused[0]}{more}"
+            f"{len(unused)} tensors that {type(model).__name__} has no use for travel along: {first_of(unused)}"
         )
     return report, dict.fromkeys(tables, shard), changes
 

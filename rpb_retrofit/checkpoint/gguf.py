@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from transformers.initialization import no_init_weights
 
 from rpb_retrofit.errors import CheckpointError
-from rpb_retrofit.files.source import one_line, shortened
+from rpb_retrofit.files.printable import first_of, message_of, short_name
 
 
 def load_gguf(file: Path) -> tuple[PreTrainedModel, Any]:
@@ -22,9 +22,9 @@ def load_gguf(file: Path) -> tuple[PreTrainedModel, Any]:
     try:
         is_file = file.is_file()
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"'{shortened(str(file))}' cannot be read: {one_line(error)}") from error
+        raise CheckpointError(f"'{short_name(file)}' cannot be read: {message_of(error)}") from error
     if not is_file:
-        raise CheckpointError(f"'{shortened(str(file))}': no such file")
+        raise CheckpointError(f"'{short_name(file)}': no such file")
     arguments: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
     try:
         with TemporaryDirectory() as alone:  # an adapter or a config that lies beside the file is not part of it
@@ -37,13 +37,11 @@ def load_gguf(file: Path) -> tuple[PreTrainedModel, Any]:
         raise CheckpointError("reading a GGUF file needs the package gguf: pip install 'rpb_retrofit[gguf]'") from error
     except Exception as error:  # whatever a cut or a damaged file causes in its reader
         raise CheckpointError(
-            f"'{file}' cannot be read as GGUF ({one_line(error) or type(error).__name__}): fetch it again"
+            f"'{file}' cannot be read as GGUF ({message_of(error) or type(error).__name__}): fetch it again"
         ) from error
     loaded, info = opened
     if missing := sorted(info["missing_keys"]):
-        raise CheckpointError(
-            f"'{file}' lacks {len(missing)} of its weights ({missing[0]}{', ...' * (len(missing) > 1)}): a damaged file"
-        )
+        raise CheckpointError(f"'{file}' lacks {len(missing)} of its weights ({first_of(missing)}): a damaged file")
     # What Transformers loaded remembers that it was quantised, and would not be saved as plain weights.
     settings = loaded.config.to_dict()
     settings.pop("quantization_config", None)

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rpb_retrofit.files.json_file import save_json
+
 NO_LIMIT = int(1e30)
 """What tokenizers of Transformers have for a length that nothing limits."""
 
@@ -32,7 +34,7 @@ def lift_limits(folder: Path, mechanism: str, source: Path | None = None) -> lis
             content = _read(file)
             if not isinstance(content, dict) or content.get(key) == NO_LIMIT:
                 continue
-            _write(file, {**content, key: NO_LIMIT})
+            save_json(file, {**content, key: NO_LIMIT})
             if (before := content.get(key)) is not None:
                 notes.append(f"{key}={before} of {file.name} lifted: no table of positions ends texts any more")
     if source is not None:
@@ -52,7 +54,7 @@ def _use_module(folder: Path, source: Path) -> None:
             module["type"], changed = f"{Path(CODE).stem}.Transformer", True
             shutil.copyfile(Path(__file__).parent / CODE, folder / CODE)
     if changed:
-        _write(folder / MODULES, modules)
+        save_json(folder / MODULES, modules)
     copy_sentence_files(source, folder)  # the weights of a layer behind the model, say
 
 
@@ -69,16 +71,16 @@ def _sentence_files(folder: Path) -> Iterator[Path]:
     modules = _read(folder / MODULES)
     if not isinstance(modules, list):
         return
-    found = [folder / MODULES, folder / "config_sentence_transformers.json", *sorted(folder.glob(SETTINGS))]
+    own = [folder / MODULES, folder / "config_sentence_transformers.json", *sorted(folder.glob(SETTINGS))]
     code = Path(__file__).parent / CODE
     if (folder / CODE).is_file() and (folder / CODE).read_bytes() == code.read_bytes():
-        found.append(folder / CODE)
+        own.append(folder / CODE)
     for module in modules:
         place = module.get("path") if isinstance(module, dict) else None
         if isinstance(place, str) and place and (folder / place).resolve().parent == folder.resolve():
             files = sorted((folder / place).rglob("*"))
-            found += [file for file in files if file.suffix in (".json", ".safetensors", ".txt")]
-    yield from (file.relative_to(folder) for file in found if file.is_file() and _inside(file, folder))
+            own += [file for file in files if file.suffix in (".json", ".safetensors", ".txt")]
+    yield from (file.relative_to(folder) for file in own if file.is_file() and _inside(file, folder))
 
 
 def _inside(file: Path, folder: Path) -> bool:
@@ -94,7 +96,3 @@ def _read(file: Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-
-
-def _write(file: Path, content: Any) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -16,8 +16,10 @@ from transformers.utils import cached_file
 from rpb_retrofit.checkpoint.gguf import load_gguf
 from rpb_retrofit.errors import CheckpointError, DataError, NotRetrofittedError, RetrofitError, UnsupportedModelError
 from rpb_retrofit.files.headers import check_headers
-from rpb_retrofit.files.source import INDEX, Source, expanded, find, is_folder, model_class, one_line, read_index
+from rpb_retrofit.files.printable import first_of, message_of
+from rpb_retrofit.files.source import INDEX, Source, expanded, find, is_folder, model_class, read_index
 from rpb_retrofit.runtime.loading import architectures
+from rpb_retrofit.runtime.locks import HUB_ARGUMENTS
 from rpb_retrofit.runtime.modeling import retrofit_class
 
 
@@ -35,14 +37,12 @@ def load(path: str | os.PathLike[str], auto_class: Any | None = None, **kwargs: 
         one, for one with an adapter beside it, and for one that a newer version wrote.
     """
     config = kwargs.pop("config", None)
-    hub = {name: value for name, value in kwargs.items() if name in _HUB_ARGUMENTS}
+    hub = {name: value for name, value in kwargs.items() if name in HUB_ARGUMENTS}
     _check_files(path, hub)
     if config is None:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, **hub)
     if getattr(config, "rpb_retrofit", None) is None:
         raise NotRetrofittedError(f"'{path}' is not a retrofit: make one with `rpb retrofit {path} OUT`")
-    for name in [name for name in kwargs if name not in _MODEL_ARGUMENTS and hasattr(config, name)]:
-        setattr(config, name, kwargs.pop(name))  # num_labels=3 and the like, as from_pretrained takes them
     source = _source_class(path, config, auto_class)
     given = {"use_safetensors": True, **kwargs, "trust_remote_code": False}
     return retrofit_class(source).from_pretrained(path, config=config, **given)
@@ -60,10 +60,6 @@ def _check_files(path: str | os.PathLike[str], hub: Mapping[str, Any]) -> None:
         read_index(Path(index), str(path))
 
 
-_HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "subfolder")
-_MODEL_ARGUMENTS = ("dtype", "torch_dtype", "attn_implementation", "experts_implementation", "quantization_config")
-
-
 def _source_class(path: str | os.PathLike[str], config: Any, auto_class: Any | None) -> type[PreTrainedModel]:
     if auto_class is None:
         name = next(iter(architectures(config)), "none").removeprefix("Rpb")
@@ -74,8 +70,8 @@ def _source_class(path: str | os.PathLike[str], config: Any, auto_class: Any | N
         return auto_class
     if type(config) not in auto_class._model_mapping:
         raise UnsupportedModelError(f"{auto_class.__name__} has no class for model type '{config.model_type}'")
-    served = auto_class._model_mapping[type(config)]
-    return served[0] if isinstance(served, tuple | list) else served
+    classes = auto_class._model_mapping[type(config)]
+    return classes[0] if isinstance(classes, tuple | list) else classes
 
 
 def open_causal_lm(name: str, examined: bool = False) -> tuple[Any, Any]:
@@ -85,7 +81,7 @@ def open_causal_lm(name: str, examined: bool = False) -> tuple[Any, Any]:
     Raises CheckpointError for what cannot be found, DataError for a model that does not predict next tokens.
     """
     if not name.endswith(".gguf"):
-        architecture = (find(name).config().architectures or ["(none)"])[0]
+        architecture = next(iter(architectures(find(name).config())), "(none)")
         if not architecture.endswith(("ForCausalLM", "LMHeadModel")):
             raise DataError(f"'{name}' is a {architecture}: only models that predict the next token can be scored")
     model, tokenizer = open_model(name, examined)
@@ -130,9 +126,11 @@ def open_weights(source: Source, opener: Any) -> Any:
     except RetrofitError:
         raise
     except Exception as error:  # whatever a damaged file makes Transformers raise
-        raise CheckpointError(f"'{name}' cannot be loaded: {one_line(error)}") from error
+        raise CheckpointError(f"'{name}' cannot be loaded: {message_of(error)}") from error
     if missing := sorted(info["missing_keys"]):
-        raise CheckpointError(f"'{name}' lacks {len(missing)} of its weights ({missing[0]}, ...): a damaged checkpoint")
+        raise CheckpointError(
+            f"'{name}' lacks {len(missing)} of its weights ({first_of(missing)}): a damaged checkpoint"
+        )
     model.name_or_path = name
     return model.eval()
 
@@ -144,7 +142,7 @@ def check_generation(source: Source) -> None:
             GenerationConfig.from_pretrained(source.folder)
         except Exception as error:  # whatever its content makes of it
             what = f"'{source.name}': its generation_config.json cannot be read"
-            raise CheckpointError(f"{what}: {one_line(error)}") from error
+            raise CheckpointError(f"{what}: {message_of(error)}") from error
 
 
 def open_tokenizer(source: Source) -> Any:
@@ -156,6 +154,6 @@ def open_tokenizer(source: Source) -> Any:
         if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
             raise
         raise CheckpointError(
-            f"'{source.name}' has no tokenizer that Transformers can read ({one_line(error)}); only retrofits with "
+            f"'{source.name}' has no tokenizer that Transformers can read ({message_of(error)}); only retrofits with "
             "--init zeros, normal or alibi do without"
         ) from error

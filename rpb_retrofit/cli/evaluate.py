@@ -11,7 +11,7 @@ import typer
 
 from rpb_retrofit.cli.options import Bos, Json, check_bos, count, unused
 from rpb_retrofit.cli.outputs import PICTURES, check_outputs, check_scratch, show, table
-from rpb_retrofit.counts import parse_count
+from rpb_retrofit.config import parse_count
 from rpb_retrofit.errors import ConfigError
 from rpb_retrofit.files.printable import one_line
 

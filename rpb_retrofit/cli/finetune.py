@@ -4,53 +4,57 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rpb_retrofit.cli.options import Json
+from rpb_retrofit.cli.options import Json, NewFolder
 from rpb_retrofit.cli.outputs import check_outputs, check_scratch, say, show
 from rpb_retrofit.errors import ConfigError
 
+if TYPE_CHECKING:
+    from rpb_retrofit.training.recipe import Recipe
+
+Retrofit = Annotated[str, typer.Argument(help="A retrofit: a folder or a hub id.", metavar="RETROFIT")]
+RecipeFile = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="The recipe, as YAML. [default: 50k tokens of distillation]")
+]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe: --set stages.1.tokens=1000000."),
+]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(metavar="FILE", help="Text to train on: a file or a hub id. [default: Python's help texts]"),
+]
+Source = Annotated[
+    str | None, typer.Option(help="The source, where the retrofit's config no longer names where it is.")
+]
+Control = Annotated[bool, typer.Option("--control", help="Train the source instead, by the same recipe: the control.")]
+Arms = Annotated[
+    str | None, typer.Option(help="retrofit,control: both, one after the other, into OUT and OUT-control.")
+]
+Restart = Annotated[bool, typer.Option("--restart", help="Throw away what is left of an earlier run.")]
+ShowRecipe = Annotated[bool, typer.Option("--show-recipe", help="Print the resolved recipe and end.")]
+
 
 def command(
-    retrofit: Annotated[str, typer.Argument(help="A retrofit: a folder or a hub id.", metavar="RETROFIT")],
-    out: Annotated[Path, typer.Argument(help="A folder that does not exist yet.", metavar="OUT")],
-    recipe: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The recipe, as YAML. [default: 50k tokens of distillation]")
-    ] = None,
-    changes: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe: --set stages.1.tokens=1000000."),
-    ] = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(metavar="FILE", help="Text to train on: a file or a hub id. [default: Python's help texts]"),
-    ] = None,
-    source: Annotated[
-        str | None, typer.Option(help="The source, where the retrofit's config no longer names where it is.")
-    ] = None,
-    control: Annotated[
-        bool, typer.Option("--control", help="Train the source instead, by the same recipe: the control.")
-    ] = False,
-    arms: Annotated[
-        str | None, typer.Option(help="retrofit,control: both, one after the other, into OUT and OUT-control.")
-    ] = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Throw away what is left of an earlier run.")] = False,
-    show_recipe: Annotated[bool, typer.Option("--show-recipe", help="Print the resolved recipe and end.")] = False,
+    retrofit: Retrofit,
+    out: NewFolder,
+    recipe: RecipeFile = None,
+    changes: Changes = None,
+    data: Data = None,
+    source: Source = None,
+    control: Control = False,
+    arms: Arms = None,
+    restart: Restart = False,
+    show_recipe: ShowRecipe = False,
     json: Json = None,
 ) -> None:
     """Heal a retrofit by fine-tuning, on one process or, under accelerate launch, on many. Goes on where it stopped."""
-    from rpb_retrofit.training.recipe import read_recipe
-
     if control and arms:
         raise ConfigError(f"--control and --arms {arms}: give one of the two")
-    settings = _changes(changes or [])
-    if data:
-        if key := next((key for key in settings if key.split(".")[0] == "data"), None):
-            raise ConfigError(f"--data {data[0]} and --set {key}=... both say what to train on: give one of the two")
-        settings["data"] = [{"name": name} for name in data]
-    resolved = read_recipe(recipe, settings)
+    resolved = _resolved(recipe, changes or [], data or [])
     read = [retrofit, source, recipe, resolved.held_out, *(text.name for text in resolved.data)]
     if not show_recipe:
         from rpb_retrofit.diagnosis.opening import known_source
@@ -73,15 +77,27 @@ def command(
     PartialState().destroy_process_group()
 
 
+def _resolved(file: Path | None, changes: list[str], data: list[str]) -> Recipe:
+    """The recipe in a file, with what ``--set`` and ``--data`` change of it. ConfigError where they contradict."""
+    from rpb_retrofit.training.recipe import read_recipe
+
+    settings = _changes(changes)
+    if data:
+        if key := next((key for key in settings if key.split(".")[0] == "data"), None):
+            raise ConfigError(f"--data {data[0]} and --set {key}=... both say what to train on: give one of the two")
+        settings["data"] = [{"name": name} for name in data]
+    return read_recipe(file, settings)
+
+
 def _changes(texts: list[str]) -> dict[str, Any]:
     """What ``--set`` says. ConfigError where one of them undoes another."""
-    found: dict[str, Any] = {}
+    changes: dict[str, Any] = {}
     for text in texts:
         key, value = _change(text)
-        if before := next((other for other in found if f"{other}.".startswith(f"{key}.")), None):
+        if before := next((other for other in changes if f"{other}.".startswith(f"{key}.")), None):
             raise ConfigError(f"--set {text}: an earlier --set {before}=... would be lost; give one of the two")
-        found[key] = value
-    return found
+        changes[key] = value
+    return changes
 
 
 def _change(text: str) -> tuple[str, Any]:

@@ -11,6 +11,7 @@ from types import FrameType
 
 from rpb_retrofit.cli import standard_streams
 from rpb_retrofit.cli.standard_streams import say
+from rpb_retrofit.files.printable import reason_of
 
 TRACEBACK = "RPB_TRACEBACK"
 """The environment variable that shows where an error comes from."""
@@ -38,15 +39,16 @@ def main() -> None:
     """Run ``rpb``. Exit status 0: done; 1: a regression found (``diagnose --fail-on-regression``); 2: a mistake of
     the user's, named in one line, or a bug, which says so; 130: interrupted; 143: stopped by SIGTERM after saving."""
     standard_streams.open_all()
-    interrupt = _Interrupt()
-    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if ours:  # else whoever started it ignores the signal (nohup), or has a handler of their own
+    interrupt = None
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # else whoever started it ignores the signal (nohup), or has a handler of their own
+        interrupt = _Interrupt()
         _on_interrupt(_Interrupt.at_once)
         atexit.register(_on_interrupt, signal.SIG_DFL)
     try:
-        status = _run(interrupt, ours)
+        status = _run(interrupt)
     finally:
-        if ours:
+        if interrupt is not None:
             _on_interrupt(signal.default_int_handler)
     if (why := standard_streams.end(sys.stdout)) is not None and status == 0:
         status = _unread(why)
@@ -59,13 +61,13 @@ def _on_interrupt(handler: object) -> None:
         signal.signal(signal.SIGINT, handler)  # type: ignore[arg-type]
 
 
-def _run(interrupt: _Interrupt, ours: bool) -> int:
+def _run(interrupt: _Interrupt | None) -> int:
     """Run the command and say what went wrong; the exit status."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         from rpb_retrofit.cli.app import app
 
-        if ours:
+        if interrupt is not None:
             _on_interrupt(interrupt)
         return int(app(standalone_mode=False) or 0)
     except KeyboardInterrupt:
@@ -75,7 +77,7 @@ def _run(interrupt: _Interrupt, ours: bool) -> int:
             raise
         return UNREAD  # click's answer to a reader that is gone; but 1 is what a regression says
     except Exception as error:
-        return _interrupted() if interrupt.noted else _failed(error)
+        return _interrupted() if interrupt is not None and interrupt.noted else _failed(error)
 
 
 def _interrupted() -> int:
@@ -114,7 +116,7 @@ def _unread(error: Exception) -> int:
     """Say why the result could not be printed; the exit status."""
     if isinstance(error, BrokenPipeError):
         return UNREAD  # whoever read it (head, say) has seen enough
-    say(f"the result could not be written to the standard output: {getattr(error, 'strerror', None) or error}")
+    say(f"the result could not be written to the standard output: {reason_of(error)}")
     return MISTAKE
 
 

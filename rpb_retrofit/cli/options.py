@@ -8,10 +8,11 @@ from typing import Annotated, Any, Literal, overload
 
 import typer
 
-from rpb_retrofit.counts import parse_count
+from rpb_retrofit.config import parse_count
 from rpb_retrofit.errors import ConfigError
 
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write what is printed, as JSON.")]
+NewFolder = Annotated[Path, typer.Argument(help="A folder that does not exist yet.", metavar="OUT")]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**31 - 1, help="Of whatever is drawn.")]
 CalibrationTokens = Annotated[str, typer.Option(metavar="N", help="Tokens of it that are read.")]
 Bos = Annotated[str, typer.Option(help="Begin every window with the BOS token: auto, always or never.")]
@@ -42,6 +43,18 @@ def whole_or_auto(text: str) -> int | Literal["auto"]:
         raise typer.BadParameter(f"'{text}' is neither a whole number nor 'auto'") from error
 
 
+AutoBuckets = Annotated[
+    Any,
+    typer.Option(
+        "--buckets",
+        "--relative-attention-num-buckets",
+        parser=whole_or_auto,
+        metavar="N|auto",
+        help="Scalars per head; T5's default is 32. auto: number and reach by held-out text.",
+    ),
+]
+
+
 @overload
 def count(option: str, text: str, thousand: int = 1000, least: int = 1) -> int: ...
 @overload
@@ -56,12 +69,12 @@ def count(option: str, text: str | None, thousand: int = 1000, least: int = 1) -
     """
     if text is None:
         return None
-    found = parse_count(text, thousand)
-    if found is None:
+    number = parse_count(text, thousand)
+    if number is None:
         raise ConfigError(f"{option} {text}: give a whole number of tokens, such as 4096, 32k or 5M")
-    if found < least:
+    if number < least:
         raise ConfigError(f"{option} {text}: at least {least}")
-    return found
+    return number
 
 
 def unused(context: typer.Context, options: Iterable[str], why: str) -> None:
@@ -70,18 +83,6 @@ def unused(context: typer.Context, options: Iterable[str], why: str) -> None:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             raise ConfigError(f"--{name.replace('_', '-')} would go unused: {why}; leave one of the two out")
-
-
-AutoBuckets = Annotated[
-    Any,
-    typer.Option(
-        "--buckets",
-        "--relative-attention-num-buckets",
-        parser=whole_or_auto,
-        metavar="N|auto",
-        help="Scalars per head; T5's default is 32. auto: number and reach by held-out text.",
-    ),
-]
 
 
 def check_bos(bos: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rpb_retrofit.errors import ConfigError
-from rpb_retrofit.files.printable import one_line, printable
+from rpb_retrofit.files.printable import one_line, printable, reason_of
 from rpb_retrofit.files.strict_json import json_text
 from rpb_retrofit.files.temporary import REMEDY
 from rpb_retrofit.files.whole_file import write_whole
@@ -43,9 +43,7 @@ def check_outputs(
         except (OSError, ValueError) as error:
             if isinstance(error, ConfigError):
                 raise
-            raise ConfigError(
-                f"{option} '{file}' cannot be written: {getattr(error, 'strerror', None) or error}"
-            ) from error
+            raise ConfigError(f"{option} '{file}' cannot be written: {reason_of(error)}") from error
     places = [(option, file.resolve()) for option, file in given.items()]
     places += [("the folder of results", folder.resolve())] if folder is not None else []
     for number, (option, place) in enumerate(places):
@@ -95,8 +93,8 @@ def check_scratch() -> None:
         with tempfile.TemporaryFile(dir=place or tempfile.gettempdir()) as file:
             file.write(b"\0" * 1024)
     except (OSError, ValueError) as error:
-        where, why = f" to '{place}'" if place else "", getattr(error, "strerror", None) or error
-        raise ConfigError(f"no temporary files can be written{where} ({why}): {REMEDY}") from error
+        where = f" to '{place}'" if place else ""
+        raise ConfigError(f"no temporary files can be written{where} ({reason_of(error)}): {REMEDY}") from error
 
 
 def say(line: str) -> None:

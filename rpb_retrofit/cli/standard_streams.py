@@ -40,9 +40,9 @@ def say(message: str) -> None:
     """
     rank = os.environ.get("RANK", "0")
     several = os.environ.get("WORLD_SIZE", "1") != "1"
-    whose = f"rpb (process {rank})" if several and rank != "0" else "rpb"
+    speaker = f"rpb (process {rank})" if several and rank != "0" else "rpb"
     with contextlib.suppress(OSError, ValueError):  # the standard error itself may be closed, or its disk full
-        print(f"{whose}: {shortened(message)}", file=sys.stderr, flush=True)
+        print(f"{speaker}: {shortened(message)}", file=sys.stderr, flush=True)
 
 
 def end(stream: TextIO) -> Exception | None:

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from rpb_retrofit.comparison.arm import Arm, Situation, share
-from rpb_retrofit.config import RetrofitConfig
+from rpb_retrofit.config import RetrofitConfig, command_of
 from rpb_retrofit.swap.inplace import retrofit
 from rpb_retrofit.tables import CONTENT
 
@@ -16,9 +16,6 @@ BUCKETS = 64
 
 SHORTEST_TAIL = 32
 """Where a logarithmic tail begins at the earliest, in tokens: T5's 32 buckets are one offset each up to there."""
-
-SHORT = {"relative_attention_num_buckets": "buckets", "relative_attention_max_distance": "max-distance"}
-"""Options of the command line that are shorter than their fields."""
 
 
 def tail_begins(reach: int) -> int:
@@ -45,12 +42,6 @@ def t5_arm(name: str, about: str, usual: bool = True, number: str = "", **settin
         config = RetrofitConfig(relative_attention_max_distance=distance, **given)
         retrofit(model, config, calibration=situation.windows if config.takes_text else None)
         share(model, situation.source)
-        return f"rpb retrofit SOURCE OUT {_options(config)}"
+        return command_of(vars(config))
 
     return Arm(name, about, apply, number, rewrites=settings.get("calibrate") == CONTENT, usual=usual)
-
-
-def _options(config: RetrofitConfig) -> str:
-    """The command line of a config."""
-    changed = {name: value for name, value in vars(config).items() if value != getattr(RetrofitConfig, name)}
-    return " ".join(f"--{SHORT.get(name, name.replace('_', '-'))} {value}" for name, value in changed.items())

@@ -32,7 +32,7 @@ from rpb_retrofit.evaluation.retrieval import KINDS, make_items, measure
 from rpb_retrofit.evaluation.speed import Seconds, Skipped, SpeedResult, is_out_of_memory, speed
 from rpb_retrofit.evaluation.statistics import Difference
 from rpb_retrofit.files.journal import Journal
-from rpb_retrofit.files.source import one_line
+from rpb_retrofit.files.printable import message_of
 from rpb_retrofit.runtime.anatomy import Anatomy
 
 Within = Callable[[], AbstractContextManager[Any]]
@@ -261,7 +261,7 @@ class Measurements:
         try:
             return measure()
         except Exception as error:  # whatever a model raises that is at fault
-            self.failed[what] = f"{type(error).__name__}: {one_line(error)}"
+            self.failed[what] = f"{type(error).__name__}: {message_of(error)}"
             return otherwise
 
     # --- beside the source ----------------------------------------------------------------------------------------

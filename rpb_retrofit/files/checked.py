@@ -26,12 +26,12 @@ def checked(file: Path, kind: type[Kind], writer: str) -> dict[str, Any]:
     return check(read_object(file), file, kind, writer)
 
 
-def check(found: dict[str, Any], file: Path, kind: type[Kind], writer: str) -> dict[str, Any]:
+def check(content: dict[str, Any], file: Path, kind: type[Kind], writer: str) -> dict[str, Any]:
     """The same of an object that was read already."""
     try:
-        kind.model_validate(found, strict=True)
+        kind.model_validate(content, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise CheckpointError(f"'{file}' is not what `{writer}` writes: {where}: {first['msg']}") from error
-    return found
+    return content

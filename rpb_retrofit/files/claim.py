@@ -86,9 +86,9 @@ class Claim:
 
 def _purpose(mark: bytes) -> str:
     try:
-        said = json.loads(mark)
-        if said["program"] == PROGRAM:
-            return str(said["purpose"])
+        content = json.loads(mark)
+        if content["program"] == PROGRAM:
+            return str(content["purpose"])
     except (ValueError, LookupError, TypeError, RecursionError):
         pass
     raise NotMarkedError("it was not made by this program")
@@ -105,10 +105,10 @@ def remove_leftovers(target: Path) -> None:
     """Remove what killed processes left of `new_partial`: what carries the mark, and nobody holds."""
     name = re.compile(re.escape(f".{target.name}.partial-") + "[0-9a-f]{16}")
     try:
-        found = [entry for entry in target.parent.iterdir() if name.fullmatch(entry.name)]
+        leftovers = [entry for entry in target.parent.iterdir() if name.fullmatch(entry.name)]
     except OSError:  # no such folder yet
         return
-    for folder in found:
+    for folder in leftovers:
         with contextlib.suppress(OSError, NotMarkedError):
             claim = Claim.take(folder, None)
             shutil.rmtree(folder, ignore_errors=True)

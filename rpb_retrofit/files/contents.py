@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rpb_retrofit.errors import CheckpointError
+from rpb_retrofit.files.printable import reason_of
 
 WEIGHT_SUFFIXES = (
     *(".safetensors", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".npy", ".npz"),
@@ -49,7 +50,7 @@ def members(folder: Path, name: str) -> list[Path]:
     Raises CheckpointError for a link that leads out of the folder (or, in a hub's cache, out of its repository), for
     what is no file, such as a pipe, and for what may not be read.
     """
-    found: list[Path] = []
+    files: list[Path] = []
     try:
         roots = [root.resolve(strict=True) for root in (folder, *_blobs(folder)) if root.exists()]
         for entry in _walk(folder):
@@ -65,14 +66,14 @@ def members(folder: Path, name: str) -> list[Path]:
             if entry.is_dir():
                 continue
             if entry.is_file():
-                found.append(relative)
+                files.append(relative)
             elif not unread:
                 raise CheckpointError(f"'{name}': {relative} is {_kind(Path(entry.path))}: remove it")
     except OSError as error:
-        raise CheckpointError(f"'{error.filename or name}' cannot be read: {error.strerror}") from error
+        raise CheckpointError(f"'{error.filename or name}' cannot be read: {reason_of(error)}") from error
     except RuntimeError as error:  # links that lead to one another
         raise CheckpointError(f"'{name}' cannot be read: {error}") from error
-    return sorted(found)
+    return sorted(files)
 
 
 def _blobs(folder: Path) -> list[Path]:

@@ -17,17 +17,17 @@ AT_ONCE = 8 << 20
 
 def digest(file: Path) -> str:
     """A checksum of all of a file. OSError where it cannot be read."""
-    found, buffer = xxhash.xxh3_128(), bytearray(AT_ONCE)
+    checksum, buffer = xxhash.xxh3_128(), bytearray(AT_ONCE)
     with file.open("rb", buffering=0) as stream:
         while count := stream.readinto(buffer):
-            found.update(memoryview(buffer)[:count])
-    return found.hexdigest()
+            checksum.update(memoryview(buffer)[:count])
+    return checksum.hexdigest()
 
 
 def digest_of(parts: Iterable[bytes]) -> str:
     """A checksum of parts that are in memory, and of where each of them ends."""
-    found = xxhash.xxh3_128()
+    checksum = xxhash.xxh3_128()
     for part in parts:
-        found.update(len(part).to_bytes(8, "little"))
-        found.update(part)
-    return found.hexdigest()
+        checksum.update(len(part).to_bytes(8, "little"))
+        checksum.update(part)
+    return checksum.hexdigest()

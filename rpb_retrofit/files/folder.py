@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 
 from rpb_retrofit.errors import CheckpointError
 from rpb_retrofit.files.claim import Claim, new_partial, remove_leftovers
+from rpb_retrofit.files.printable import reason_of
 
 
 def check_absent(out: Path) -> None:
@@ -18,7 +19,7 @@ def check_absent(out: Path) -> None:
     try:
         taken = out.exists() or out.is_symlink()
     except OSError as error:
-        raise CheckpointError(f"'{out}' cannot be written: {error.strerror}") from error
+        raise CheckpointError(f"'{out}' cannot be written: {reason_of(error)}") from error
     if taken:
         raise CheckpointError(f"'{out}' exists already: choose another name, or remove it first")
 
@@ -40,9 +41,9 @@ def whole_folder(out: Path) -> Iterator[Path]:
         claim.folder = out
         claim.unmark()
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
         raise CheckpointError(
-            f"writing '{out}' failed: {reason}; nothing was left behind (is there space, and may you write there?)"
+            f"writing '{out}' failed: {reason_of(error)}; nothing was left behind (is there space, and may you write "
+            "there?)"
         ) from error
     finally:
         if claim is not None and claim.folder != out:

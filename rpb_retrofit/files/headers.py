@@ -6,12 +6,13 @@ Transformers itself is asked, by letting it load tensors without content: it kno
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rpb_retrofit.errors import CheckpointError, RetrofitError
-from rpb_retrofit.files.shards import not_finite, read_header
-from rpb_retrofit.files.source import Source, model_class, one_line
+from rpb_retrofit.files.printable import first_of, message_of
+from rpb_retrofit.files.shards import read_header
+from rpb_retrofit.files.source import Source, model_class
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,25 +42,15 @@ def check_headers(source: Source, config: Any) -> list[str]:
     return sorted(info["unexpected_keys"])
 
 
-def check_stored(source: Source, unused: Sequence[str]) -> None:
-    """CheckpointError names the weights that hold NaN or infinity, but for those that the model has no use for."""
-    wrong = [name for shard in source.shards for name in not_finite(shard) if name not in unused]
-    if wrong:
-        raise CheckpointError(
-            f"'{source.name}': {len(wrong)} of its weights hold NaN or infinity ({wrong[0]}"
-            f"{', ...' * (len(wrong) > 1)}): a damaged checkpoint, fetch it again"
-        )
-
-
 def _check_report(source: Source, info: Mapping[str, Any]) -> None:
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(
-            f"'{source.name}' lacks {len(missing)} of its weights ({missing[0]}{', ...' * (len(missing) > 1)}): a "
-            "damaged checkpoint, or a config.json that is not its own"
+            f"'{source.name}' lacks {len(missing)} of its weights ({first_of(missing)}): a damaged checkpoint, or a "
+            "config.json that is not its own"
         )
-    for key, found, expected in sorted(info["mismatched_keys"]):
+    for key, stored, expected in sorted(info["mismatched_keys"]):
         raise CheckpointError(
-            f"'{source.name}': {key} has shape {tuple(found)}, its config.json asks for {tuple(expected)}: one of the "
+            f"'{source.name}': {key} has shape {tuple(stored)}, its config.json asks for {tuple(expected)}: one of the "
             "two is not this model's"
         )
 
@@ -101,7 +92,7 @@ def _load(source: Source, config: Any, empty: Mapping[str, Tensor]) -> tuple[Any
         raise
     except Exception as error:  # whatever a class makes of a config, or a conversion of too few tensors
         raise CheckpointError(
-            f"'{source.name}': its config.json and its weights make no {wanted.__name__}: {one_line(error)}"
+            f"'{source.name}': its config.json and its weights make no {wanted.__name__}: {message_of(error)}"
         ) from error
 
 

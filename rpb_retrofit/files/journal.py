@@ -13,8 +13,9 @@ from safetensors import SafetensorError
 from rpb_retrofit.errors import CheckpointError, ConfigError
 from rpb_retrofit.files.digest import digest_of
 from rpb_retrofit.files.json_file import read_object
+from rpb_retrofit.files.printable import message_of, reason_of
 from rpb_retrofit.files.record import DamagedError, pack, unpack
-from rpb_retrofit.files.work import WorkFolder, write_whole
+from rpb_retrofit.files.work import WorkFolder, write_entry
 
 Result = TypeVar("Result")
 IDENTITY, SUFFIX = "identity.json", ".measured"
@@ -57,7 +58,7 @@ class Journal:
         folder.take()
         try:
             _check(path / IDENTITY, json.loads(text), say)
-            write_whole(path / IDENTITY, (text + "\n").encode())
+            write_entry(path / IDENTITY, (text + "\n").encode())
         except OSError as error:
             folder.release()
             raise CheckpointError(f"'{path}' cannot be used: {error}; choose another --out") from error
@@ -80,9 +81,9 @@ class Journal:
         if name not in self.held:
             file = None if self.folder is None else self.folder.path / f"{name}{SUFFIX}"
             if file is None or not self._read(name, file):
-                self.held[name] = found = measure()
+                self.held[name] = result = measure()
                 if file is not None:
-                    self._write(file, found)
+                    self._write(file, result)
         return self.held[name]
 
     def remove(self) -> None:
@@ -95,24 +96,26 @@ class Journal:
         if not file.exists():
             return False
         try:
-            checksum, whose, data = file.read_bytes().split(b"\n", 2)
-            if digest_of([whose, data]).encode() != checksum:
+            checksum, identity, data = file.read_bytes().split(b"\n", 2)
+            if digest_of([identity, data]).encode() != checksum:
                 raise DamagedError("it was cut short or changed")
-            if whose.decode() != self.identity:
+            if identity.decode() != self.identity:
                 raise DamagedError("it is of another examination")
             self.held[name] = unpack(safetensors.torch.load(data), self.kinds)
         except (OSError, ValueError, SafetensorError, DamagedError) as error:
-            self.say(f"'{file}' cannot be used ({' '.join(str(error).split())}): measuring again")
+            self.say(f"'{file}' cannot be used ({message_of(error)}): measuring again")
             return False
         return True
 
-    def _write(self, file: Path, found: Any) -> None:
+    def _write(self, file: Path, result: Any) -> None:
         """Keep a measurement. A disk that is full costs the going on, not the examination."""
-        whose, data = self.identity.encode(), safetensors.torch.save(pack(found))
+        identity, data = self.identity.encode(), safetensors.torch.save(pack(result))
         try:
-            write_whole(file, b"\n".join([digest_of([whose, data]).encode(), whose, data]))
+            write_entry(file, b"\n".join([digest_of([identity, data]).encode(), identity, data]))
         except OSError as error:
-            self.say(f"'{file}' cannot be written ({error.strerror}): should this be interrupted, it is measured again")
+            self.say(
+                f"'{file}' cannot be written ({reason_of(error)}): should this be interrupted, it is measured again"
+            )
 
 
 def _check(file: Path, identity: dict[str, Any], say: Callable[[str], None]) -> None:

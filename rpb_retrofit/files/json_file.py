@@ -1,4 +1,4 @@
-"""JSON from files that anybody may have written: an object, or an error in one line."""
+"""JSON files: read from whoever wrote them, as an object or an error in one line; written for people to read."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rpb_retrofit.errors import CheckpointError
+from rpb_retrofit.files.printable import message_of, reason_of
 
 
 def read_object(file: Path) -> dict[str, Any]:
@@ -16,11 +17,16 @@ def read_object(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(f"'{file}' cannot be read: {error.strerror or error}") from error
+        raise CheckpointError(f"'{file}' cannot be read: {reason_of(error)}") from error
     except RecursionError as error:
         raise CheckpointError(f"'{file}' is nested too deeply to be read as JSON") from error
     except ValueError as error:
-        raise CheckpointError(f"'{file}' is not JSON: {' '.join(str(error).split())}") from error
+        raise CheckpointError(f"'{file}' is not JSON: {message_of(error)}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"'{file}' is not a JSON object")
     return content
+
+
+def save_json(file: Path, content: Any) -> None:
+    """Write JSON, indented, in UTF-8. OSError where that fails."""
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from rpb_retrofit.errors import CheckpointError
+from rpb_retrofit.files.printable import message_of
 
 REST = "rest"
 """The name of what is not a tensor: JSON, as bytes."""
@@ -31,13 +32,13 @@ def pack(value: Any) -> dict[str, Tensor]:
     a dict or a data class of such."""
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
-    rest = json.dumps(_plain(value, tensors, seen), allow_nan=False).encode()
+    rest = json.dumps(_without_tensors(value, tensors, seen), allow_nan=False).encode()
     return {**tensors, REST: torch.frombuffer(bytearray(rest), dtype=torch.uint8)}
 
 
-def _plain(value: Any, tensors: dict[str, Tensor], seen: set[int]) -> Any:
+def _without_tensors(value: Any, tensors: dict[str, Tensor], seen: set[int]) -> Any:
     def inner(part: Any) -> Any:
-        return _plain(part, tensors, seen)
+        return _without_tensors(part, tensors, seen)
 
     if value is None or isinstance(value, bool | str) or type(value) is int:
         return value
@@ -100,4 +101,4 @@ def unpack(tensors: dict[str, Tensor], kinds: Sequence[type] = ()) -> Any:
     try:
         return value(json.loads(tensors[REST].numpy().tobytes()))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, RuntimeError, SafetensorError) as error:
-        raise DamagedError(f"it is no record of rpb_retrofit: {' '.join(str(error).split())}") from error
+        raise DamagedError(f"it is no record of rpb_retrofit: {message_of(error)}") from error

@@ -10,14 +10,14 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy
 from safetensors import SafetensorError, safe_open
 
 from rpb_retrofit.errors import CheckpointError
+from rpb_retrofit.files.printable import reason_of
 
 Progress = Callable[[int], object]
 """Told how many bytes more are written."""
@@ -48,33 +48,9 @@ def read_header(path: Path) -> dict[str, Any]:
     return header
 
 
-_EXPONENTS = {
-    "F64": (numpy.uint64, 0x7FF0 << 48),
-    "F32": (numpy.uint32, 0x7F80 << 16),
-    "F16": (numpy.uint16, 0x7C00),
-    "BF16": (numpy.uint16, 0x7F80),
-}
-"""The bits that are all set in NaN and infinity, by dtype, and the integers of that size."""
-
-_PIECE = 4 << 20
-
-
-def not_finite(path: Path) -> Iterator[str]:
-    """The tensors in a file that hold NaN or infinity, told from its bytes, of which few are in memory at a time."""
-    header = read_header(path)
-    with path.open("rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
-        for name, entry in header.items():
-            if name == "__metadata__" or entry["dtype"] not in _EXPONENTS:
-                continue
-            kind, mask = _EXPONENTS[entry["dtype"]]
-            first, last = entry["data_offsets"]
-            file.seek(start + first)
-            for at in range(first, last, _PIECE):
-                bits = numpy.frombuffer(file.read(min(_PIECE, last - at)), kind)
-                if bool(((bits & kind(mask)) == kind(mask)).any()):
-                    yield name
-                    break
+def data_start(file: BinaryIO) -> int:
+    """Where the tensors' bytes begin in a file that was just opened: offsets count from there."""
+    return 8 + int.from_bytes(file.read(8), "little")
 
 
 def tensor_names(path: Path) -> list[str]:
@@ -91,7 +67,7 @@ def place(source: Path, target: Path, *, link: bool, progress: Progress) -> None
             if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
                 raise
             raise CheckpointError(
-                f"cannot link '{source}' to '{target}' ({error.strerror}): leave --link out"
+                f"cannot link '{source}' to '{target}' ({reason_of(error)}): leave --link out"
             ) from error
         progress(source.stat().st_size)
         return
@@ -106,13 +82,12 @@ def place(source: Path, target: Path, *, link: bool, progress: Progress) -> None
 def place_without(source: Path, target: Path, dropped: Container[str], progress: Progress) -> None:
     """Copy a safetensors file without the tensors named in ``dropped``, streaming its bytes."""
     header = read_header(source)
-    start = 8 + int.from_bytes(source.open("rb").read(8), "little")
     kept = {name: entry for name, entry in header.items() if name != "__metadata__" and name not in dropped}
     kept = dict(sorted(kept.items(), key=lambda item: item[1]["data_offsets"]))
     spans, position = [], 0
     for entry in kept.values():
         first, last = entry["data_offsets"]
-        spans.append((start + first, last - first))
+        spans.append((first, last - first))
         entry["data_offsets"] = [position, position + last - first]
         position += last - first
     if "__metadata__" in header:
@@ -120,9 +95,10 @@ def place_without(source: Path, target: Path, dropped: Container[str], progress:
     text = json.dumps(kept, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with source.open("rb") as reader, target.open("wb") as writer:
+        start = data_start(reader)
         writer.write(len(text).to_bytes(8, "little") + text)
         for offset, length in spans:
-            reader.seek(offset)
+            reader.seek(start + offset)
             _copy(reader, writer, length, progress)
 
 
@@ -134,7 +110,7 @@ def overwrite(file: Path, tensors: Mapping[str, bytes]) -> None:
         linked.unlink()
     header = read_header(file)
     with file.open("r+b") as target:
-        start = 8 + int.from_bytes(target.read(8), "little")
+        start = data_start(target)
         for name, content in tensors.items():
             first, last = header[name]["data_offsets"]
             assert last - first == len(content), f"{name}: {len(content)} bytes for {last - first}"

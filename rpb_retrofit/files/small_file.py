@@ -6,6 +6,8 @@ import os
 import stat
 from pathlib import Path
 
+from rpb_retrofit.files.printable import reason_of
+
 MOST = 16 * 2**20
 """Bytes; none of these files comes near it."""
 
@@ -18,7 +20,7 @@ def read_small(file: Path, most: int = MOST) -> str:
     try:
         descriptor = os.open(file.expanduser(), os.O_RDONLY | os.O_NONBLOCK)
     except (OSError, RuntimeError) as error:
-        raise ValueError(getattr(error, "strerror", None) or str(error)) from error
+        raise ValueError(reason_of(error)) from error
     with open(descriptor, "rb") as stream:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise ValueError("it is a pipe or a device, not a file")

@@ -20,6 +20,7 @@ from rpb_retrofit.files.contents import (
     stays_behind,
 )
 from rpb_retrofit.files.json_file import read_object
+from rpb_retrofit.files.printable import message_of, reason_of, short_name
 from rpb_retrofit.runtime.errors import ADAPTER, beside_adapter
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ class Source:
         try:
             config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
         except Exception as error:  # whatever a config's own validation raises
-            raise CheckpointError(f"'{self.name}': its config.json cannot be read: {one_line(error)}") from error
+            raise CheckpointError(f"'{self.name}': its config.json cannot be read: {message_of(error)}") from error
         config.name_or_path = self.name
         return config
 
@@ -164,7 +165,7 @@ def find(name: str) -> Source:
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise CheckpointError(f"'{name}': no such folder, and no such model on the hub") from error
     except Exception as error:  # anything that a network can do
-        raise CheckpointError(f"'{name}': no such folder, and the hub did not answer: {one_line(error)}") from error
+        raise CheckpointError(f"'{name}': no such folder, and the hub did not answer: {message_of(error)}") from error
 
 
 def read_index(file: Path, name: str) -> list[str]:
@@ -188,7 +189,7 @@ def expanded(name: str | os.PathLike[str]) -> Path:
     try:
         return Path(name).expanduser()
     except RuntimeError as error:
-        raise CheckpointError(f"'{shortened(str(name))}': no such user as in its '~'") from error
+        raise CheckpointError(f"'{short_name(name)}': no such user as in its '~'") from error
 
 
 def is_folder(path: Path) -> bool:
@@ -199,14 +200,8 @@ def is_folder(path: Path) -> bool:
             return True
         path.exists()
     except (OSError, ValueError) as error:  # ValueError: a zero byte
-        reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"'{shortened(str(path))}' cannot be read: {reason}") from error
+        raise CheckpointError(f"'{short_name(path)}' cannot be read: {reason_of(error)}") from error
     return False
-
-
-def shortened(name: str) -> str:
-    """A name for a message, cut where it would fill the screen."""
-    return name if len(name) <= 200 else f"{name[:100]}... ({len(name)} characters)"
 
 
 def may_be_hub_id(name: str) -> bool:
@@ -221,20 +216,20 @@ def model_class(config: Any) -> type[PreTrainedModel]:
     name = config.architectures[0] if isinstance(config.architectures, list) and config.architectures else "(none)"
     if getattr(config, "rpb_retrofit", None) is not None:
         name = str(name).removeprefix("Rpb")
-    found = getattr(transformers, str(name), None)
-    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+    architecture = getattr(transformers, str(name), None)
+    if not (isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)):
         raise UnsupportedModelError(
             f"'{config.name_or_path}': its architecture '{name}' is not a class of Transformers "
             f"{transformers.__version__}; models with code of their own are not supported"
         )
-    return found
+    return architecture
 
 
 def _exists(file: Path) -> bool:
     try:
         return file.exists() or file.is_symlink()
     except OSError as error:
-        raise CheckpointError(f"'{file}' cannot be read: {error.strerror}") from error
+        raise CheckpointError(f"'{file}' cannot be read: {reason_of(error)}") from error
 
 
 def _is_texts(weight_map: Any) -> bool:
@@ -255,9 +250,3 @@ def _check_numbers(settings: Mapping[str, Any], name: str) -> None:
                 raise CheckpointError(
                     f"'{name}': its config.json has {key}={value!r}: a whole number from 1 to {most} is needed"
                 )
-
-
-def one_line(error: BaseException) -> str:
-    """An error's message without its line breaks, cut where it would fill the screen."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 400 else f"{text[:400]}..."

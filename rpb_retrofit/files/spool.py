@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rpb_retrofit.errors import CheckpointError
+from rpb_retrofit.files.printable import reason_of
 from rpb_retrofit.files.record import pack, unpack
 from rpb_retrofit.files.temporary import REMEDY, temporary_folder
 
@@ -47,8 +48,7 @@ class Spool:
         return self.folder / "-".join(map(str, key))
 
     def _failure(self, what: str, error: Exception) -> CheckpointError:
-        why = getattr(error, "strerror", None) or " ".join(str(error).split())
-        return CheckpointError(f"temporary files in '{self.folder}' cannot be {what} ({why}): {REMEDY}")
+        return CheckpointError(f"temporary files in '{self.folder}' cannot be {what} ({reason_of(error)}): {REMEDY}")
 
 
 @contextmanager

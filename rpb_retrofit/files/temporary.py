@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rpb_retrofit.errors import CheckpointError
+from rpb_retrofit.files.printable import reason_of
 
 
 @contextmanager
@@ -16,7 +17,7 @@ def temporary_folder() -> Iterator[Path]:
     try:
         made = tempfile.TemporaryDirectory(prefix="rpb-retrofit-", ignore_cleanup_errors=True)
     except OSError as error:
-        raise CheckpointError(f"no temporary files can be written ({error.strerror or error}): {REMEDY}") from error
+        raise CheckpointError(f"no temporary files can be written ({reason_of(error)}): {REMEDY}") from error
     with made as folder:
         yield Path(folder)
 

@@ -8,6 +8,7 @@ import stat
 from pathlib import Path
 
 from rpb_retrofit.errors import CheckpointError
+from rpb_retrofit.files.printable import reason_of
 
 
 def write_whole(file: Path, content: str | bytes) -> None:
@@ -20,13 +21,18 @@ def write_whole(file: Path, content: str | bytes) -> None:
         if file.exists() and not file.is_file():
             _into(file, data)
         else:
-            _beside(file.resolve(), data)
+            replace_file(file.resolve(), data, f".rpb-{secrets.token_hex(8)}.part")
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"writing '{file}' failed: {getattr(error, 'strerror', None) or error}") from error
+        raise CheckpointError(f"writing '{file}' failed: {reason_of(error)}") from error
 
 
-def _beside(file: Path, data: bytes) -> None:
-    part = file.with_name(f".rpb-{secrets.token_hex(8)}.part")
+def replace_file(file: Path, data: bytes, partial: str) -> None:
+    """Write ``data`` beside a file under the name ``partial``, then rename it. OSError where that fails.
+
+    Only a process that is killed leaves ``partial`` behind: a folder that is cleared up gives it a name of its own, by
+    which to know it.
+    """
+    part = file.with_name(partial)
     try:
         part.write_bytes(data)
         if file.exists():

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from rpb_retrofit.errors import CheckpointError
 from rpb_retrofit.files.claim import MARK, Claim, NotMarkedError, new_partial, remove_entry, remove_leftovers
+from rpb_retrofit.files.printable import reason_of
+from rpb_retrofit.files.whole_file import replace_file
 
 
 class WorkFolder:
@@ -40,7 +42,7 @@ class WorkFolder:
                 f"'{self.path}' is in the way of {self.command}: {error}; move it, or choose another OUT"
             ) from None
         except OSError as error:
-            raise CheckpointError(f"'{self.path}' cannot be written: {error.strerror or error}") from error
+            raise CheckpointError(f"'{self.path}' cannot be written: {reason_of(error)}") from error
         if (link := next(self._links(), None)) is not None:
             self.release()
             raise CheckpointError(f"'{link}' is a link, which {self.command} did not make: remove it first")
@@ -86,8 +88,9 @@ class WorkFolder:
             self._claim = None
 
 
-def write_whole(file: Path, data: bytes) -> None:
-    """Write a file under another name, then rename it."""
-    part = file.with_name(f".{file.name}.partial")
-    part.write_bytes(data)
-    part.replace(file)
+def write_entry(file: Path, data: bytes) -> None:
+    """Replace a file in a work folder whole or not at all. OSError where that fails.
+
+    What a killed process leaves is called ``.NAME.partial``, which a `WorkFolder` names among what it has ``made``.
+    """
+    replace_file(file, data, f".{file.name}.partial")

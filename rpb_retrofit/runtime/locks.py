@@ -48,7 +48,7 @@ def lock(model: PreTrainedModel, family: Family) -> None:
         config._experts_implementation_internal = LOCK  # nothing reads it, but a plain class would check it
 
 
-_HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "subfolder")
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "subfolder")
 _MODEL_ARGUMENTS = ("dtype", "torch_dtype", "attn_implementation", "experts_implementation", "quantization_config")
 
 
@@ -56,11 +56,11 @@ def without_file_locks(cls: Any, path: str | os.PathLike[str], kwargs: dict[str,
     """The config for ``cls.from_pretrained(path, **kwargs)``, out of which is taken what goes into it."""
     config = kwargs.pop("config", None)
     if not isinstance(config, PreTrainedConfig):
-        where = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+        where = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         config = cls.config_class.from_pretrained(path if config is None else config, **where)
-        for name in [name for name in kwargs if name not in _MODEL_ARGUMENTS and hasattr(config, name)]:
-            setattr(config, name, kwargs.pop(name))  # num_labels=3 and the like
     config = copy.copy(config)
+    for name in [name for name in kwargs if name not in _MODEL_ARGUMENTS and hasattr(config, name)]:
+        setattr(config, name, kwargs.pop(name))  # num_labels=3 and the like
     vars(config).pop(WEIGHTS, None)
     return config
 

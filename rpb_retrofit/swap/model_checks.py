@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from rpb_retrofit.config import RetrofitConfig
 from rpb_retrofit.errors import ConfigError, UnsupportedModelError
+from rpb_retrofit.files.finite import check_finite
 from rpb_retrofit.runtime.anatomy import Anatomy
 from rpb_retrofit.swap.eligibility import check_eligible
-from rpb_retrofit.swap.finite import check_finite
 from rpb_retrofit.tables import CALIBRATED, FROM, INITIALISATIONS
 
 

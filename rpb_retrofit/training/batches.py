@@ -139,9 +139,9 @@ class Batch:
         return self._each(lambda x: x.to(device))
 
     def _each(self, fn: Callable[[Tensor], Tensor]) -> Batch:
-        found = {f.name: getattr(self, f.name) for f in fields(self)}
-        each: Any = {name: None if x is None else fn(x) for name, x in found.items()}
-        return Batch(**each)
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        changed: Any = {name: None if x is None else fn(x) for name, x in parts.items()}
+        return Batch(**changed)
 
 
 def collate(rows: Sequence[Row], length: int, layout: Layout) -> Batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -16,8 +17,9 @@ from rpb_retrofit.errors import CheckpointError, ConfigError
 from rpb_retrofit.files.claim import MARK, remove_entry
 from rpb_retrofit.files.digest import digest, digest_of
 from rpb_retrofit.files.json_file import read_object
+from rpb_retrofit.files.printable import reason_of
 from rpb_retrofit.files.record import DamagedError
-from rpb_retrofit.files.work import WorkFolder, write_whole
+from rpb_retrofit.files.work import WorkFolder, write_entry
 
 META, STATE, RUN = "rpb.json", "state.json", "run.json"
 """What a checkpoint of a stage says of itself, what the folder of a finished stage says, and the run's identity."""
@@ -26,16 +28,16 @@ WRITING = (OSError, RuntimeError, SafetensorError)
 """What a full disk makes PyTorch, safetensors and Python raise."""
 
 
-def seal(folder: Path, name: str, meta: dict[str, Any]) -> None:
-    """Write what a folder says of itself, with the checksums of all its files: written last, so what is sealed is
+def write_manifest(folder: Path, name: str, meta: dict[str, Any]) -> None:
+    """Write what a folder says of itself, with the checksums of all its files: written last, so what has a manifest is
     whole."""
     written = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MARK)
     files = {str(file.relative_to(folder)): digest(file) for file in written}
     content = json.loads(json.dumps({"meta": meta, "files": files}))
-    write_whole(folder / name, json.dumps({**content, "checksum": _checksum(content)}).encode())
+    write_entry(folder / name, json.dumps({**content, "checksum": _checksum(content)}).encode())
 
 
-def sealed(folder: Path, name: str, checked: bool = True) -> dict[str, Any]:
+def read_manifest(folder: Path, name: str, checked: bool = True) -> dict[str, Any]:
     """What a folder says of itself. DamagedError where that, or (``checked``) one of its files, is not as it was."""
     try:
         content = read_object(folder / name)
@@ -45,17 +47,17 @@ def sealed(folder: Path, name: str, checked: bool = True) -> dict[str, Any]:
         raise DamagedError(f"'{folder / name}' was cut short or changed")
     for file, known in content["files"].items() if checked else ():
         try:
-            found = digest(folder / file)
+            checksum = digest(folder / file)
         except OSError as error:
-            raise DamagedError(f"'{folder / file}' cannot be read: {error.strerror}") from error
-        if found != known:
+            raise DamagedError(f"'{folder / file}' cannot be read: {reason_of(error)}") from error
+        if checksum != known:
             raise DamagedError(f"'{folder / file}' was cut short or changed")
     return content["meta"]
 
 
-def _is_sealed(folder: Path) -> bool:
+def _has_manifest(folder: Path) -> bool:
     try:
-        sealed(folder, META, checked=False)
+        read_manifest(folder, META, checked=False)
     except DamagedError:
         return False
     return True
@@ -87,13 +89,13 @@ class Checkpoints:
     def publish(self, step: int, meta: dict[str, Any]) -> None:
         """Give a written checkpoint its name, then drop the oldest ones."""
         part, target = self.partial(step), self.folder / f"step-{step:08d}"
-        seal(part, META, {**meta, "run": self.run})
+        write_manifest(part, META, {**meta, "run": self.run})
         _flush(part)
         if target.exists():
             remove_entry(target)
         part.rename(target)
         _flush_folder(self.folder)
-        whole = [folder for folder in self._all() if _is_sealed(folder)]  # what is damaged replaces none of them
+        whole = [folder for folder in self._all() if _has_manifest(folder)]  # what is damaged replaces none of them
         for old in whole[: -self.keep]:
             remove_entry(old)
 
@@ -105,7 +107,7 @@ class Checkpoints:
         """The newest whole checkpoint; what is wrong with newer ones is appended to ``damaged``."""
         for folder in reversed(self._all()):
             try:
-                return Saved(folder, sealed(folder, META))
+                return Saved(folder, read_manifest(folder, META))
             except DamagedError as error:
                 if damaged is not None:
                     damaged.append(str(error))
@@ -154,7 +156,7 @@ class RunFolder(WorkFolder):
             return self._open(json.loads(json.dumps(identity)), restart, say)
         except OSError as error:
             self.release()
-            raise CheckpointError(f"'{self.path}' cannot be written: {error.strerror}") from error
+            raise CheckpointError(f"'{self.path}' cannot be written: {reason_of(error)}") from error
         except ConfigError:
             self.release()
             raise
@@ -167,24 +169,22 @@ class RunFolder(WorkFolder):
             try:
                 _compare(self.path, read_object(file), identity)
             except CheckpointError as error:
-                if run_of(identity) not in self._runs():
+                if run_checksum(identity) not in self._runs():
                     raise ConfigError(
                         f"{error}, and nothing else says that it holds this run: --restart throws it away"
                     ) from error
                 say(f"{error}: what the checkpoints say of the run is taken instead")
-        write_whole(file, (json.dumps(identity, indent=2) + "\n").encode())
+        write_entry(file, (json.dumps(identity, indent=2) + "\n").encode())
         return goes_on
 
     def _runs(self) -> set[str]:
         """The runs that checkpoints and finished stages in the folder say they belong to."""
         places = [(file.parent, file.name) for name in (META, STATE) for file in self.path.glob(f"stage-*/**/{name}")]
-        found = set()
+        runs = set()
         for folder, name in places:
-            try:
-                found.add(sealed(folder, name, checked=False)["run"])
-            except (DamagedError, KeyError):
-                continue
-        return found
+            with contextlib.suppress(DamagedError, KeyError):
+                runs.add(read_manifest(folder, name, checked=False)["run"])
+        return runs
 
     @property
     def idle(self) -> bool:
@@ -192,7 +192,7 @@ class RunFolder(WorkFolder):
         return next(self.path.glob("stage-*"), None) is None
 
 
-def run_of(identity: dict[str, Any]) -> str:
+def run_checksum(identity: dict[str, Any]) -> str:
     """A checksum of what a run depends on."""
     return digest_of([json.dumps(json.loads(json.dumps(identity)), sort_keys=True).encode()])
 
@@ -216,10 +216,10 @@ def _differences(before: Any, after: Any, path: str = "") -> list[tuple[str, Any
     return [] if before == after else [(path, before, after)]
 
 
-def attempt(write: Callable[[], None]) -> str | None:
-    """Run something that writes; what went wrong, or None."""
+def failure_of(write: Callable[[], None]) -> str | None:
+    """Run something that writes; why it failed, or None."""
     try:
         write()
     except WRITING as error:
-        return " ".join(str(getattr(error, "strerror", None) or error).split())
+        return reason_of(error)
     return None

@@ -27,8 +27,8 @@ class _Divergence(torch.autograd.Function):
         total, change = student.new_zeros(()), torch.empty_like(student, memory_format=torch.contiguous_format)
         rows = max(1, AT_ONCE // student.shape[-1])
         parts = (x.reshape(-1, x.shape[-1]).split(rows) for x in (student, teacher, change))
-        for ours, theirs, out in zip(*parts, strict=True):
-            log_p, log_q = theirs.to(ours.dtype).log_softmax(-1), ours.log_softmax(-1)
+        for of_student, of_teacher, out in zip(*parts, strict=True):
+            log_p, log_q = of_teacher.to(of_student.dtype).log_softmax(-1), of_student.log_softmax(-1)
             p = log_p.exp()
             torch.sub(log_q.exp(), p, out=out)
             total += torch.where(p > 0, p * (log_p - log_q), 0).sum()

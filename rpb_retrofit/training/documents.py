@@ -12,6 +12,7 @@ from datasets import load_dataset
 from torch import Tensor
 
 from rpb_retrofit.errors import DataError
+from rpb_retrofit.files.printable import first_line
 from rpb_retrofit.files.source import may_be_hub_id
 from rpb_retrofit.text import decoded, read_rows, read_text
 from rpb_retrofit.training.recipe import Data, Recipe
@@ -158,8 +159,8 @@ class Mixture:
     def _ids_of(self, document: str, source: int) -> Tensor:
         """Its tokens; where it was not tokenised before, those that come after it are tokenised with it."""
         if document not in self._known[source]:
-            documents, room, behind = [document], AHEAD - len(document), self.sources[source]
-            for following in behind.ahead() if isinstance(behind, Finite) and room > 0 else ():
+            documents, room, stream = [document], AHEAD - len(document), self.sources[source]
+            for following in stream.ahead() if isinstance(stream, Finite) and room > 0 else ():
                 if (room := room - len(following)) < 0:
                     break
                 documents.append(following)
@@ -168,14 +169,14 @@ class Mixture:
 
     def count_up_to(self, enough: int) -> int:
         """Tokens of the first documents until there are ``enough``, or of all; the stream stays where it is."""
-        before, found = self.state(), 0
+        before, tokens = self.state(), 0
         documents = sum(len(s.documents) if isinstance(s, Finite) else enough for s in self.sources)
         for _ in range(documents):
-            if found >= enough:
+            if tokens >= enough:
                 break
-            found += len(self.next())
+            tokens += len(self.next())
         self.restore(before)
-        return found
+        return tokens
 
     def state(self) -> State:
         """Where it stands."""
@@ -235,7 +236,7 @@ def _open(data: Data | None) -> tuple[str, Any, bool]:
         rows = load_dataset(data.name, data.subset, split=data.split, streaming=data.streaming)
         names = rows.column_names or list(next(iter(rows)))
     except Exception as error:  # whatever the hub and its files raise
-        raise DataError(f"data '{data.name}' cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise DataError(f"data '{data.name}' cannot be loaded: {first_line(error)}") from error
     if data.column not in names:
         raise DataError(f"data '{data.name}' has no column '{data.column}', only {', '.join(names)}")
     return data.name, rows if data.streaming else rows[data.column], data.streaming

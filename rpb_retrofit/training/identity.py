@@ -9,6 +9,7 @@ from typing import Any
 
 from rpb_retrofit.errors import CheckpointError, DataError
 from rpb_retrofit.files.digest import digest
+from rpb_retrofit.files.printable import reason_of
 from rpb_retrofit.files.source import Source, find
 from rpb_retrofit.training.recipe import Recipe
 
@@ -52,7 +53,7 @@ def fingerprint(name: str) -> dict[str, str]:
         with ThreadPoolExecutor(4) as pool:
             return dict(zip((file.name for file in files), pool.map(digest, files), strict=True))
     except OSError as error:
-        raise CheckpointError(f"'{name}': '{error.filename}' cannot be read: {error.strerror}") from error
+        raise CheckpointError(f"'{name}': '{error.filename}' cannot be read: {reason_of(error)}") from error
 
 
 def _files(source: Source) -> list[Path]:
@@ -66,4 +67,4 @@ def checksum(file: Path) -> str:
     try:
         return digest(file.expanduser())
     except OSError as error:
-        raise DataError(f"'{file}' cannot be read: {error.strerror}") from error
+        raise DataError(f"'{file}' cannot be read: {reason_of(error)}") from error

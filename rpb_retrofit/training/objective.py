@@ -43,37 +43,37 @@ class Objective:
     def _distance(self, model: Model, batch: Batch) -> Tensor:
         scored = batch.target != IGNORED
         if self.kind == "states":
-            return _states_apart(model, self.teacher, batch, scored)
+            return _states_distance(model, self.teacher, batch, scored)
         output = model(**batch.inputs, use_cache=False)
         logits = output.logits[scored].float()
         if self.teacher is None:
             return F.cross_entropy(logits, batch.target[scored], reduction="sum")
-        loss = self.share * divergence(logits, self._taught(batch).logits[scored])
+        loss = self.share * divergence(logits, self._teacher_output(batch).logits[scored])
         if self.share < 1:
             loss = loss + (1 - self.share) * F.cross_entropy(logits, batch.target[scored], reduction="sum")
         return loss
 
     @torch.no_grad()
-    def _taught(self, batch: Batch) -> Any:
+    def _teacher_output(self, batch: Batch) -> Any:
         assert self.teacher is not None
         return self.teacher(**batch.inputs, use_cache=False)
 
 
-def _states_apart(model: Model, teacher: Model | None, batch: Batch, scored: Tensor) -> Tensor:
+def _states_distance(model: Model, teacher: Model | None, batch: Batch, scored: Tensor) -> Tensor:
     """The squared distance of two models' states after each layer, over the taught ones' size: the mean over layers.
 
     The layers of a retrofit are its source's, so each has a state to match, not only the last (FitNets, Romero et al.
     2014, arXiv:1412.6550; TinyBERT, Jiao et al. 2019, arXiv:1909.10351).
     """
     assert teacher is not None
-    found = model(**batch.inputs, output_hidden_states=True).hidden_states[1:]
+    learnt = model(**batch.inputs, output_hidden_states=True).hidden_states[1:]
     with torch.no_grad():
         taught = teacher(**batch.inputs, output_hidden_states=True).hidden_states[1:]
-    apart = torch.zeros((), device=scored.device)
-    for state, wanted in zip(found, taught, strict=True):
+    total = torch.zeros((), device=scored.device)
+    for state, wanted in zip(learnt, taught, strict=True):
         state, wanted = state[scored].float(), wanted[scored].float()
-        apart = apart + ((state - wanted).square().sum(-1) / wanted.square().sum(-1).clamp(min=1e-12)).sum()
-    return apart / len(found)
+        total = total + ((state - wanted).square().sum(-1) / wanted.square().sum(-1).clamp(min=1e-12)).sum()
+    return total / len(learnt)
 
 
 def objective_for(recipe: Recipe, model: PreTrainedModel, causal: bool, teacher: PreTrainedModel | None) -> Objective:

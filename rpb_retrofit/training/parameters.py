@@ -20,7 +20,7 @@ def prepare(model: Any, stage: Stage, recipe: Recipe, objective: str) -> Any:
     processes that wait for some would wait for ever).
     """
     if not recipe.dropout:
-        _silence_dropout(model)
+        _disable_dropout(model)
     if stage.train == "all":
         model.requires_grad_(True)
         if objective == "states" and getattr(model, "pooler", None) is not None:
@@ -50,10 +50,10 @@ def merged(model: Any) -> Any:
 def groups(model: nn.Module, stage: Stage, recipe: Recipe) -> list[dict[str, Any]]:
     """Parameter groups for AdamW: tables, tails and factors at their own rate and without decay; weights; the rest of
     the weights (norms, offsets), without decay. Each group's ``peak`` is the rate that `rate_factor` scales."""
-    found: dict[str, list[nn.Parameter]] = {"tables": [], "weights": [], "no decay": []}
+    by_group: dict[str, list[nn.Parameter]] = {"tables": [], "weights": [], "no decay": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            found["tables" if is_own(name) else "weights" if parameter.ndim > 1 else "no decay"].append(parameter)
+            by_group["tables" if is_own(name) else "weights" if parameter.ndim > 1 else "no decay"].append(parameter)
     rates = {"tables": stage.table_rate, "weights": stage.rate, "no decay": stage.rate}
     return [
         {
@@ -63,7 +63,7 @@ def groups(model: nn.Module, stage: Stage, recipe: Recipe) -> list[dict[str, Any
             "peak": rates[name],
             "weight_decay": recipe.weight_decay if name == "weights" else 0.0,
         }
-        for name, parameters in found.items()
+        for name, parameters in by_group.items()
         if parameters
     ]
 
@@ -77,7 +77,7 @@ def rate_factor(stage: Stage, step: int, steps: int) -> float:
     return {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[stage.decay]
 
 
-def _silence_dropout(model: nn.Module) -> None:
+def _disable_dropout(model: nn.Module) -> None:
     """No dropout, in modules and in attributes that attention reads, whose slow way it would be."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):

@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from rpb_retrofit.errors import ConfigError, RetrofitError
+from rpb_retrofit.files.printable import message_of
 from rpb_retrofit.runtime.bias import RelativePositionBias
 from rpb_retrofit.runtime.factor import ContentFactor
 from rpb_retrofit.training.recipe import Recipe
@@ -23,8 +24,8 @@ from rpb_retrofit.training.zero import check_zero, on_cpu
 
 T = TypeVar("T")
 
-INSISTS = 2.0
-"""Seconds after which a second Ctrl-C is meant."""
+SECOND_CTRL_C = 2.0
+"""Seconds after the first Ctrl-C from which a second one ends the process."""
 
 
 def open_accelerator(recipe: Recipe, logs: str) -> Accelerator:
@@ -43,7 +44,7 @@ def open_accelerator(recipe: Recipe, logs: str) -> Accelerator:
             project_config=ProjectConfiguration(project_dir=logs, logging_dir=logs),
         )
     except (ValueError, ImportError) as error:
-        raise ConfigError(f"Accelerate refuses the recipe's settings: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"Accelerate refuses the recipe's settings: {message_of(error)}") from error
     if absent := [name for name in recipe.trackers if name not in {str(known) for known in accelerator.log_with}]:
         raise ConfigError(f"trackers: '{absent[0]}' is not installed: install it, or leave it out")
     if recipe.precision == "fp16" and accelerator.device.type == "cpu":
@@ -131,9 +132,9 @@ def gathered(accelerator: Accelerator, value: Any) -> list[Any]:
     """The value of every process, by rank."""
     if accelerator.num_processes == 1:
         return [value]
-    found: list[Any] = [None] * accelerator.num_processes
-    torch.distributed.all_gather_object(found, value)
-    return found
+    values: list[Any] = [None] * accelerator.num_processes
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 class Interruption:
@@ -155,7 +156,7 @@ class Interruption:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         # Launchers pass a signal on that each process got already: only somebody who insists is taken at their word.
-        if self.signal == number == signal.SIGINT and time.monotonic() - self._noted > INSISTS:
+        if self.signal == number == signal.SIGINT and time.monotonic() - self._noted > SECOND_CTRL_C:
             os._exit(128 + number)
         if self.signal is None:
             self.signal, self._noted = number, time.monotonic()

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from rpb_retrofit.counts import parse_count
+from rpb_retrofit.config import parse_count
 from rpb_retrofit.errors import ConfigError
 from rpb_retrofit.files.small_file import read_small
 from rpb_retrofit.training.yaml_text import LARGEST, read_yaml
@@ -19,7 +19,7 @@ from rpb_retrofit.training.yaml_text import LARGEST, read_yaml
 
 def _count(value: Any) -> Any:
     """``5M`` as a number; what is no text as it is."""
-    return value if not isinstance(value, str) or (found := parse_count(value)) is None else found
+    return value if not isinstance(value, str) or (count := parse_count(value)) is None else count
 
 
 Positive = Annotated[int, Field(gt=0)]
@@ -28,11 +28,11 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class _Strict(BaseModel):
+class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
 
-class Data(_Strict):
+class Data(_Settings):
     """One source of text: a file (text, JSONL, Parquet) or a dataset of the hub, and its share of the tokens."""
 
     name: Annotated[str, Field(min_length=1)]
@@ -43,7 +43,7 @@ class Data(_Strict):
     streaming: bool = False
 
 
-class Stage(_Strict):
+class Stage(_Settings):
     """A part of the run in which the same parameters are trained.
 
     ``train``: ``tables`` (with tails and factors, and nothing else), ``lora`` (the tables, and low-rank updates of all
@@ -63,7 +63,7 @@ class Stage(_Strict):
     lora_rank: Positive = 16
 
 
-class Recipe(_Strict):
+class Recipe(_Settings):
     """Everything that a run depends on, but the model.
 
     ``objective``: ``distillation`` (the source's next-token distribution; its hidden states, layer by layer, for a
@@ -103,8 +103,8 @@ class Recipe(_Strict):
 
     @field_validator("precision", mode="before")
     @classmethod
-    def _no(cls, value: Any) -> Any:
-        return "no" if value is False else value  # what YAML makes of an unquoted no
+    def _unquoted_no(cls, value: Any) -> Any:
+        return "no" if value is False else value  # what YAML makes of it
 
     @model_validator(mode="after")
     def _fits(self) -> Recipe:
@@ -180,12 +180,12 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         known = _keys_at(first["loc"])
         close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
-        said = f"unknown key '{path}': " + (f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}")
+        message = f"unknown key '{path}': " + (f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}")
     elif not path:
-        said = first["msg"].removeprefix("Value error, ")
+        message = first["msg"].removeprefix("Value error, ")
     else:
-        said = f"{path}={reprlib.repr(first['input'])}: {first['msg'][:1].lower()}{first['msg'][1:]}"
-    return said + (f" (and {len(rest)} more)" if rest else "")
+        message = f"{path}={reprlib.repr(first['input'])}: {first['msg'][:1].lower()}{first['msg'][1:]}"
+    return message + (f" (and {len(rest)} more)" if rest else "")
 
 
 def _keys_at(path: tuple[Any, ...]) -> list[str]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,15 @@ from rpb_retrofit.files.folder import check_absent, whole_folder
 from rpb_retrofit.files.record import DamagedError
 from rpb_retrofit.files.source import find
 from rpb_retrofit.tables.checksums import record
-from rpb_retrofit.training.checkpoints import STATE, RunFolder, run_of, seal, sealed
+from rpb_retrofit.training.checkpoints import STATE, RunFolder, read_manifest, run_checksum, write_manifest
 from rpb_retrofit.training.identity import identity_of
 from rpb_retrofit.training.parameters import merged, prepare
 from rpb_retrofit.training.processes import on_main, open_accelerator
 from rpb_retrofit.training.recipe import Recipe
 from rpb_retrofit.training.relations import Relations
-from rpb_retrofit.training.setup import open_setup
+from rpb_retrofit.training.setup import TrainingSetup, open_setup
 from rpb_retrofit.training.stage import StageRun
-from rpb_retrofit.training.step import Progress, TrainingSetup
+from rpb_retrofit.training.step import Progress
 from rpb_retrofit.training.summary import SUMMARY, Summary, read_summary, stage_summary, write_summary
 from rpb_retrofit.training.teacher import open_teacher, share_weights
 
@@ -69,17 +70,29 @@ def finetune(
     teacher_name = source or settings["source"]
     start = teacher_name if control else model
     identity = on_main(accelerator, partial(identity_of, model, start, teacher_name, recipe, control))
-    if reuse and (finished := on_main(accelerator, partial(_finished, out, identity))) is not None:
-        return finished
+    if reuse and (summary := on_main(accelerator, partial(_finished_before, out, identity))) is not None:
+        return summary
 
     def open_folder() -> bool:
         check_absent(out)
         return folder.open(identity, restart, say)
 
+    with _in_folder(accelerator, folder, open_folder) as goes_on:
+        summary = _all_stages(accelerator, out, folder, recipe, identity, goes_on, say)
+    accelerator.wait_for_everyone()
+    return summary
+
+
+@contextmanager
+def _in_folder(accelerator: Accelerator, folder: RunFolder, open_folder: Callable[[], bool]) -> Iterator[bool]:
+    """Hold the folder of a run: yields whether there is a run to go on with.
+
+    The folder goes at the end, and where an error comes before anything was trained.
+    """
     try:
         goes_on = on_main(accelerator, open_folder)
         try:
-            summary = _all_stages(accelerator, out, folder, recipe, identity, goes_on, say)
+            yield goes_on
         except BaseException:
             if accelerator.is_main_process and folder.idle:
                 folder.remove()
@@ -88,8 +101,6 @@ def finetune(
             folder.remove()
     finally:
         folder.release()
-    accelerator.wait_for_everyone()
-    return summary
 
 
 def _all_stages(
@@ -102,8 +113,8 @@ def _all_stages(
     say: Callable[[str], None],
 ) -> Summary:
     """The run in an opened folder."""
-    said = say if accelerator.is_main_process else _silent
-    said(f"{'going on with' if goes_on else 'starting'} the run in {folder.path}")
+    say_once = say if accelerator.is_main_process else _silent
+    say_once(f"{'going on with' if goes_on else 'starting'} the run in {folder.path}")
     accelerator.init_trackers("rpb_retrofit")
     teacher = None
     if recipe.objective == "distillation":
@@ -111,32 +122,30 @@ def _all_stages(
         teacher = open_teacher(retrofit, identity["source"]).to(accelerator.device)
         del retrofit  # only compared with its source: in memory it would be one copy too many
     start, label = (identity["source"], "control") if identity["control"] else (identity["model"], "retrofit")
-    summary = _Stages(accelerator, recipe, folder.path, start, teacher, label, run_of(identity), said).run(
-        out, identity
-    )
+    checksum = run_checksum(identity)
+    stages = _Stages(accelerator, recipe, folder.path, start, teacher, label, checksum, say_once)
+    summary = stages.run(out, identity)
     for tracker in accelerator.trackers:
         tracker.finish()
     return summary
 
 
+@dataclass
 class _Stages:
-    """The stages of one arm. Each ends in a checkpoint folder, from which the next begins."""
+    """The stages of one arm, called ``label``. Each ends in a checkpoint folder, from which the next begins.
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        recipe: Recipe,
-        folder: Path,
-        start: str,
-        teacher: PreTrainedModel | None,
-        label: str,
-        run_name: str,
-        say: Callable[[str], None],
-    ) -> None:
-        self.run_name = run_name
-        self.accelerator, self.recipe, self.folder = accelerator, recipe, folder
-        self.start, self.teacher, self.label, self.say = start, teacher, label, say
-        self.setup: TrainingSetup | None = None
+    ``start`` is what the first begins with; ``checksum`` that of the run's identity.
+    """
+
+    accelerator: Accelerator
+    recipe: Recipe
+    folder: Path
+    start: str
+    teacher: PreTrainedModel | None
+    label: str
+    checksum: str
+    say: Callable[[str], None]
+    setup: TrainingSetup | None = None
 
     def run(self, out: Path, identity: dict[str, Any]) -> Summary:
         """All stages that are left; the last one's model becomes ``out``."""
@@ -147,7 +156,7 @@ class _Stages:
             self.setup = self.setup or open_setup(
                 self.accelerator, self.recipe, model, tokenizer, self.teacher, self.label, self.say
             )
-            state = on_main(self.accelerator, partial(self._finished, number))
+            state = on_main(self.accelerator, partial(self._left_of, number))
             if finished := state is not None:
                 self.setup.rows.restore(state["rows"])
                 progress, weights = Progress.from_json(state["progress"]), None
@@ -158,7 +167,7 @@ class _Stages:
             if number < len(self.recipe.stages) - 1:
                 if not finished:
                     rows = self.setup.rows.state()
-                    state = {"progress": progress.to_json(), "rows": rows, "run": self.run_name}
+                    state = {"progress": progress.to_json(), "rows": rows, "run": self.checksum}
                     on_main(self.accelerator, partial(self._write, place, current, weights, number, state))
                     self._forget_checkpoints(number)
                 current = str(place)
@@ -184,7 +193,7 @@ class _Stages:
             assert self.teacher is not None
             objective = replace(setup.objective, relations=Relations(model, self.teacher))
             setup = replace(setup, objective=objective)
-        run = StageRun(setup, number, student, self._checkpoints(number), self.say, self.run_name)
+        run = StageRun(setup, number, student, self._checkpoints(number), self.say, self.checksum)
         if run.resume():
             self.say(f"stage {number + 1}: going on after step {run.progress.step} of {run.steps}")
         run.run()
@@ -192,13 +201,13 @@ class _Stages:
         accelerator.free_memory()
         return run.progress, weights
 
-    def _finished(self, number: int) -> dict[str, Any] | None:
+    def _left_of(self, number: int) -> dict[str, Any] | None:
         """What a stage that is done left; None where it is not done, or what it left is damaged."""
         place = self.folder / f"stage-{number + 1}"
         if not place.is_dir():
             return None
         try:
-            return sealed(place, STATE)
+            return read_manifest(place, STATE)
         except DamagedError as error:
             self.say(f"stage {number + 1} is trained again, and what came after it: {error}")
         for later in reversed(range(number, len(self.recipe.stages))):
@@ -232,7 +241,7 @@ class _Stages:
             if not current.endswith(".gguf"):
                 copy_sentence_files(find(current).folder, folder)
             if isinstance(end, dict):
-                seal(folder, STATE, end)
+                write_manifest(folder, STATE, end)
                 return
             if (card := self._source_card()) is not None:
                 shutil.copyfile(card, folder / "README.source.md")
@@ -246,16 +255,16 @@ class _Stages:
         if self.start.endswith(".gguf"):
             return None
         folder = find(self.start).folder
-        found = folder / ("README.md" if self.label == "control" else "README.source.md")
-        return found if found.exists() else None
+        card = folder / ("README.md" if self.label == "control" else "README.source.md")
+        return card if card.exists() else None
 
 
-def _finished(out: Path, identity: dict[str, Any]) -> Summary | None:
+def _finished_before(out: Path, identity: dict[str, Any]) -> Summary | None:
     """What an equal run that is done wrote, or None."""
     if not (out / SUMMARY).exists():
         return None
-    found = read_summary(out)  # damaged, it is an error: training again would find OUT in the way
-    return found if found.identity == json.loads(json.dumps(identity)) else None
+    summary = read_summary(out)  # damaged, it is an error: training again would find OUT in the way
+    return summary if summary.identity == json.loads(json.dumps(identity)) else None
 
 
 def _silent(text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,12 +13,25 @@ from transformers import PreTrainedModel
 from rpb_retrofit.errors import ConfigError, DataError, UnsupportedModelError
 from rpb_retrofit.runtime.anatomy import Anatomy
 from rpb_retrofit.text import bos_policy, special_tokens, tokenise
-from rpb_retrofit.training.batches import Rows, layout_of
+from rpb_retrofit.training.batches import Layout, Rows, layout_of
 from rpb_retrofit.training.documents import Mixture, open_sources
-from rpb_retrofit.training.held_out import held_out_for
-from rpb_retrofit.training.objective import objective_for
+from rpb_retrofit.training.held_out import HeldOut, held_out_for
+from rpb_retrofit.training.objective import Objective, objective_for
 from rpb_retrofit.training.recipe import Recipe
-from rpb_retrofit.training.step import TrainingSetup
+
+
+@dataclass(frozen=True)
+class TrainingSetup:
+    """What the stages of a run have in common. ``label`` is what the model is called in what is shown."""
+
+    accelerator: Accelerator
+    recipe: Recipe
+    rows: Rows
+    layout: Layout
+    tokenizer: Any
+    objective: Objective
+    held_out: HeldOut | None
+    label: str
 
 
 def open_setup(
@@ -29,7 +43,7 @@ def open_setup(
     label: str,
     say: Callable[[str], None],
 ) -> TrainingSetup:
-    """The setting in which ``model``, called ``label``, is trained; the same for every model of one tokenizer.
+    """What ``model``, called ``label``, is trained with; the same for every model of one tokenizer.
 
     Raises ConfigError, DataError or UnsupportedModelError for wrong text and tokenizers, before anything is trained.
     """
@@ -48,15 +62,15 @@ def open_setup(
     sources, weights, apart = open_sources(recipe)
 
     def encode(documents: Sequence[str]) -> list[torch.Tensor]:
-        found = tokenise(tokenizer, documents)
-        return [torch.cat([before, ids, after]) if layout.packed and len(ids) else ids for ids in found]
+        encoded = tokenise(tokenizer, documents)
+        return [torch.cat([before, ids, after]) if layout.packed and len(ids) else ids for ids in encoded]
 
     objective = objective_for(recipe, model, layout.causal, teacher)
     held = held_out_for(recipe, tokenise(tokenizer, apart), objective, layout, bos_policy(tokenizer, "auto"))
     stream = Mixture(sources, weights, encode)
-    if (found := stream.count_up_to(longest := max(lengths))) < longest:
+    if (tokens := stream.count_up_to(longest := max(lengths))) < longest:
         raise DataError(
-            f"the training text has {found} tokens, fewer than one sequence of {longest}: give more text or "
+            f"the training text has {tokens} tokens, fewer than one sequence of {longest}: give more text or "
             "shorter lengths"
         )
     return TrainingSetup(accelerator, recipe, Rows(stream, layout), layout, tokenizer, objective, held, label)

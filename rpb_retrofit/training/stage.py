@@ -17,10 +17,11 @@ from tqdm import tqdm
 from rpb_retrofit.errors import ConfigError, InterruptedRunError, TrainingError
 from rpb_retrofit.evaluation.nll import LengthResult
 from rpb_retrofit.training.batches import bucketing_of, pairs_by_bucket
-from rpb_retrofit.training.checkpoints import Checkpoints, attempt
+from rpb_retrofit.training.checkpoints import Checkpoints, failure_of
 from rpb_retrofit.training.processes import Interruption, gathered, on_main
+from rpb_retrofit.training.setup import TrainingSetup
 from rpb_retrofit.training.state import load_state, save_state
-from rpb_retrofit.training.step import Progress, Stepper, TrainingSetup
+from rpb_retrofit.training.step import Progress, Stepper
 
 
 class StageRun:
@@ -58,8 +59,8 @@ class StageRun:
         """Go on from the last whole checkpoint, if there is one. Newer ones that are damaged are named."""
         noted: list[str] = []
         saved, damaged = on_main(self.accelerator, lambda: (self.checkpoints.last(noted), noted))
-        for wrong in damaged:
-            self.say(f"stage {self.number + 1}: {wrong}: this checkpoint is left out")
+        for damage in damaged:
+            self.say(f"stage {self.number + 1}: {damage}: this checkpoint is left out")
         if saved is None:
             return False
         if (mode := self._mode) != saved.meta["mode"]:
@@ -68,20 +69,19 @@ class StageRun:
                 "begun, or --restart"
             )
         if self.trains:
-            whole = load_state(self.accelerator, self.model, self.stepper.optimizer, saved.folder)
-            if new := [str(rank) for rank, found in enumerate(gathered(self.accelerator, whole)) if not found]:
+            random_states = load_state(self.accelerator, self.model, self.stepper.optimizer, saved.folder)
+            if new := [str(rank) for rank, has in enumerate(gathered(self.accelerator, random_states)) if not has]:
                 self.say(
                     f"'{saved.folder}' was written by fewer processes: {', '.join(new)} begin with new random states"
                 )
         self.stepper.progress = Progress.from_json(saved.meta["progress"])
         self.setup.rows.restore(saved.meta["rows"])
-        self.stepper.guard.recent.extend(saved.meta["recent"])
+        self.stepper.monitor.recent.extend(saved.meta["recent"])
         return True
 
     def run(self) -> None:
         """All steps that are left. Raises TrainingError for a bad step, InterruptedRunError after SIGTERM; both leave
         the last checkpoint in place."""
-        before = sum(math.ceil(s.tokens / self.recipe.batch_tokens) for s in self.recipe.stages[: self.number])
         bar = tqdm(
             total=self.steps,
             initial=self.progress.step,
@@ -93,23 +93,10 @@ class StageRun:
             if self.progress.step == 0 and self.number == 0:
                 self._evaluate()
             while self.progress.step < self.steps:
-                start = time.perf_counter()
-                tokens, loss = self.stepper.take(interruption)
-                seconds = time.perf_counter() - start
-                self.progress.seconds += seconds
+                loss = self._take_step(bar, interruption)
                 step = self.progress.step
-                bar.update(1)
-                bar.set_postfix({"loss": f"{loss:.3f}", "tokens/s": f"{tokens / seconds:.0f}"})
-                groups = self.stepper.optimizer.param_groups if self.stepper.optimizer is not None else []
-                rates = {f"rate/{group['name']}": group["lr"] for group in groups}
-                self.accelerator.log({"loss": loss, "tokens_per_second": tokens / seconds, **rates}, step=before + step)
-                due = step % self.recipe.evaluate_every == 0 or step == self.steps
-                if due and (found := self._evaluate()):
-                    trained = [count > 0 for count in found["pairs_by_bucket"]]
-                    logged = {"held_out": found["loss"], "buckets_trained": sum(trained)}
-                    self.accelerator.log(logged, step=before + step)
-                    if bar.disable:  # a log file, say, where no bar is drawn
-                        self.say(f"step {step} of {self.steps}: loss {loss:.4f}, held-out {found['loss']:.4f}")
+                if step % self.recipe.evaluate_every == 0 or step == self.steps:
+                    self._evaluate_and_log(loss, in_words=bar.disable)  # a log file, say, where no bar is drawn
                 # The last step has one more chance: a signal may come while the stage is evaluated.
                 if stopped := self.stepper.signal if step < self.steps else self._signal(interruption):
                     self.save()
@@ -120,10 +107,38 @@ class StageRun:
                 if step % self.recipe.save_every == 0 and step < self.steps:
                     self.save()
 
+    def _take_step(self, bar: tqdm[Any], interruption: Interruption) -> float:
+        """One step, with what bar and trackers show of it: its loss."""
+        start = time.perf_counter()
+        tokens, loss = self.stepper.take(interruption)
+        seconds = time.perf_counter() - start
+        self.progress.seconds += seconds
+        bar.update(1)
+        bar.set_postfix({"loss": f"{loss:.3f}", "tokens/s": f"{tokens / seconds:.0f}"})
+        groups = self.stepper.optimizer.param_groups if self.stepper.optimizer is not None else []
+        rates = {f"rate/{group['name']}": group["lr"] for group in groups}
+        self._log({"loss": loss, "tokens_per_second": tokens / seconds, **rates})
+        return loss
+
+    def _evaluate_and_log(self, loss: float, in_words: bool) -> None:
+        """Measure the held-out loss, if the recipe asks for it, and show it beside the ``loss`` of the last step."""
+        if (result := self._evaluate()) is None:
+            return
+        trained = sum(count > 0 for count in result["pairs_by_bucket"])
+        self._log({"held_out": result["loss"], "buckets_trained": trained})
+        if in_words:
+            held_out = f"held-out {result['loss']:.4f}"
+            self.say(f"step {self.progress.step} of {self.steps}: loss {loss:.4f}, {held_out}")
+
+    def _log(self, values: dict[str, Any]) -> None:
+        """Give the trackers what belongs to the last step, which they count over all stages."""
+        before = sum(math.ceil(stage.tokens / self.recipe.batch_tokens) for stage in self.recipe.stages[: self.number])
+        self.accelerator.log(values, step=before + self.progress.step)
+
     def _signal(self, interruption: Interruption) -> int:
         """The signal that any process got, 0 for none."""
-        told = torch.tensor([interruption.signal or 0], device=self.accelerator.device)
-        return int(self.accelerator.gather(told).max())
+        own = torch.tensor([interruption.signal or 0], device=self.accelerator.device)
+        return int(self.accelerator.gather(own).max())
 
     def _evaluate(self) -> dict[str, Any] | None:
         if self.setup.held_out is None:
@@ -131,14 +146,14 @@ class StageRun:
         with self._evaluating():
             loss, by_length = self.setup.held_out.measure(self.model, self.accelerator)
         bucketing = bucketing_of(self.model)
-        found = {
+        result = {
             "step": self.progress.step,
             "loss": loss,
-            "by_length": [_plain(result) for result in by_length],
+            "by_length": [_as_json(one) for one in by_length],
             "pairs_by_bucket": [] if bucketing is None else pairs_by_bucket(self.progress.parts, bucketing),
         }
-        self.progress.evaluations.append(found)
-        return found
+        self.progress.evaluations.append(result)
+        return result
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -154,10 +169,6 @@ class StageRun:
         kinds = {DistributedType.FSDP: "FSDP2's", DistributedType.DEEPSPEED: "DeepSpeed's"}
         return kinds.get(self.accelerator.distributed_type, "whole")
 
-    def _write_state(self, folder: Path) -> str | None:
-        """Write the state into a folder; what went wrong, or None."""
-        return attempt(lambda: save_state(self.accelerator, self.model, self.stepper.optimizer, folder))
-
     def save(self) -> None:
         """Write a checkpoint; TrainingError where the disk is full, with the last one intact."""
         step, accelerator = self.progress.step, self.accelerator
@@ -166,17 +177,19 @@ class StageRun:
             self.checkpoints.discard(step)
             part.mkdir(parents=True, exist_ok=True)
         accelerator.wait_for_everyone()
-        wrong = self._write_state(part) if self.trains else None
-        if (failure := next(filter(None, gathered(self.accelerator, wrong)), None)) is None:
+        failure = self._first_failure(
+            lambda: save_state(accelerator, self.model, self.stepper.optimizer, part) if self.trains else None
+        )
+        if failure is None:
             meta = {
                 "mode": self._mode,
                 "progress": self.progress.to_json(),
                 "rows": self.setup.rows.state(),
-                "recent": list(self.stepper.guard.recent),
+                "recent": list(self.stepper.monitor.recent),
             }
-            if accelerator.is_main_process:
-                wrong = attempt(lambda: self.checkpoints.publish(step, meta))
-            failure = next(filter(None, gathered(self.accelerator, wrong)), None)
+            failure = self._first_failure(
+                lambda: self.checkpoints.publish(step, meta) if accelerator.is_main_process else None
+            )
         if failure is not None:
             if accelerator.is_main_process:
                 self.checkpoints.discard(step)
@@ -187,8 +200,12 @@ class StageRun:
                 "same command"
             )
 
+    def _first_failure(self, write: Callable[[], None]) -> str | None:
+        """Have every process write; why the first of those that could not failed, or None."""
+        return next(filter(None, gathered(self.accelerator, failure_of(write))), None)
 
-def _plain(result: LengthResult) -> dict[str, Any]:
+
+def _as_json(result: LengthResult) -> dict[str, Any]:
     return {
         "length": result.length,
         "nll": result.nll,

@@ -61,8 +61,8 @@ def load_state(accelerator: Accelerator, model: Any, optimizer: Any, folder: Pat
     since it was written by fewer."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         with _tensors_only():
-            found, _ = model.load_checkpoint(str(folder), ENGINE)
-        if found is None:
+            loaded, _ = model.load_checkpoint(str(folder), ENGINE)
+        if loaded is None:
             raise DamagedError(f"'{folder}' holds nothing that DeepSpeed can go on from: --restart")
         return _take_random_states(accelerator, folder)
     if accelerator.scaler is not None:  # before an FSDP2 optimizer, whose loading takes a step of nothing
@@ -87,7 +87,7 @@ def _sharded(model: Any, optimizer: Any) -> tuple[dict[str, Any], dict[str, Any]
     """The tensors of weights and optimizer by name, and the optimizer's single numbers, which are not sharded."""
     tensors = {f"model.{name}": tensor for name, tensor in get_model_state_dict(model).items()}
     rest: dict[str, Any] = {}
-    states: Any = get_optimizer_state_dict(model, _plain(optimizer))["state"]
+    states: Any = get_optimizer_state_dict(model, _unwrapped(optimizer))["state"]
     for parameter, state in states.items():
         for name, value in state.items():
             if isinstance(value, Tensor) and value.ndim:
@@ -102,15 +102,15 @@ def _load_shards(model: Any, optimizer: Any, folder: Path) -> None:
     dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder / SHARDS)))
     numbers = unpack(load_file(folder / OPTIMIZER))
     set_model_state_dict(model, {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")})
-    found: Any = get_optimizer_state_dict(model, _plain(optimizer))
-    for parameter, state in found["state"].items():
+    state_dict: Any = get_optimizer_state_dict(model, _unwrapped(optimizer))
+    for parameter, state in state_dict["state"].items():
         for name in state:
             key = f"optimizer.{parameter}.{name}"
             state[name] = tensors[key] if key in tensors else numbers[key]
-    set_optimizer_state_dict(model, _plain(optimizer), found)
+    set_optimizer_state_dict(model, _unwrapped(optimizer), state_dict)
 
 
-def _plain(optimizer: Any) -> Any:
+def _unwrapped(optimizer: Any) -> Any:
     """The optimizer that Accelerate wrapped."""
     return getattr(optimizer, "optimizer", optimizer)
 
@@ -143,8 +143,8 @@ def _set_random_states(accelerator: Accelerator, states: dict[str, Any]) -> None
 
 def _device_module(accelerator: Accelerator) -> Any:
     """PyTorch's module of the accelerator, where it has random states of its own."""
-    found = getattr(torch, accelerator.device.type, None)
-    return found if hasattr(found, "get_rng_state_all") else None
+    module = getattr(torch, accelerator.device.type, None)
+    return module if hasattr(module, "get_rng_state_all") else None
 
 
 @contextlib.contextmanager

@@ -10,23 +10,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
 from rpb_retrofit.errors import ConfigError, DataError, TrainingError
 from rpb_retrofit.evaluation.speed import is_out_of_memory
-from rpb_retrofit.training.batches import Batch, Layout, Rows, collate, length_of_step
-from rpb_retrofit.training.guard import Guard, first_bad_gradient, first_bad_module
-from rpb_retrofit.training.held_out import HeldOut
-from rpb_retrofit.training.objective import Objective, masked
+from rpb_retrofit.training.batches import Batch, Row, collate, length_of_step
+from rpb_retrofit.training.loss_monitor import LossMonitor, first_nonfinite_gradient, first_nonfinite_module
+from rpb_retrofit.training.objective import masked
 from rpb_retrofit.training.parameters import optimizer_of, rate_factor
-from rpb_retrofit.training.processes import (
-    Interruption,
-    gathered,
-    shard_tables,
-)
-from rpb_retrofit.training.recipe import Recipe, Stage
+from rpb_retrofit.training.processes import Interruption, gathered, shard_tables
+from rpb_retrofit.training.recipe import Stage
+from rpb_retrofit.training.setup import TrainingSetup
 from rpb_retrofit.training.zero import prepare_for_zero
 
 
@@ -55,20 +50,6 @@ class Progress:
         return cls(**{**settings, "parts": Counter({int(n): count for n, count in settings["parts"].items()})})
 
 
-@dataclass(frozen=True)
-class TrainingSetup:
-    """What the stages of a run have in common."""
-
-    accelerator: Accelerator
-    recipe: Recipe
-    rows: Rows
-    layout: Layout
-    tokenizer: Any
-    objective: Objective
-    held_out: HeldOut | None
-    label: str
-
-
 class Stepper:
     """Takes the steps of stage ``number`` on ``model``, and notes them in ``progress``."""
 
@@ -77,7 +58,7 @@ class Stepper:
         self.accelerator, self.recipe = setup.accelerator, setup.recipe
         self.stage: Stage = setup.recipe.stages[number]
         self.steps = math.ceil(self.stage.tokens / setup.recipe.batch_tokens)
-        self.progress, self.guard = Progress(), Guard(setup.recipe.spike)
+        self.progress, self.monitor = Progress(), LossMonitor(setup.recipe.spike)
         self.signal = 0
         """What any process was sent during the last step, 0 for nothing."""
         for length in self.stage.lengths:
@@ -119,15 +100,16 @@ class Stepper:
             batch = masked(batch, self.setup.tokenizer, self.recipe.mask_share, seed)
         if not (scored := batch.scored):
             raise DataError(f"step {step + 1} of stage {self.number + 1} has no token to score: give longer documents")
-        mine = batch.part(slice(rank, None, world)).to(self.accelerator.device)
+        share = batch.part(slice(rank, None, world)).to(self.accelerator.device)
         for group in self.optimizer.param_groups if self.optimizer is not None else ():
             group["lr"] = group["peak"] * rate_factor(self.stage, step, self.steps)
-        total = self._accumulate(mine, length, scored)
-        told = torch.tensor([[total.item(), float(interruption.signal or 0)]], dtype=torch.float64)
-        told = self.accelerator.gather(told.to(self.accelerator.device, torch.float32)).cpu()
-        loss = told[:, 0].double().sum().item() / scored
-        self.signal = int(told[:, 1].max())
-        self._judge(loss, told[:, 0], mine, rows, scored, step)
+        total = self._accumulate(share, length, scored)
+        own = torch.tensor([[total.item(), float(interruption.signal or 0)]], dtype=torch.float64)
+        by_rank = self.accelerator.gather(own.to(self.accelerator.device, torch.float32)).cpu()
+        loss = by_rank[:, 0].double().sum().item() / scored
+        self.signal = int(by_rank[:, 1].max())
+        if (wrong := self._try_step(loss, rows, scored)) is not None:
+            self._refuse(wrong, loss, by_rank[:, 0], share, scored)
         self.progress.losses.append(loss)
         self.progress.step += 1
         return sum(len(part) for row in rows for part in row), loss
@@ -173,47 +155,55 @@ class Stepper:
                 if not is_out_of_memory(error):
                     raise
                 tried //= 2
-        said = f"{len(batch)} sequences of {length} tokens at once do not fit into memory"
+        what = f"{len(batch)} sequences of {length} tokens at once do not fit into memory"
         if fits:
-            return ConfigError(f"{said}; {fits} do: set micro_tokens={fits * length}")
+            return ConfigError(f"{what}; {fits} do: set micro_tokens={fits * length}")
         return ConfigError(
-            f"{said}, nor does one: use shorter lengths, gradient_checkpointing, precision=bf16 or FSDP2"
+            f"{what}, nor does one: use shorter lengths, gradient_checkpointing, precision=bf16 or FSDP2"
         )
 
-    def _judge(self, loss: float, by_rank: Tensor, batch: Batch, rows: Sequence[Any], scored: int, step: int) -> None:
-        """Clip, judge, and take or refuse the step."""
+    def _try_step(self, loss: float, rows: Sequence[Row], scored: int) -> str | None:
+        """Clip the gradients, and take the step unless something is wrong with it: what that is."""
         if self.optimizer is None:
             self.progress.scored += scored
-            return
+            return None
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.recipe.clip)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm) if norm is not None else 0.0
-        scaler = self.accelerator.scaler  # of float16, which overflows now and then, and then takes no step by itself
-        complaint = None if scaler is not None and math.isinf(norm) else self.guard.complaint(loss, norm)
-        if complaint is None:
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            self.progress.scored += scored
-            self.progress.parts.update(len(part) for row in rows for part in row)
-            return
-        bad = [rank for rank, sum_ in enumerate(by_rank.tolist()) if not math.isfinite(sum_)]
-        where = f" on rank {', '.join(map(str, bad))}" if bad else ""
+        overflow = self.accelerator.scaler is not None and math.isinf(norm)  # float16, whose scaler takes no step then
+        if not overflow and (wrong := self.monitor.problem(loss, norm)) is not None:
+            return wrong
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.progress.scored += scored
+        self.progress.parts.update(len(part) for row in rows for part in row)
+        return None
+
+    def _refuse(self, wrong: str, loss: float, by_rank: Tensor, share: Batch, scored: int) -> None:
+        """Say where a step went wrong; TrainingError unless the recipe skips such steps.
+
+        ``by_rank``: the sum of each process's losses, (processes,); ``share``: what this process computed its own on;
+        ``scored``: targets of all of them.
+        """
+        assert self.optimizer is not None, "what takes no step cannot take a bad one"
         if not math.isfinite(loss):
-            culprit = first_bad_module(self.model, lambda: self.setup.objective(self.model, batch))
+            culprit = first_nonfinite_module(self.model, lambda: self.setup.objective(self.model, share))
             what = "module"
         else:
             self.optimizer.zero_grad()  # clipping has spread what is not finite over all of them
-            self._accumulate(batch, batch.input_ids.shape[1], scored)
-            culprit, what = first_bad_gradient(self.model), "gradient"
-        found = [name for name in gathered(self.accelerator, culprit) if name]
-        place = f"; the first {what} with a non-finite value is {found[0]}" if found else ""
-        said = f"step {step + 1} of stage {self.number + 1}{where}: {complaint}{place}"
+            self._accumulate(share, share.input_ids.shape[1], scored)
+            culprit, what = first_nonfinite_gradient(self.model), "gradient"
+        culprits = [name for name in gathered(self.accelerator, culprit) if name]
+        place = f"; the first {what} with a non-finite value is {culprits[0]}" if culprits else ""
+        ranks = [str(rank) for rank, total in enumerate(by_rank.tolist()) if not math.isfinite(total)]
+        where = f" on rank {', '.join(ranks)}" if ranks else ""
+        message = f"step {self.progress.step + 1} of stage {self.number + 1}{where}: {wrong}{place}"
         self.optimizer.zero_grad()
         if self.recipe.on_bad_step == "stop":
             raise TrainingError(
-                f"{said}. Lower the rates, or set on_bad_step=skip; the last checkpoint is beside OUT, in OUT.run"
+                f"{message}. Lower the rates, or set on_bad_step=skip; the last checkpoint is beside OUT, in OUT.run"
             )
-        if scaler is not None:
-            scaler.update()
-        self.progress.skipped.append(said)
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()
+        self.progress.skipped.append(message)
         if self.accelerator.is_main_process:
-            tqdm.write(f"skipped {said}")
+            tqdm.write(f"skipped {message}")

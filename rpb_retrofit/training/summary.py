@@ -65,7 +65,7 @@ class Summary:
             ]
             if not after["by_length"]:
                 lines.append(f"held-out objective: {number(before['loss'], '.4f')} -> {number(after['loss'], '.4f')}")
-        skipped = [said for stage in self.stages for said in stage.skipped]
+        skipped = [reason for stage in self.stages for reason in stage.skipped]
         lines += [f"{len(skipped)} steps skipped; the first: {skipped[0]}"] if skipped else []
         if untrained := set.intersection(*(set(stage.untrained_buckets) for stage in self.stages)):
             named = ", ".join(map(str, sorted(untrained)))
@@ -75,10 +75,10 @@ class Summary:
 
 def read_summary(folder: Path) -> Summary:
     """The summary that `write_summary` wrote. CheckpointError where the file holds something else."""
-    found = checked(folder / SUMMARY, _Summary, "rpb finetune")
+    content = checked(folder / SUMMARY, _Summary, "rpb finetune")
     known = {field.name for field in fields(Summary)}
-    stages = [StageSummary(**{f.name: stage[f.name] for f in fields(StageSummary)}) for stage in found["stages"]]
-    return Summary(**{**{name: found[name] for name in known if name in found}, "stages": stages})
+    stages = [StageSummary(**{f.name: stage[f.name] for f in fields(StageSummary)}) for stage in content["stages"]]
+    return Summary(**{**{name: content[name] for name in known if name in content}, "stages": stages})
 
 
 class _Length(Written):

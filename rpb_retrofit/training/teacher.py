@@ -38,7 +38,7 @@ def share_weights(teacher: PreTrainedModel, student: nn.Module) -> int:
     Returns how many bytes that spares.
     """
     frozen = {
-        _plain(name): parameter
+        _without_peft(name): parameter
         for name, parameter in student.named_parameters(remove_duplicate=False)
         if not parameter.requires_grad
     }
@@ -53,6 +53,6 @@ def share_weights(teacher: PreTrainedModel, student: nn.Module) -> int:
     return spared
 
 
-def _plain(name: str) -> str:
+def _without_peft(name: str) -> str:
     """A parameter's name without what PEFT puts around it."""
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".")

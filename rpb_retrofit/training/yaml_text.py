@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from rpb_retrofit.errors import ConfigError
+from rpb_retrofit.files.printable import message_of
 
 LARGEST = 256 * 1024
 """Bytes of a document: a recipe has some hundred, and the parser takes seconds for a megabyte."""
@@ -15,7 +16,7 @@ MOST_NODES = 100_000
 """Values of a document, an alias counting as all that it stands for."""
 
 
-class _Strict(yaml.SafeLoader):
+class _StrictLoader(yaml.SafeLoader):
     """Safe YAML in which a key stands once, a number fits 64 bits, and aliases stay few."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -44,7 +45,7 @@ class _Strict(yaml.SafeLoader):
         return node
 
 
-_Strict.add_constructor("tag:yaml.org,2002:int", _Strict.construct_yaml_int)
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_int)
 
 
 def _size(node: yaml.Node, known: dict[int, int]) -> int:
@@ -65,9 +66,9 @@ def read_yaml(text: str, what: str) -> Any:
     if len(text) > LARGEST:
         raise ConfigError(f"{what} is not read: it has more than {LARGEST:,} characters")
     try:
-        return yaml.load(text, Loader=_Strict)
+        return yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{what} is not YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{what} is not YAML: {message_of(error)}") from error
     except RecursionError as error:
         raise ConfigError(f"{what} is not read: it is nested too deep") from error
     except (ValueError, OverflowError, AttributeError, TypeError) as error:  # a date without a day, say

@@ -11,7 +11,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 from rpb_retrofit.errors import ConfigError
 from rpb_retrofit.training.recipe import Recipe
 
-OWN_WAY = {
+CONFLICTING = {
     "gradient_accumulation_steps": "the recipe's batch_tokens says how much a step sees: set it to 1",
     "fp16": "rounded weights would be saved: disable it, and set the recipe's precision",
     "bf16": "rounded weights would be saved: disable it, and set the recipe's precision",
@@ -52,7 +52,7 @@ def check_zero(accelerator: Accelerator, recipe: Recipe) -> None:
     if recipe.precision == "fp16":
         raise ConfigError("precision='fp16': DeepSpeed would save rounded weights; choose bf16 or no, or use FSDP2")
     settings = accelerator.state.deepspeed_plugin.deepspeed_config
-    for key, remedy in OWN_WAY.items():
+    for key, remedy in CONFLICTING.items():
         if _on(settings.get(key)):
             raise ConfigError(f"DeepSpeed's {key}={settings[key]!r}: {remedy}")
 

@@ -206,7 +206,7 @@ def test_a_t5_arm_is_the_retrofit_that_its_command_makes(name: str) -> None:
     """The options that it prints, given to `retrofit`, make the same model."""
     source = source_of(CAUSAL[0])
     model, how = applied(name, source)
-    words = how.removeprefix("rpb retrofit SOURCE OUT ").split()
+    words = how.removeprefix("rpb retrofit SOURCE OUT").split()
     given = {
         key.removeprefix("--").replace("-", "_"): value for key, value in zip(words[::2], words[1::2], strict=True)
     }

@@ -202,6 +202,6 @@ def test_a_full_disk_costs_the_going_on_only(tmp_path: Path, monkeypatch: pytest
         def full(*_: Any) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("rpb_retrofit.files.journal.write_whole", full)
+        monkeypatch.setattr("rpb_retrofit.files.journal.write_entry", full)
         assert journal("one", lambda: 1) == 1 and journal("one", lambda: 2) == 1
     assert len(said) == 1 and "No space left on device" in said[0]

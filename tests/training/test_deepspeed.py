@@ -25,7 +25,7 @@ from rpb_retrofit.errors import ConfigError, InterruptedRunError, RevertError, U
 from rpb_retrofit.runtime.anatomy import Anatomy
 from rpb_retrofit.training.recipe import Recipe
 from rpb_retrofit.training.step import Stepper
-from rpb_retrofit.training.zero import OWN_WAY, check_zero
+from rpb_retrofit.training.zero import CONFLICTING, check_zero
 from tests.families.cases import CASES, Case
 from tests.families.test_contract import CONFIG, build, inputs_of, retrofitted, tokens
 from tests.support.deepspeed_cases import ZERO3, choose, under_deepspeed
@@ -198,12 +198,12 @@ def accelerator_with(settings: dict[str, Any]) -> Any:
     return SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, state=SimpleNamespace(deepspeed_plugin=plugin))
 
 
-@pytest.mark.parametrize("key", OWN_WAY)
+@pytest.mark.parametrize("key", CONFLICTING)
 def test_settings_that_contradict_the_recipe(key: str) -> None:
     check_zero(accelerator_with(HARMLESS), Recipe())
     with pytest.raises(ConfigError, match=f"^DeepSpeed's {key}=.*: ") as caught:
         check_zero(accelerator_with({**HARMLESS, key: REFUSED[key]}), Recipe())
-    assert OWN_WAY[key] in str(caught.value)
+    assert CONFLICTING[key] in str(caught.value)
 
 
 @pytest.mark.parametrize("changes", [{"precision": "fp16"}, {"micro_tokens": 64}, {"on_bad_step": "skip"}], ids=str)

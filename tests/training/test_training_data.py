@@ -22,7 +22,7 @@ from rpb_retrofit.text import special_tokens
 from rpb_retrofit.training.batches import IGNORED, Layout, Rows, collate, layout_of, pairs_by_bucket
 from rpb_retrofit.training.divergence import divergence
 from rpb_retrofit.training.documents import Finite, Mixture, Streaming, hold_out, open_sources
-from rpb_retrofit.training.guard import RECENT, Guard
+from rpb_retrofit.training.loss_monitor import RECENT, LossMonitor
 from rpb_retrofit.training.objective import Objective, masked
 from rpb_retrofit.training.parameters import groups, prepare, rate_factor
 from rpb_retrofit.training.recipe import Recipe, Stage, read_recipe
@@ -355,13 +355,13 @@ def test_groups() -> None:
     ]  # fmt: skip
 
 
-def test_the_guard() -> None:
-    guard = Guard(spike=2.0)
-    assert guard.complaint(float("nan"), 1.0) == "the loss is nan"
-    assert guard.complaint(1.0, float("inf")) == "the norm of the gradients is inf"
-    assert guard.complaint(50.0, 1.0) is None, "there is nothing yet to measure a spike from"
+def test_the_loss_monitor() -> None:
+    monitor = LossMonitor(spike=2.0)
+    assert monitor.problem(float("nan"), 1.0) == "the loss is nan"
+    assert monitor.problem(1.0, float("inf")) == "the norm of the gradients is inf"
+    assert monitor.problem(50.0, 1.0) is None, "there is nothing yet to measure a spike from"
     for _ in range(RECENT):
-        assert guard.complaint(1.0, 1.0) is None
-    assert guard.complaint(2.9, 1.0) is None
-    assert "spike=2.0" in (guard.complaint(3.2, 1.0) or "")
-    assert Guard(spike=None).complaint(1e9, 1.0) is None
+        assert monitor.problem(1.0, 1.0) is None
+    assert monitor.problem(2.9, 1.0) is None
+    assert "spike=2.0" in (monitor.problem(3.2, 1.0) or "")
+    assert LossMonitor(spike=None).problem(1e9, 1.0) is None

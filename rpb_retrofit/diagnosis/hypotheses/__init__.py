@@ -42,7 +42,7 @@ from rpb_retrofit.diagnosis.hypotheses import (
     wrong_scale,
 )
 from rpb_retrofit.diagnosis.measurements import Measurements
-from rpb_retrofit.files.source import one_line
+from rpb_retrofit.files.printable import message_of
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Hypothesis:
         try:
             finding = self.examine(measurements)
         except Exception as error:  # whatever a model raises that is at fault
-            finding = replace(unknown(f"{type(error).__name__}: {one_line(error)}"), failed=True)
+            finding = replace(unknown(f"{type(error).__name__}: {message_of(error)}"), failed=True)
         return Outcome(self.name, self.cause, self.predicts, self.kind, finding)
 
 

@@ -6,7 +6,7 @@ import torch
 
 from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded
 from rpb_retrofit.diagnosis.measurements import Measurements
-from rpb_retrofit.files.source import one_line
+from rpb_retrofit.files.printable import message_of
 from rpb_retrofit.tables.recording import run
 
 CAUSE = "the model does not run"
@@ -20,5 +20,7 @@ def examine(measurements: Measurements) -> Finding:
     try:
         run(measurements.arms.retrofit, measurements.window(min(measurements.lengths)))
     except Exception as error:  # whatever a model raises
-        return confirmed(f"{type(error).__name__}: {one_line(error)}", "do what the error says; everything else waits")
+        return confirmed(
+            f"{type(error).__name__}: {message_of(error)}", "do what the error says; everything else waits"
+        )
     return excluded("a forward pass ends well")

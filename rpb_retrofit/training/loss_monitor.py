@@ -14,14 +14,14 @@ RECENT = 20
 """Steps whose mean loss a spike is measured from."""
 
 
-class Guard:
+class LossMonitor:
     """Judges each step by its loss and the norm of its gradients, which all processes have in common."""
 
     def __init__(self, spike: float | None) -> None:
         self.spike = spike
         self.recent: deque[float] = deque(maxlen=RECENT)
 
-    def complaint(self, loss: float, norm: float) -> str | None:
+    def problem(self, loss: float, norm: float) -> str | None:
         """What is wrong with a step, or None; only good steps are remembered."""
         if not math.isfinite(loss):
             return f"the loss is {loss}"
@@ -36,17 +36,17 @@ class Guard:
 
 
 @torch.no_grad()
-def first_bad_module(model: nn.Module, run: Callable[[], Any]) -> str | None:
+def first_nonfinite_module(model: nn.Module, run: Callable[[], Any]) -> str | None:
     """The name of the first module whose output has a value that is not finite, in a run of the model."""
-    found: list[str] = []
+    broken: list[str] = []
     hooks = []
     for name, module in model.named_modules():
 
         def look(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
             tensors = output if isinstance(output, tuple | list) else [output]
-            bad = any(isinstance(x, Tensor) and x.is_floating_point() and not x.isfinite().all() for x in tensors)
-            if bad and not found:
-                found.append(name or type(module).__name__)
+            wrong = any(isinstance(x, Tensor) and x.is_floating_point() and not x.isfinite().all() for x in tensors)
+            if wrong and not broken:
+                broken.append(name or type(module).__name__)
 
         hooks.append(module.register_forward_hook(look))
     try:
@@ -54,10 +54,10 @@ def first_bad_module(model: nn.Module, run: Callable[[], Any]) -> str | None:
     finally:
         for hook in hooks:
             hook.remove()
-    return found[0] if found else None
+    return broken[0] if broken else None
 
 
-def first_bad_gradient(model: nn.Module) -> str | None:
+def first_nonfinite_gradient(model: nn.Module) -> str | None:
     """The name of the last parameter whose gradient is not finite: as gradients flow, the first."""
     for name, parameter in reversed(list(model.named_parameters())):
         if parameter.grad is not None and not _local(parameter.grad).isfinite().all():
