@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -74,6 +75,17 @@ def _states_distance(model: Model, teacher: Model | None, batch: Batch, scored: 
         state, wanted = state[scored].float(), wanted[scored].float()
         total = total + ((state - wanted).square().sum(-1) / wanted.square().sum(-1).clamp(min=1e-12)).sum()
     return total / len(learnt)
+
+
+@contextmanager
+def comparing_attention(objective: Objective, student: PreTrainedModel) -> Iterator[Objective]:
+    """Inside, the objective also compares the attention of ``student`` with its teacher's, where it is to."""
+    if not objective.weight:
+        yield objective
+        return
+    assert objective.teacher is not None, "only distillation has a weight"
+    with closing(Relations(student, objective.teacher)) as relations:
+        yield replace(objective, relations=relations)
 
 
 def objective_for(recipe: Recipe, model: PreTrainedModel, causal: bool, teacher: PreTrainedModel | None) -> Objective:

@@ -25,10 +25,10 @@ from rpb_retrofit.files.source import find
 from rpb_retrofit.tables.checksums import record
 from rpb_retrofit.training.checkpoints import STATE, RunFolder, read_manifest, run_checksum, write_manifest
 from rpb_retrofit.training.identity import identity_of
+from rpb_retrofit.training.objective import comparing_attention
 from rpb_retrofit.training.parameters import merged, prepare
 from rpb_retrofit.training.processes import on_main, open_accelerator
 from rpb_retrofit.training.recipe import Recipe
-from rpb_retrofit.training.relations import Relations
 from rpb_retrofit.training.setup import TrainingSetup, open_setup
 from rpb_retrofit.training.stage import StageRun
 from rpb_retrofit.training.step import Progress
@@ -188,15 +188,12 @@ class _Stages:
             self.say(
                 f"stage {number + 1}: the source shares {spared / 1e6:.0f} MB of weights with the model in training"
             )
-        setup = self.setup
-        if self.recipe.relations:
-            assert self.teacher is not None
-            objective = replace(setup.objective, relations=Relations(model, self.teacher))
-            setup = replace(setup, objective=objective)
-        run = StageRun(setup, number, student, self._checkpoints(number), self.say, self.checksum)
-        if run.resume():
-            self.say(f"stage {number + 1}: going on after step {run.progress.step} of {run.steps}")
-        run.run()
+        with comparing_attention(self.setup.objective, model) as objective:
+            setup = replace(self.setup, objective=objective)
+            run = StageRun(setup, number, student, self._checkpoints(number), self.say, self.checksum)
+            if run.resume():
+                self.say(f"stage {number + 1}: going on after step {run.progress.step} of {run.steps}")
+            run.run()
         weights = accelerator.get_state_dict(run.model) if run.trains else None
         accelerator.free_memory()
         return run.progress, weights

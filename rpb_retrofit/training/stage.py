@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from tqdm import tqdm
 
 from rpb_retrofit.errors import ConfigError, InterruptedRunError, TrainingError
 from rpb_retrofit.evaluation.nll import LengthResult
+from rpb_retrofit.instruments.modes import evaluating
 from rpb_retrofit.training.batches import bucketing_of, pairs_by_bucket
 from rpb_retrofit.training.checkpoints import Checkpoints, failure_of
 from rpb_retrofit.training.processes import Interruption, gathered, on_main
@@ -143,7 +143,7 @@ class StageRun:
     def _evaluate(self) -> dict[str, Any] | None:
         if self.setup.held_out is None:
             return None
-        with self._evaluating():
+        with evaluating(self.model):
             loss, by_length = self.setup.held_out.measure(self.model, self.accelerator)
         bucketing = bucketing_of(self.model)
         result = {
@@ -154,14 +154,6 @@ class StageRun:
         }
         self.progress.evaluations.append(result)
         return result
-
-    @contextlib.contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        self.model.eval()
-        try:
-            yield
-        finally:
-            self.model.train()
 
     @property
     def _mode(self) -> str:

@@ -17,6 +17,7 @@ from rpb_retrofit.runtime.anatomy import Anatomy
 from rpb_retrofit.tables.recording import run
 from tests.families.cases import CASES
 from tests.families.test_contract import build, inputs_of, tokens
+from tests.support.module_state import module_state
 
 BY_NAME = {str(case): case for case in CASES}
 
@@ -39,19 +40,6 @@ def failing(name: str, attend: Attend) -> Attend:
     return fail
 
 
-def state(model: torch.nn.Module) -> list[Any]:
-    """Everything that hangs on a model's modules and configs, parameters and buffers aside."""
-    modules = [
-        {
-            key: value if isinstance(value, bool | int | str | float) else id(value)
-            for key, value in vars(module).items()
-        }
-        for module in model.modules()
-    ]
-    configs = [dict(vars(config)) for config in Anatomy.of(model).configs]  # type: ignore[arg-type]
-    return [modules, [{key: str(value) for key, value in config.items()} for config in configs]]
-
-
 INSTRUMENTS: dict[str, Callable[[Anatomy], AbstractContextManager[None]]] = {
     "evaluating": lambda anatomy: evaluating(anatomy.model),
     "eager": eager,
@@ -72,14 +60,14 @@ def test_a_model_is_left_as_it_was(instrument: str, retrofitted: bool, family: s
     next(model.children()).eval()  # one part that evaluates, as a frozen one may
     if retrofitted:
         rpb.retrofit(model, rpb.RetrofitConfig(init="zeros"))
-    anatomy, before = Anatomy.of(model), state(model)
+    anatomy, before = Anatomy.of(model), module_state(model)
     with INSTRUMENTS[instrument](anatomy):
-        changed = state(model) != before
+        changed = module_state(model) != before
     assert changed or (instrument == "eager" and family == "bloom"), "it did something"
-    assert state(model) == before
+    assert module_state(model) == before
     with pytest.raises(Failure), INSTRUMENTS[instrument](anatomy):
         raise Failure
-    assert state(model) == before
+    assert module_state(model) == before
 
 
 @pytest.mark.parametrize("family", ["llama", "bert", "bart", "gemma3_text"])
@@ -98,10 +86,10 @@ def test_what_is_put_in_its_place_runs(retrofitted: bool) -> None:
     model = build(BY_NAME["llama"]).eval()
     if retrofitted:
         rpb.retrofit(model, rpb.RetrofitConfig(init="zeros"))
-    before = state(model)
+    before = module_state(model)
     with pytest.raises(Failure), intercepted(Anatomy.of(model), failing):
         run(model, tokens(1, 8)[0])
-    assert state(model) == before
+    assert module_state(model) == before
     run(model, tokens(1, 8)[0])
 
 
