@@ -26,10 +26,9 @@ from rpb_retrofit.checkpoint.convert import retrofit_checkpoint
 from rpb_retrofit.cli import main
 from rpb_retrofit.errors import CheckpointError, ConfigError, NotRetrofittedError, UnsupportedModelError
 from rpb_retrofit.runtime import modeling
-from tests.families.cases import CASES
-from tests.families.test_contract import AUTO, CONFIG, build, inputs_of, tokens
+from tests.families.cases import BY_NAME, CASES
+from tests.support.tiny_models import AUTO, CONFIG, build, inputs_of, tokens
 
-BY_NAME = {str(case): case for case in CASES}
 RPB = [sys.executable, "-c", "from rpb_retrofit.cli import main; main()"]
 
 

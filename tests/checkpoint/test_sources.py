@@ -24,10 +24,9 @@ from rpb_retrofit.checkpoint.convert import retrofit_checkpoint
 from rpb_retrofit.checkpoint.load import open_model
 from rpb_retrofit.errors import CheckpointError, ConfigError, MissingTablesError, RetrofitError
 from tests.checkpoint.test_checkpoint import edit_config, rpb_command
-from tests.families.cases import CASES
-from tests.families.test_contract import CONFIG, build, retrofitted, tokens
+from tests.families.cases import BY_NAME, CASES
+from tests.support.tiny_models import CONFIG, build, retrofitted, tokens
 
-BY_NAME = {str(case): case for case in CASES}
 UP = "model.layers.0.mlp.up_proj.weight"
 
 

@@ -22,7 +22,7 @@ from rpb_retrofit.runtime.modeling import RUNTIME_FILES
 from tests.checkpoint.test_checkpoint import edit_config
 from tests.checkpoint.test_sources import BY_NAME, refusal
 from tests.checkpoint.test_sources import source as source  # the fixture
-from tests.families.test_contract import CONFIG, build
+from tests.support.tiny_models import CONFIG, build
 
 MARK = "code of the source ran"
 

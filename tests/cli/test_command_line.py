@@ -23,7 +23,7 @@ from rpb_retrofit.errors import ConfigError
 from rpb_retrofit.files.printable import shortened
 from rpb_retrofit.files.strict_json import json_text
 from rpb_retrofit.training.recipe import read_recipe
-from tests.checkpoint.test_checkpoint import RPB, rpb_command
+from tests.support.command import RPB, rpb_command
 from tests.support.training_cases import PROSE, write_retrofit, write_source
 
 

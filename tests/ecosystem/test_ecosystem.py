@@ -37,7 +37,8 @@ from trl import SFTConfig, SFTTrainer
 import rpb_retrofit as rpb
 from rpb_retrofit.runtime.modeling import FILE_LOCKS, LOCK, RUNTIME_FILES, submodels
 from tests.families.cases import CASES, Case
-from tests.families.test_contract import (
+from tests.support.hub_stub import Hub
+from tests.support.tiny_models import (
     AUTO,
     CONFIG,
     VOCAB,
@@ -48,7 +49,6 @@ from tests.families.test_contract import (
     saved_config,
     tokens,
 )
-from tests.support.hub_stub import Hub
 from tests.support.training_cases import PROSE, small_tokenizer, write_retrofit, write_source
 
 LLAMA, BERT, GPT2, T5 = (case for name in ("llama", "bert", "gpt2", "t5") for case in CASES if str(case) == name)

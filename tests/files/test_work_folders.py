@@ -25,7 +25,7 @@ from rpb_retrofit.files.folder import whole_folder
 from rpb_retrofit.files.spool import Spool
 from rpb_retrofit.files.work import WorkFolder
 from rpb_retrofit.training.checkpoints import RunFolder
-from tests.checkpoint.test_checkpoint import rpb_command
+from tests.support.command import rpb_command
 from tests.support.training_cases import PROSE, write_retrofit, write_source
 
 

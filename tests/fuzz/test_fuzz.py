@@ -23,9 +23,9 @@ from hypothesis import strategies as st
 
 import rpb_retrofit as rpb
 from rpb_retrofit.training.recipe import Recipe
-from tests.checkpoint.test_checkpoint import RPB
 from tests.fuzz import inputs
 from tests.fuzz.property import judge, run, strict
+from tests.support.command import RPB
 from tests.support.training_cases import PROSE, write_retrofit, write_source
 
 SECONDS = float(os.environ.get("RPB_FUZZ_SECONDS", "45"))

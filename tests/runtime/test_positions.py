@@ -23,19 +23,14 @@ from rpb_retrofit.errors import ConfigError
 from rpb_retrofit.runtime import buckets
 from rpb_retrofit.runtime.modeling import positioned
 from rpb_retrofit.runtime.positions import JUDGED, POSITIONS, Positions, extended
-from tests.families.cases import CASES, Case
+from tests.families.cases import BY_NAME, CASES, Case
 from tests.families.reference import float64_copy, with_bias
-from tests.families.test_contract import MAX_DISTANCE, build, closeness, retrofitted, tokens
 from tests.runtime.test_engine_in_models import ways
+from tests.support.tiny_models import MAX_DISTANCE, build, closeness, families, retrofitted, tokens
 
-BY_NAME = {str(case): case for case in CASES}
 RESTARTED = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5], [0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 7, 8]])
 DECODERS = ("llama", "mistral", "gemma3_text", "gpt2", "falcon-rope", "llama4_text", "bert-decoder")
 pytestmark = pytest.mark.filterwarnings("ignore:.*(slow path|generation flags):UserWarning", "ignore::FutureWarning")
-
-
-def families(*names: str) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("case", [BY_NAME[name] for name in names], ids=str)
 
 
 @pytest.fixture

@@ -21,14 +21,12 @@ from rpb_retrofit.tables.fit import RowPairs, fit, loss, target_of
 from rpb_retrofit.tables.output_metric import metrics
 from rpb_retrofit.tables.outputs import SHARE, Outputs, fit_outputs
 from rpb_retrofit.tables.parameters import ParameterLayout
-from tests.families.cases import CASES
-from tests.families.test_contract import build, tokens
-from tests.tables.test_fit import FORMS, Planted, exactly, explicit_scores
+from tests.families.cases import BY_NAME
+from tests.support.planted import FORMS, Planted, exactly, explicit_scores
+from tests.support.tiny_models import build, tokens
 
 VALUE = 5
 """Dimensions of a value: others than those of a key."""
-
-BY_NAME = {str(case): case for case in CASES}
 
 
 def with_values(planted: Planted, windows: int) -> RowPairs:

@@ -15,10 +15,8 @@ import rpb_retrofit as rpb
 from rpb_retrofit.errors import ConfigError
 from rpb_retrofit.runtime.buckets import Bucketing, bucket_of, offsets_of
 from rpb_retrofit.tables.rebucket import rebucket
-from tests.families.cases import CASES
-from tests.families.test_contract import CONFIG, build, inputs_of, retrofitted, tokens
-
-BY_NAME = {str(case): case for case in CASES}
+from tests.families.cases import BY_NAME
+from tests.support.tiny_models import CONFIG, build, inputs_of, retrofitted, tokens
 
 
 def bucketings(bidirectional: st.SearchStrategy[bool]) -> st.SearchStrategy[Bucketing]:

@@ -27,8 +27,8 @@ from rpb_retrofit.training.recipe import Recipe
 from rpb_retrofit.training.step import Stepper
 from rpb_retrofit.training.zero import OWN_WAY, check_zero
 from tests.families.cases import CASES, Case
-from tests.families.test_contract import CONFIG, build, inputs_of, retrofitted, tokens
 from tests.support.deepspeed_cases import ZERO3, choose, under_deepspeed
+from tests.support.tiny_models import CONFIG, build, inputs_of, retrofitted, tokens
 from tests.support.training_cases import PROSE, SIZE, run, small_tokenizer, write_retrofit
 
 TAUGHT: dict[str, Any] = {

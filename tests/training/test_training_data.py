@@ -26,9 +26,9 @@ from rpb_retrofit.training.guard import RECENT, Guard
 from rpb_retrofit.training.objective import Objective, masked
 from rpb_retrofit.training.parameters import groups, prepare, rate_factor
 from rpb_retrofit.training.recipe import Recipe, Stage, read_recipe
-from tests.checkpoint.test_checkpoint import rpb_command
 from tests.families.cases import CASES
-from tests.families.test_contract import retrofitted
+from tests.support.command import rpb_command
+from tests.support.tiny_models import retrofitted
 from tests.support.training_cases import small_tokenizer
 
 NOTHING = torch.empty(0, dtype=torch.long)
