@@ -19,9 +19,9 @@ import rpb_retrofit as rpb
 from rpb_retrofit.checkpoint.convert import retrofit_checkpoint
 from rpb_retrofit.errors import CheckpointError, RetrofitError
 from rpb_retrofit.runtime.modeling import RUNTIME_FILES
-from tests.checkpoint.test_checkpoint import edit_config
-from tests.checkpoint.test_sources import BY_NAME, refusal
-from tests.checkpoint.test_sources import source as source  # the fixture
+from tests.families.cases import BY_NAME
+from tests.support.command import refusal
+from tests.support.sources import edit_config
 from tests.support.tiny_models import CONFIG, build
 
 MARK = "code of the source ran"
