@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ import torch
 import rpb_retrofit as rpb
 from rpb_retrofit.runtime.modeling import FILE_LOCKS, LOCK, RUNTIME_FILES
 from tests.families.cases import BY_NAME
-from tests.support.hub_stub import Hub
+from tests.support.hub_stub import HubServer
 from tests.support.tiny_models import logits_of, retrofitted, saved_config
 
 pytestmark = pytest.mark.process
@@ -25,11 +24,10 @@ pytestmark = pytest.mark.process
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[tuple[str, Path]]:
     """A server that speaks as much of the hub's protocol as an upload needs: its address, and where the files go."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.folder = tmp_path / "hub"
+    server = HubServer(tmp_path / "hub")
     server.folder.mkdir()
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", server.folder
+    yield server.url, server.folder
     server.shutdown()
     server.server_close()
 

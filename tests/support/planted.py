@@ -86,6 +86,7 @@ def explicit_scores(student: AttentionRows, layout: ParameterLayout, numbers: Te
     """Scores by their definition: complex products and a bias for every pair of tokens, no views and no sums."""
     buckets, bias = layout.bucketing.num_buckets, layout.num_bias
     offset = torch.tensor(student.positions)[:, None] - torch.arange(student.keys)
+    assert student.query is not None and student.key is not None
     query, key = student.query, student.key.repeat_interleave(len(student.query) // len(student.key), 0)
     content = query @ key.mT
     if layout.pairs is not None:

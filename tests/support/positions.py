@@ -12,7 +12,7 @@ RESTARTED = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5], [0, 1, 2, 0, 1, 
 
 def by_steps(model: PreTrainedModel, ids: Tensor, positions: Tensor, cache: Cache | None, cuts: list[int]) -> Tensor:
     """The logits of a text that comes in parts, each with its positions, which the model tells apart by a mask."""
-    steps, start = [], 0
+    steps, start = list[Tensor](), 0
     for end in cuts:
         out = model(
             ids[:, start:end],

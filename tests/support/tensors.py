@@ -14,8 +14,10 @@ def weights_of(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor], **tolerances: float) -> None:
-    """The same names, at least one, and values within ``atol`` and ``rtol``, by default those of the dtype."""
+def assert_close(
+    found: dict[str, Tensor], wanted: dict[str, Tensor], *, atol: float | None = None, rtol: float | None = None
+) -> None:
+    """The same names, at least one, and values within the tolerances, by default those of PyTorch for the dtype."""
     assert found.keys() == wanted.keys() and found
     for name, tensor in wanted.items():
-        torch.testing.assert_close(found[name], tensor, msg=name, **tolerances)
+        torch.testing.assert_close(found[name], tensor, atol=atol, rtol=rtol, msg=name)
