@@ -17,6 +17,8 @@ from rpb_retrofit.checkpoint.convert import retrofit_checkpoint
 from tests.support.command import RPB
 from tests.support.tiny_models import CONFIG
 
+pytestmark = pytest.mark.process
+
 
 def test_kill_leaves_nothing(furnished: Path, tmp_path: Path) -> None:
     """kill -9 while the weights are written: no OUT; the next run sweeps up and succeeds."""

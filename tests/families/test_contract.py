@@ -145,6 +145,7 @@ def plain_process() -> Iterator[Callable[[dict], dict]]:
     process.wait()
 
 
+@pytest.mark.process
 @every_family
 @torch.no_grad()
 def test_5_reload_three_ways(case: Case, tmp_path: Path, plain_process: Callable[[dict], dict]) -> None:
@@ -202,6 +203,7 @@ def test_7_gradients(case: Case) -> None:
     assert before - after - tables == set()
 
 
+@pytest.mark.process
 @every_family
 def test_8_missing_tables_are_an_error(case: Case, tmp_path: Path, plain_process: Callable[[dict], dict]) -> None:
     model = retrofitted(case)

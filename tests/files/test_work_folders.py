@@ -215,6 +215,7 @@ def write_slowly(out: Path, started: Any) -> None:
         time.sleep(60)
 
 
+@pytest.mark.process
 def test_a_lock_not_a_process_id(tmp_path: Path) -> None:
     """Two at once leave each other alone, also where neither sees the other's process, as in two containers; what a
     killed one left goes with the next, also where its process id was given out again."""
@@ -257,6 +258,7 @@ def test_marks_that_are_none(mark: str, tmp_path: Path) -> None:
         Claim.take(tmp_path, None)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("early", [True, False])
 def test_no_folder_for_temporary_files(early: bool, models: Path, tmp_path: Path) -> None:
     """Neither TMPDIR nor anything that Python falls back to, from the start, where PyTorch's import fails, or later."""

@@ -217,6 +217,7 @@ HOSTILE: dict[str, bytes] = {
 }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", HOSTILE)
 def test_the_same_in_a_process_of_its_own(name: str, models: Path) -> None:
     commands = {

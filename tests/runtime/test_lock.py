@@ -81,6 +81,7 @@ def runs_with(folder: Path, release: str) -> str:
     return ran.stderr.splitlines()[-1]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("release", ["4.50.3", "5.3.0", "5.16.1"])
 def test_travelling_code_names_the_release_it_needs_before_it_fails(release: str, tmp_path: Path) -> None:
     said = runs_with(tmp_path, release)
@@ -88,6 +89,7 @@ def test_travelling_code_names_the_release_it_needs_before_it_fails(release: str
     assert "ReleaseError" in said
 
 
+@pytest.mark.process
 def test_travelling_code_goes_on_with_the_oldest_release_and_later(tmp_path: Path) -> None:
     assert "ReleaseError" not in runs_with(tmp_path, "5.17.0")
     for release in ("5.17.0", "5.24.0.dev0", "6.0.0", transformers.__version__):
