@@ -56,8 +56,8 @@ def test_a_gguf_file_without_a_tensor(
     assert rpb.load(tmp_path / "out").config.num_hidden_layers == 1
     file = write_gguf(tmp_path / "model.gguf", without="blk.0.ffn_up")
     for arguments in (("retrofit", file, tmp_path / "no", "--init", "zeros"), ("evaluate", file)):
-        said = refusal(monkeypatch, capsys, *arguments)
-        assert "lacks 1 of its weights (model.layers.0.mlp.up_proj.weight)" in said
+        message = refusal(monkeypatch, capsys, *arguments)
+        assert "lacks 1 of its weights (model.layers.0.mlp.up_proj.weight)" in message
     assert not (tmp_path / "no").exists()
 
 

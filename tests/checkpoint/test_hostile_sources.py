@@ -155,8 +155,8 @@ def test_names_of_no_source(
         ("evaluate", name),
     ):
         if arguments[-1] != f"from:{name}" or not name.endswith(".gguf"):
-            said = refusal(monkeypatch, capsys, *arguments)
-            assert answer in said and len(said) < 1000
+            message = refusal(monkeypatch, capsys, *arguments)
+            assert answer in message and len(message) < 1000
     assert "no such user" in refusal(monkeypatch, capsys, "retrofit", source, "~nosuchuser/out", "--init", "zeros")
     with pytest.raises(CheckpointError):
         rpb.load(name if len(name) > 20 else "~nosuchuser")

@@ -61,8 +61,8 @@ def test_a_dollar_in_a_name_is_no_formula(
 
 
 def test_long_messages_are_shortened() -> None:
-    said = shortened("a" * 10_000 + "\n b")
-    assert len(said) < 2100 and said.startswith("aaa") and said.endswith("aa b") and "characters left out" in said
+    short = shortened("a" * 10_000 + "\n b")
+    assert len(short) < 2100 and short.startswith("aaa") and short.endswith("aa b") and "characters left out" in short
 
 
 def test_an_unforeseen_exception_is_one_line(
@@ -109,5 +109,5 @@ def test_errors_are_said_by_every_process(
     assert capsys.readouterr().err.startswith("rpb: --key is missing")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert rpb_command(monkeypatch, "explain", "--query", "1") == 2
-    whose = "rpb (process 1)" if rank == "1" else "rpb"
-    assert capsys.readouterr().err.startswith(f"{whose}: --key is missing")
+    program = "rpb (process 1)" if rank == "1" else "rpb"
+    assert capsys.readouterr().err.startswith(f"{program}: --key is missing")

@@ -61,7 +61,7 @@ MEANINGLESS = {
 
 
 @pytest.mark.parametrize(
-    ("command", "option", "value", "said"),
+    ("command", "option", "value", "message"),
     [(command, *row) for command, rows in MEANINGLESS.items() for row in rows],
     ids=lambda value: value[:24],
 )
@@ -69,7 +69,7 @@ def test_numbers_that_mean_nothing(
     command: str,
     option: str,
     value: str,
-    said: str,
+    message: str,
     folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -87,7 +87,7 @@ def test_numbers_that_mean_nothing(
     start = time.monotonic()
     assert rpb_command(monkeypatch, command, *places, *options, option, value) == 2
     line = error_line(capsys)
-    assert said in line and len(line) < 2200
+    assert message in line and len(line) < 2200
     assert time.monotonic() - start < 20, "found before anything is loaded"
     assert not any(tmp_path.iterdir())
 
@@ -125,14 +125,14 @@ def test_no_option_loses_silently(
     name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(folder)
-    command, said = LOSING[name]
+    command, message = LOSING[name]
     assert rpb_command(monkeypatch, *command.split()) == 2
-    assert said in error_line(capsys)
+    assert message in error_line(capsys)
     assert not (folder / "OUT").exists()
 
 
 def test_an_option_given_twice_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert rpb_command(monkeypatch, "explain", "--buckets", 8, "--buckets", 16) == 0
-    said = capsys.readouterr()
-    assert "16 buckets" in said.out
-    assert said.err == "note: --buckets is given 2 times: the last one counts, 16\n"
+    printed = capsys.readouterr()
+    assert "16 buckets" in printed.out
+    assert printed.err == "note: --buckets is given 2 times: the last one counts, 16\n"

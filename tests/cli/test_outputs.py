@@ -60,9 +60,9 @@ def test_no_output_replaces_an_input(
 ) -> None:
     monkeypatch.chdir(folder)
     before = state(folder)
-    command, said = READ[name]
+    command, message = READ[name]
     assert rpb_command(monkeypatch, *command.split()) == 2
-    assert said in error_line(capsys)
+    assert message in error_line(capsys)
     assert state(folder) == before, "nothing changed, nothing left behind"
 
 

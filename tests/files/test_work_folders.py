@@ -138,14 +138,14 @@ def test_a_live_run_is_left_alone(
     assert run.open({"recipe": 1}, restart=False) is False
     (run.path / "stage-1.checkpoints").mkdir()
     before = snapshot(run.path)
-    for name, said in (("diagnose", "it was made for rpb finetune"), ("finetune", "is in use by another run")):
+    for name, message in (("diagnose", "it was made for rpb finetune"), ("finetune", "is in use by another run")):
         AcceleratorState._reset_state(reset_partial_state=True)
         if name == "diagnose":
             run.release()  # interrupted
         else:
             run.take()
         assert rpb_command(monkeypatch, *command(name, models, tmp_path / "out")) == 2
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
         assert snapshot(run.path) == before and (run.path / "stage-1.checkpoints").is_dir()
     run.release()
 

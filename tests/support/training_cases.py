@@ -110,13 +110,7 @@ def run_alone(retrofit: Path, out: Path, text: Path, changes: dict[str, Any] | N
     """`run` in a process of its own, that a test kills; it rests for so many seconds before every step."""
     os.environ["TQDM_DISABLE"] = "1"
     torch.set_num_threads(1)
-    take = Stepper.take
-
-    def step(self: Stepper, interruption: Any) -> Any:
-        time.sleep(rest)
-        return take(self, interruption)
-
-    Stepper.take = step  # type: ignore[method-assign]
+    watch_steps(pytest.MonkeyPatch(), lambda number: time.sleep(rest))
     run(retrofit, out, text, changes)
 
 

@@ -149,11 +149,11 @@ def test_kept_frequencies_are_the_rotation_with_the_others_zeroed(case: Case) ->
                 zeroed += 1
     assert zeroed
     static = not re.search("dynamic|longrope", str(case))  # these compute their frequencies again
-    ours = model(**inputs_of(case, tokens())).logits
+    kept_alone = model(**inputs_of(case, tokens())).logits
     if static:
-        theirs = source(**inputs_of(case, tokens())).logits
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(ours, plain, atol=1e-3) or len(buffer) == 1
+        zeroed_by_hand = source(**inputs_of(case, tokens())).logits
+        torch.testing.assert_close(kept_alone, zeroed_by_hand, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(kept_alone, plain, atol=1e-3) or len(buffer) == 1
 
 
 def test_a_checkpoint_keeps_its_frequencies(tmp_path: Path) -> None:

@@ -119,10 +119,10 @@ def test_a_planted_bias_is_recovered(bucketing: Bucketing, window: int | None, s
     pairs = planted.pairs(6)
     found = fit(pairs, layout)
     visited = found.visits > 20  # what a handful of pairs say counts less than the pull of the neighbours
-    ours, theirs = found.numbers[:, visited], planted.numbers[:, visited]
+    fitted, wanted = found.numbers[:, visited], planted.numbers[:, visited]
     if not sinks:
-        ours, theirs = ours - ours.mean(1, keepdim=True), theirs - theirs.mean(1, keepdim=True)
-    assert (ours - theirs).abs().max() < 1e-3
+        fitted, wanted = (x - x.mean(1, keepdim=True) for x in (fitted, wanted))
+    assert (fitted - wanted).abs().max() < 1e-3
     assert found.after.max() < 1e-4 < found.before.min()
     offsets = [o for source, _ in pairs for p in source.positions for o in _seen_offsets(source, p)]
     assert (

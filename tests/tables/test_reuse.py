@@ -128,5 +128,5 @@ def test_heads_that_differ_are_mapped_and_said(tmp_path: Path) -> None:
     wide = build(BY_NAME["llama"], num_attention_heads=8, num_key_value_heads=4, head_dim=4)
     report = rpb.retrofit(wide, replace(CONFIG, init=f"from:{tmp_path}"))
     assert report.notes == ["causal: head h of 8 takes head h * 4 // 8"]
-    ours, theirs = wide.get_parameter(report.tables[0]), source.get_parameter(report.tables[0])
-    assert torch.equal(ours, theirs.repeat_interleave(2, 0))
+    widened, narrow = wide.get_parameter(report.tables[0]), source.get_parameter(report.tables[0])
+    assert torch.equal(widened, narrow.repeat_interleave(2, 0))

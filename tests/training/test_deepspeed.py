@@ -23,13 +23,12 @@ import rpb_retrofit as rpb
 from rpb_retrofit.errors import ConfigError, InterruptedRunError, RevertError, UnsupportedModelError
 from rpb_retrofit.runtime.modeling import block_names
 from rpb_retrofit.training.recipe import Recipe
-from rpb_retrofit.training.step import Stepper
 from rpb_retrofit.training.zero import OWN_WAY, check_zero
 from tests.families.cases import BY_NAME, Case
 from tests.support.deepspeed_cases import ZERO3, choose, under_deepspeed
 from tests.support.tensors import assert_close, weights_of
 from tests.support.tiny_models import CONFIG, build, inputs_of, retrofitted, tokens
-from tests.support.training_cases import PROSE, SIZE, run, small_tokenizer, write_retrofit
+from tests.support.training_cases import PROSE, SIZE, run, small_tokenizer, watch_steps, write_retrofit
 
 TAUGHT: dict[str, Any] = {
     "objective": "distillation",
@@ -61,23 +60,15 @@ def trained(base: Path, name: str, changes: dict[str, Any] | None = None) -> dic
 
 
 def _stopped_and_in_bfloat16(base: Path) -> None:
-    take, steps = Stepper.take, 0
-
-    def step(self: Stepper, interruption: Any) -> Any:
-        nonlocal steps
-        steps += 1
-        if steps == 13:  # the third of the second stage
-            os.kill(os.getpid(), signal.SIGTERM)
-        return take(self, interruption)
-
+    third = 13  # of the second stage
     for zero in (2, 3):
         choose(zero)
-        steps, Stepper.take = 0, step  # type: ignore[method-assign]
-        with pytest.raises(InterruptedRunError, match="SIGTERM after step 3 of 30 of stage 2"):
+        with pytest.MonkeyPatch.context() as patch:
+            steps = watch_steps(patch, lambda number: number == third and os.kill(os.getpid(), signal.SIGTERM))
+            with pytest.raises(InterruptedRunError, match="SIGTERM after step 3 of 30 of stage 2"):
+                trained(base, f"zero{zero}")
             trained(base, f"zero{zero}")
-        trained(base, f"zero{zero}")
-        assert steps == 40, "nothing is trained twice"
-        Stepper.take = take  # type: ignore[method-assign]
+            assert len(steps) == 40, "nothing is trained twice"
         trained(base, f"zero{zero}-bf16", {"precision": "bf16"})
 
 

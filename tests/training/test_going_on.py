@@ -193,13 +193,15 @@ DAMAGE: list[tuple[Callable[[Path], None], str, int, str]] = [
 
 
 @pytest.mark.parametrize(
-    ("damage", "files", "left", "said"), DAMAGE, ids=lambda value: getattr(value, "__name__", str(value).split("/")[-1])
+    ("damage", "files", "left", "message"),
+    DAMAGE,
+    ids=lambda value: getattr(value, "__name__", str(value).split("/")[-1]),
 )
 def test_going_on_from_what_is_damaged(
     damage: Callable[[Path], None],
     files: str,
     left: int,
-    said: str,
+    message: str,
     stopped: Path,
     whole: Path,
     retrofit: Path,
@@ -214,7 +216,7 @@ def test_going_on_from_what_is_damaged(
         damage(file)
     steps, lines = watch_steps(monkeypatch), list[str]()
     run(retrofit, tmp_path / "out", text, say=lines.append)
-    assert len(steps) == left and any(re.search(said, line) for line in lines), lines
+    assert len(steps) == left and any(re.search(message, line) for line in lines), lines
     assert all("\n" not in line for line in lines)
     assert_equal_runs(tmp_path / "out", whole)
 

@@ -91,9 +91,9 @@ def test_a_killed_rank_ends_the_launcher(mode: str, retrofit: Path, text: Path, 
         time.sleep(0.02)
     os.kill(rank_of(launched.pid, 1), signal.SIGKILL)
     start = time.monotonic()
-    _, said = launched.communicate(timeout=60)
+    _, errors = launched.communicate(timeout=60)
     assert launched.returncode != 0 and time.monotonic() - start < 45
-    assert b"Signal 9 (SIGKILL)" in said
+    assert b"Signal 9 (SIGKILL)" in errors
     kept = [file for file in saved.folder.rglob("*") if file.is_file()]
     assert {file.suffix for file in kept} == {".safetensors", ".json"}, "no pickle"
     assert launch(mode, retrofit, out, recipe).returncode == 0

@@ -14,7 +14,7 @@ from tests.support.command import rpb_command
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ("batch_token: 3", "unknown key 'batch_token': did you mean 'batch_tokens'?"),
         ("stages: [{tokens: 8, rates: 1}]", "unknown key 'stages.0.rates': did you mean 'rate'?"),
@@ -35,11 +35,11 @@ from tests.support.command import rpb_command
         ("a: [", "is not YAML"),
     ],
 )
-def test_a_wrong_recipe(settings: str, said: str, tmp_path: Path) -> None:
+def test_a_wrong_recipe(settings: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(settings)
     with pytest.raises(ConfigError) as caught:
         read_recipe(tmp_path / "recipe.yaml")
-    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_changes_on_the_command_line(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert rpb_command(monkeypatch, "finetune", "R", "OUT", *shown) == 0
     assert "seed: 7" in capsys.readouterr().out
     assert json.loads((tmp_path / "j.json").read_text())["seed"] == 7
-    for arguments, said in [
+    for arguments, message in [
         (["--set", "seed"], "--set seed: give KEY=VALUE"),
         (["--control", "--arms", "retrofit"], "--control and --arms retrofit: give one of the two"),
         (["--arms", "teacher"], "arm 'teacher': choose retrofit, control, or retrofit,control"),
@@ -66,7 +66,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         ([], "'./R': no such folder"),
     ]:
         assert rpb_command(monkeypatch, "finetune", "./R", tmp_path / "OUT", *arguments) == 2, arguments
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -76,7 +76,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("seed: 1\nseed: 2\n", "the key 'seed' twice"),
         ("stages:\n- {tokens: 10, rate: 1.0, rate: 2.0}\n", "the key 'rate' twice"),
@@ -93,13 +93,13 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     ],
     ids=lambda value: value[:20],
 )
-def test_recipes_are_read_strictly(text: str, said: str, tmp_path: Path) -> None:
+def test_recipes_are_read_strictly(text: str, message: str, tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(text)
     start = time.monotonic()
     with pytest.raises(ConfigError) as raised:
         read_recipe(file)
-    assert said in str(raised.value) and "\n" not in str(raised.value)
+    assert message in str(raised.value) and "\n" not in str(raised.value)
     assert len(str(raised.value)) < 700 and time.monotonic() - start < 10
 
 

@@ -58,13 +58,13 @@ def test_lora_is_merged(retrofit: Path, text: Path, tmp_path: Path) -> None:
 
 def test_distillation_from_the_source(source: Path, retrofit: Path, text: Path, tmp_path: Path) -> None:
     stages = [{"train": "all", "tokens": 5120, "lengths": {64: 1}, "rate": 1e-3}]
-    said: list[str] = []
+    lines: list[str] = []
     changes = {"objective": "distillation", "stages": [{"train": "tables", "tokens": 128, "lengths": {64: 1}}, *stages]}
-    summary = run(retrofit, tmp_path / "out", text, changes, say=said.append)
+    summary = run(retrofit, tmp_path / "out", text, changes, say=lines.append)
     kl = [loss for stage in summary.stages for loss in stage.losses]
     assert fmean(kl[-8:]) < 0.9 * fmean(kl[:8])  # one batch alone is easier or harder than another
     size = sum(p.numel() for p in rpb.load(retrofit).parameters()) * 4 / 1e6
-    spared = next(float(line.split()[5]) for line in said if "shares" in line)
+    spared = next(float(line.split()[5]) for line in lines if "shares" in line)
     assert spared == pytest.approx(size, abs=1), "while tables are trained the source costs no second copy"
     control = run(retrofit, tmp_path / "control", text, changes, control=True)
     assert max(loss for stage in control.stages for loss in stage.losses) < 1e-6

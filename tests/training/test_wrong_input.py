@@ -79,7 +79,7 @@ def test_a_summary_that_is_none(whole: Path, retrofit: Path, text: Path, tmp_pat
     (tmp_path / "training.json").write_text(json.dumps(summary))
     assert str(read_summary(tmp_path)) == str(read_summary(whole))
     stage = summary["stages"][0]
-    for content, said in (
+    for content, message in (
         ("[" * 100_000, "nested too deeply"),
         ("{", "is not JSON"),
         ("[]", "is not a JSON object"),
@@ -92,7 +92,7 @@ def test_a_summary_that_is_none(whole: Path, retrofit: Path, text: Path, tmp_pat
     ):
         (tmp_path / "training.json").write_text(content if isinstance(content, str) else json.dumps(content))
         for read in (read_summary, lambda folder: trained_pairs(str(folder))):
-            with pytest.raises(CheckpointError, match=said) as caught:
+            with pytest.raises(CheckpointError, match=message) as caught:
                 read(tmp_path)
             assert "\n" not in str(caught.value)
 
