@@ -52,7 +52,7 @@ def make_checkpoint(folder: Path, gigabytes: float, shard_bytes: int = 1 << 30) 
             filled = 0
         groups[-1][name] = shape
         filled += 2 * shape.numel()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, group in enumerate(groups, 1):
         file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         tensors = {name: torch.randn(shape, dtype=torch.bfloat16) for name, shape in group.items()}

@@ -48,7 +48,7 @@ def make_retrofits(folder: Path) -> None:
     from safetensors.torch import save_file
 
     from tests.families.cases import CASES
-    from tests.families.test_contract import AUTO, inputs_of, retrofitted, tokens
+    from tests.support.tiny_models import AUTO, inputs_of, retrofitted, tokens
 
     if (folder / "cases.json").exists():
         return

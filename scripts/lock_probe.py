@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ if int(transformers.__version__.split(".")[0]) >= 5:  # before, there is no such
     }
 
 
-def attempt(load, *args, **kwargs) -> str | None:
+def attempt(load: Callable[..., object], *args: object, **kwargs: object) -> str | None:
     """The error of a load in one line; None where it succeeded."""
     try:
         load(*args, **kwargs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ class Timing(NamedTuple):
 
 
 def in_turns(
-    arms: dict[str, Callable[[], object]], seconds: float, least: int = 3
+    arms: Mapping[str, Callable[[], object]], seconds: float, least: int = 3
 ) -> tuple[dict[str, Timing], dict[str, float]]:
     """Run every arm once untimed, then all of them in random order, round after round, until ``seconds`` are over.
 
@@ -50,8 +50,12 @@ def in_turns(
         name: statistics.median(a / b for a, b in zip(found, times[first], strict=True))
         for name, found in times.items()
     }
-    timings = {name: Timing(*statistics.quantiles(found, n=4), len(found)) for name, found in times.items()}
-    return timings, ratios
+    return {name: _quartiles(found) for name, found in times.items()}, ratios
+
+
+def _quartiles(seconds: list[float]) -> Timing:
+    low, median, high = statistics.quantiles(seconds, n=4)
+    return Timing(low, median, high, len(seconds))
 
 
 def kilobytes(file: str, key: str) -> float:

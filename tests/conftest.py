@@ -13,7 +13,10 @@ if shutil.which("nvidia-smi") is None:  # the GPU's kernels run on the CPU; Trit
     os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns where it has to find out
 
+import pytest
 from hypothesis import settings
+
+pytest.register_assert_rewrite("tests.support")  # whose assertions then say what they compared, as those of tests do
 
 settings.register_profile("ci", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("ci")

@@ -26,6 +26,8 @@ from rpb_retrofit.diagnosis.measurements import DiagnosisPlan, Measurements
 from rpb_retrofit.evaluation.nll import Windows, nll_at_length
 from rpb_retrofit.text import CalibrationText, Text, read_text, spread_windows, tokenise
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["The three primary colours are", "In 1969, after years of work, the first people who"]
 
 
@@ -70,6 +72,7 @@ def test_left_padded_batch_as_single(model: Any, smollm2: Path) -> None:
         assert torch.equal(alone[0, -32:], generated)
 
 
+@pytest.mark.process
 @torch.no_grad()
 def test_reloads_three_ways(smollm2: Path, tmp_path: Path) -> None:
     ids = torch.arange(100, 164)[None]

@@ -11,7 +11,7 @@ import yaml
 
 from rpb_retrofit.cards.card import make_card
 from rpb_retrofit.errors import CheckpointError, DataError
-from tests.checkpoint.test_checkpoint import rpb_command
+from tests.support.command import rpb_command
 from tests.support.training_cases import PROSE, run, write_retrofit, write_source
 
 

@@ -15,8 +15,8 @@ from rpb_retrofit.comparison.card import write_card
 from rpb_retrofit.errors import RetrofitError
 from rpb_retrofit.files.strict_json import json_text
 from rpb_retrofit.pages.markdown import code, fenced, plain
-from tests.checkpoint.test_checkpoint import rpb_command
 from tests.comparison.synthetic import result
+from tests.support.command import rpb_command
 
 EVIL = "x`\n\n# Forged\n\n<script>\x1b[31m | [a](http://b) ```\n---\n| **bold**"
 CONFIG: dict[str, Any] = {

@@ -19,10 +19,10 @@ import rpb_retrofit as rpb
 from rpb_retrofit.checkpoint.convert import retrofit_checkpoint
 from rpb_retrofit.errors import CheckpointError, RetrofitError
 from rpb_retrofit.runtime.modeling import RUNTIME_FILES
-from tests.checkpoint.test_checkpoint import edit_config
-from tests.checkpoint.test_sources import BY_NAME, refusal
-from tests.checkpoint.test_sources import source as source  # the fixture
-from tests.families.test_contract import CONFIG, build
+from tests.families.cases import BY_NAME
+from tests.support.command import refusal
+from tests.support.sources import edit_config
+from tests.support.tiny_models import CONFIG, build
 
 MARK = "code of the source ran"
 
@@ -85,8 +85,8 @@ def test_neither_code_nor_pickles_travel(source: Path, tmp_path: Path, capsys: p
     there = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert not there & {*BEHIND, "modules.json"}
     assert {name for name in there if name.endswith(".py")} == set(RUNTIME_FILES)
-    said = "\n".join(done.report.notes)
-    assert all(name in said for name in (*BEHIND, "modules.json", "auto_map of tokenizer_config.json"))
+    notes = "\n".join(done.report.notes)
+    assert all(name in notes for name in (*BEHIND, "modules.json", "auto_map of tokenizer_config.json"))
     for file in (tmp_path / "out").glob("*.json"):
         text = file.read_text()
         assert "own.Own" not in text and "custom_pipelines" not in text

@@ -18,7 +18,7 @@ from rpb_retrofit.errors import ConfigError, RetrofitError
 from rpb_retrofit.runtime.anatomy import Anatomy
 from rpb_retrofit.runtime.families import TABLE
 from tests.families.cases import CASES, Case
-from tests.families.test_contract import VOCAB, build
+from tests.support.tiny_models import VOCAB, build
 
 CONTEXT, TARGET = 64, 160
 CAUSAL = [case for case in CASES if case.kind == "causal"]

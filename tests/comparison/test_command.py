@@ -17,7 +17,7 @@ from rpb_retrofit.comparison.measures import Probes
 from rpb_retrofit.errors import ConfigError
 from rpb_retrofit.files.journal import SUFFIX
 from rpb_retrofit.training.batches import Rows
-from tests.checkpoint.test_checkpoint import rpb_command
+from tests.support.command import rpb_command
 from tests.support.training_cases import PROSE, VOCAB, small_tokenizer, write_source
 
 BUDGET = ("--target-length", "512", "--lengths", "64,256", "--tokens", "1024", "--items", "1", "--asked", "128,256")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from rpb_retrofit.diagnosis import factorial, report_data
 from rpb_retrofit.diagnosis import measurements as measurements_module
 from rpb_retrofit.files.journal import SUFFIX, Journal
-from tests.checkpoint.test_checkpoint import rpb_command
+from tests.support.command import rpb_command
 from tests.support.training_cases import PROSE, small_tokenizer, write_retrofit, write_source
 
 BUDGET = ("--lengths", "32,96", "--tokens", "768", "--probed", "192", "--items", "1", "--rounds", "1")

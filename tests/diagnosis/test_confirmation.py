@@ -40,7 +40,7 @@ from rpb_retrofit.runtime.buckets import Bucketing
 from rpb_retrofit.tables.checksums import KEY, checksums, record
 from tests.diagnosis.small_model import language, retrofitted
 from tests.families.cases import CASES
-from tests.families.test_contract import build
+from tests.support.tiny_models import build
 
 
 @pytest.fixture(scope="module")

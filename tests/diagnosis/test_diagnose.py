@@ -27,7 +27,7 @@ from rpb_retrofit.tables.checksums import KEY
 from tests.diagnosis.faults import FAULTS, Fault
 from tests.diagnosis.small_model import language, retrofitted, trained
 from tests.families.cases import CASES
-from tests.families.test_contract import build
+from tests.support.tiny_models import build
 
 LENGTHS = (64, 256)
 

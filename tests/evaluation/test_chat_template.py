@@ -12,7 +12,7 @@ import pytest
 from rpb_retrofit.errors import DataError
 from rpb_retrofit.evaluation import chat
 from rpb_retrofit.evaluation.chat import render
-from tests.checkpoint.test_checkpoint import rpb_command
+from tests.support.command import rpb_command
 from tests.support.training_cases import PROSE, small_tokenizer, write_source
 
 CHATML = (

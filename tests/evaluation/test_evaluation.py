@@ -17,9 +17,9 @@ import rpb_retrofit as rpb
 from rpb_retrofit.errors import DataError
 from rpb_retrofit.evaluation.nll import Windows, nll_at_length
 from rpb_retrofit.text import bos_policy, read_text
-from tests.checkpoint.test_checkpoint import rpb_command
 from tests.families.cases import CASES
-from tests.families.test_contract import CONFIG, VOCAB, build, tokens
+from tests.support.command import rpb_command
+from tests.support.tiny_models import CONFIG, VOCAB, build, tokens
 from tests.support.training_cases import PROSE, write_source
 
 LLAMA, GPT2, BERT = (next(case for case in CASES if str(case) == name) for name in ("llama", "gpt2", "bert"))

@@ -20,7 +20,7 @@ from rpb_retrofit.errors import ConfigError, UnsupportedModelError
 from rpb_retrofit.evaluation import speed as module
 from rpb_retrofit.evaluation.speed import Seconds, Skipped, SpeedResult, speed
 from tests.families.cases import CASES
-from tests.families.test_contract import build, retrofitted
+from tests.support.tiny_models import build, retrofitted
 
 CONFIG = {
     "vocab_size": 61,

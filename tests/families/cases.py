@@ -75,3 +75,5 @@ CASES = [
     Case("t5", "T5ForConditionalGeneration", _T5, "seq2seq", ("num_layers", "num_decoder_layers")),
     Case("umt5", "UMT5ForConditionalGeneration", _T5, "seq2seq", ("num_layers", "num_decoder_layers")),
 ]  # fmt: skip
+
+BY_NAME = {str(case): case for case in CASES}

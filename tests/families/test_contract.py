@@ -16,7 +16,6 @@ import torch
 import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 import rpb_retrofit as rpb
@@ -25,62 +24,19 @@ from rpb_retrofit.runtime.anatomy import Anatomy
 from rpb_retrofit.runtime.families import FAMILIES
 from tests.families.cases import CASES, Case
 from tests.families.reference import float64_copy, with_bias
-
-VOCAB, LENGTH, BUCKETS, MAX_DISTANCE = 61, 20, 8, 16
-CONFIG = rpb.RetrofitConfig(
-    init="zeros", relative_attention_num_buckets=BUCKETS, relative_attention_max_distance=MAX_DISTANCE
+from tests.support.tiny_models import (
+    AUTO,
+    CONFIG,
+    LENGTH,
+    MAX_DISTANCE,
+    build,
+    closeness,
+    every_family,
+    inputs_of,
+    retrofitted,
+    saved_config,
+    tokens,
 )
-AUTO = {"causal": "AutoModelForCausalLM", "encoder": "AutoModelForMaskedLM", "seq2seq": "AutoModelForSeq2SeqLM"}
-every_family = pytest.mark.parametrize("case", CASES, ids=str)
-
-
-def build(case: Case, layers: int = 2, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A tiny model with weights large enough for its positions to matter."""
-    torch.manual_seed(seed)
-    model_class = getattr(transformers, case.model)
-    settings = {**case.settings, "vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    settings |= dict.fromkeys(case.layers, layers) | overrides
-    if case.kind == "seq2seq":
-        settings["decoder_start_token_id"] = 1
-    for name in ("layer_types", "no_rope_layers"):
-        if name in settings:
-            settings[name] = settings[name][:layers]
-    model = model_class(model_class.config_class(**settings)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and "norm" not in name.lower():
-                parameter.normal_(0, 0.3)
-    return model
-
-
-def retrofitted(case: Case, random_tables: bool = True, **kwargs: Any) -> PreTrainedModel:
-    model = build(case, **kwargs)
-    report = rpb.retrofit(model, CONFIG)
-    assert report.mechanism in ("rope", "learned", "sinusoidal", "alibi", "t5")
-    assert len(report.layers_patched) == report.layers_expected
-    assert report.layers_expected == sum(getattr(model.config, name) for name in case.layers)
-    assert report.parameters_added == report.layers_expected * 4 * BUCKETS
-    if random_tables:
-        with torch.no_grad():
-            for name in report.tables:
-                model.get_parameter(name).normal_(0, 1)
-    return model
-
-
-def tokens(batch: int = 2, length: int = LENGTH, seed: int = 1) -> Tensor:
-    return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-def inputs_of(case: Case, ids: Tensor, **extra: Any) -> dict[str, Any]:
-    """``ids`` for the side that is looked at: the decoder's of a seq2seq model, whose encoder reads something fixed."""
-    if case.kind == "seq2seq":
-        return {"input_ids": tokens(ids.shape[0], 11, seed=7), "decoder_input_ids": ids, **extra}
-    return {"input_ids": ids, **extra}
-
-
-def closeness(a: Tensor, b: Tensor) -> float:
-    """Largest difference relative to the largest value."""
-    return ((a - b).abs().max() / b.abs().max()).item()
 
 
 @torch.no_grad()
@@ -189,12 +145,7 @@ def plain_process() -> Iterator[Callable[[dict], dict]]:
     process.wait()
 
 
-def saved_config(folder: Path) -> dict:
-    config = json.loads((folder / "config.json").read_text())
-    config.get("attn_config", {}).pop("dtype", None)  # Transformers sets MPT's nested one at load, in any model
-    return config
-
-
+@pytest.mark.process
 @every_family
 @torch.no_grad()
 def test_5_reload_three_ways(case: Case, tmp_path: Path, plain_process: Callable[[dict], dict]) -> None:
@@ -252,6 +203,7 @@ def test_7_gradients(case: Case) -> None:
     assert before - after - tables == set()
 
 
+@pytest.mark.process
 @every_family
 def test_8_missing_tables_are_an_error(case: Case, tmp_path: Path, plain_process: Callable[[dict], dict]) -> None:
     model = retrofitted(case)

@@ -120,17 +120,17 @@ def test_no_module_reads_pickles() -> None:
 def test_a_pickle_in_a_journal_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a project folder may ship one."""
     monkeypatch.chdir(tmp_path)
-    said: list[str] = []
-    with Journal.open(tmp_path / "out.run", {"text": "a"}, "rpb diagnose", (Point,), said.append) as journal:
+    messages: list[str] = []
+    with Journal.open(tmp_path / "out.run", {"text": "a"}, "rpb diagnose", (Point,), messages.append) as journal:
         assert journal("one", lambda: 1) == 1
     evil = pickle.dumps(Evil())
     torch.save(Evil(), tmp_path / "out.run" / "two.pt")
     for name in ("one", "two", "three"):
         (tmp_path / "out.run" / f"{name}{SUFFIX}").write_bytes(evil)
         (tmp_path / "out.run" / f"{name}.pt").write_bytes(evil)
-    with Journal.open(tmp_path / "out.run", {"text": "a"}, "rpb diagnose", (Point,), said.append) as journal:
+    with Journal.open(tmp_path / "out.run", {"text": "a"}, "rpb diagnose", (Point,), messages.append) as journal:
         assert [journal(name, lambda: 2) for name in ("one", "two", "three")] == [2, 2, 2]
-    assert len(said) == 3 and all("measuring again" in line for line in said)
+    assert len(messages) == 3 and all("measuring again" in line for line in messages)
     assert not (tmp_path / "executed").exists()
 
 
@@ -149,7 +149,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_measurement_is_taken_again(damage: str, tmp_path: Path) -> None:
-    said: list[str] = []
+    messages: list[str] = []
     taken: list[str] = []
 
     def measure() -> Point:
@@ -157,15 +157,15 @@ def test_a_damaged_measurement_is_taken_again(damage: str, tmp_path: Path) -> No
         return Point(1.5, torch.ones(3))
 
     for _ in range(2):
-        with Journal.open(tmp_path / "run", {"text": "a"}, "rpb diagnose", (Point,), said.append) as journal:
+        with Journal.open(tmp_path / "run", {"text": "a"}, "rpb diagnose", (Point,), messages.append) as journal:
             assert journal("one", measure).row.tolist() == [1, 1, 1]
-    assert len(taken) == 1 and not said
+    assert len(taken) == 1 and not messages
     file = tmp_path / "run" / f"one{SUFFIX}"
     file.write_bytes(DAMAGE[damage](file.read_bytes()))
-    with Journal.open(tmp_path / "run", {"text": "a"}, "rpb diagnose", (Point,), said.append) as journal:
+    with Journal.open(tmp_path / "run", {"text": "a"}, "rpb diagnose", (Point,), messages.append) as journal:
         assert journal("one", measure).x == 1.5
-    assert len(taken) == 2 and "measuring again" in said[0] and str(file) in said[0]
-    with Journal.open(tmp_path / "run", {"text": "a"}, "rpb diagnose", (Point,), said.append) as journal:
+    assert len(taken) == 2 and "measuring again" in messages[0] and str(file) in messages[0]
+    with Journal.open(tmp_path / "run", {"text": "a"}, "rpb diagnose", (Point,), messages.append) as journal:
         journal("one", measure)
     assert len(taken) == 2, "the new one was kept"
 
@@ -173,20 +173,20 @@ def test_a_damaged_measurement_is_taken_again(damage: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", "[" * 100_000, "\udcff"])
 def test_a_damaged_identity(content: str, tmp_path: Path) -> None:
     """Each measurement names its examination, so nothing is lost, and nothing of another one is taken."""
-    place, said, taken = tmp_path / "run", list[str](), list[int]()
+    place, messages, taken = tmp_path / "run", list[str](), list[int]()
 
     def measure() -> int:
         taken.append(1)
         return 1
 
     def go(identity: dict[str, Any]) -> None:
-        with Journal.open(place, identity, "rpb diagnose", (), said.append) as journal:
+        with Journal.open(place, identity, "rpb diagnose", (), messages.append) as journal:
             journal("one", measure)
 
     go({"text": "a"})
     (place / "identity.json").write_bytes(content.encode("utf-8", "surrogateescape"))
     go({"text": "a"})
-    assert len(taken) == 1 and "identity.json" in said[0] and "\n" not in said[0]
+    assert len(taken) == 1 and "identity.json" in messages[0] and "\n" not in messages[0]
     assert json.loads((place / "identity.json").read_text()) == {"text": "a"}
     with pytest.raises(ConfigError, match="holds an examination with other text"):
         go({"text": "b"})
@@ -196,12 +196,12 @@ def test_a_damaged_identity(content: str, tmp_path: Path) -> None:
 
 
 def test_a_full_disk_costs_the_going_on_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    with Journal.open(tmp_path / "run", {}, "rpb diagnose", (), said.append) as journal:
+    messages: list[str] = []
+    with Journal.open(tmp_path / "run", {}, "rpb diagnose", (), messages.append) as journal:
 
         def full(*_: Any) -> None:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr("rpb_retrofit.files.journal.write_entry", full)
         assert journal("one", lambda: 1) == 1 and journal("one", lambda: 2) == 1
-    assert len(said) == 1 and "No space left on device" in said[0]
+    assert len(messages) == 1 and "No space left on device" in messages[0]

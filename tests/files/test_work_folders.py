@@ -25,7 +25,7 @@ from rpb_retrofit.files.folder import whole_folder
 from rpb_retrofit.files.spool import Spool
 from rpb_retrofit.files.work import WorkFolder
 from rpb_retrofit.training.checkpoints import RunFolder
-from tests.checkpoint.test_checkpoint import rpb_command
+from tests.support.command import rpb_command
 from tests.support.training_cases import PROSE, write_retrofit, write_source
 
 
@@ -138,14 +138,14 @@ def test_a_live_run_is_left_alone(
     assert run.open({"recipe": 1}, restart=False) is False
     (run.path / "stage-1.checkpoints").mkdir()
     before = snapshot(run.path)
-    for name, said in (("diagnose", "it was made for rpb finetune"), ("finetune", "is in use by another run")):
+    for name, message in (("diagnose", "it was made for rpb finetune"), ("finetune", "is in use by another run")):
         AcceleratorState._reset_state(reset_partial_state=True)
         if name == "diagnose":
             run.release()  # interrupted
         else:
             run.take()
         assert rpb_command(monkeypatch, *command(name, models, tmp_path / "out")) == 2
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
         assert snapshot(run.path) == before and (run.path / "stage-1.checkpoints").is_dir()
     run.release()
 
@@ -215,6 +215,7 @@ def write_slowly(out: Path, started: Any) -> None:
         time.sleep(60)
 
 
+@pytest.mark.process
 def test_a_lock_not_a_process_id(tmp_path: Path) -> None:
     """Two at once leave each other alone, also where neither sees the other's process, as in two containers; what a
     killed one left goes with the next, also where its process id was given out again."""
@@ -257,6 +258,7 @@ def test_marks_that_are_none(mark: str, tmp_path: Path) -> None:
         Claim.take(tmp_path, None)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("early", [True, False])
 def test_no_folder_for_temporary_files(early: bool, models: Path, tmp_path: Path) -> None:
     """Neither TMPDIR nor anything that Python falls back to, from the start, where PyTorch's import fails, or later."""

@@ -23,9 +23,9 @@ from hypothesis import strategies as st
 
 import rpb_retrofit as rpb
 from rpb_retrofit.training.recipe import Recipe
-from tests.checkpoint.test_checkpoint import RPB
 from tests.fuzz import inputs
 from tests.fuzz.property import judge, run, strict
+from tests.support.command import RPB
 from tests.support.training_cases import PROSE, write_retrofit, write_source
 
 SECONDS = float(os.environ.get("RPB_FUZZ_SECONDS", "45"))
@@ -217,6 +217,7 @@ HOSTILE: dict[str, bytes] = {
 }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", HOSTILE)
 def test_the_same_in_a_process_of_its_own(name: str, models: Path) -> None:
     commands = {

@@ -15,11 +15,9 @@ from rpb_retrofit.instruments.interception import Attend, intercepted
 from rpb_retrofit.instruments.modes import eager, evaluating
 from rpb_retrofit.runtime.anatomy import Anatomy
 from rpb_retrofit.tables.recording import run
-from tests.families.cases import CASES
-from tests.families.test_contract import build, inputs_of, tokens
+from tests.families.cases import BY_NAME
 from tests.support.module_state import module_state
-
-BY_NAME = {str(case): case for case in CASES}
+from tests.support.tiny_models import build, inputs_of, tokens
 
 
 class Failure(Exception):  # noqa: N818 - it stands for any

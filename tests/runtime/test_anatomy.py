@@ -13,8 +13,8 @@ import rpb_retrofit as rpb
 from rpb_retrofit.instruments.interception import Attend, intercepted
 from rpb_retrofit.runtime.anatomy import Anatomy
 from rpb_retrofit.tables.recording import run
-from tests.families.cases import CASES, Case
-from tests.families.test_contract import build, tokens
+from tests.families.cases import BY_NAME, CASES, Case
+from tests.support.tiny_models import build, tokens
 
 SERVED = [case for case in CASES if Anatomy.of(build(case)).family.uses_interface]
 
@@ -94,20 +94,19 @@ def test_it_holds_before_and_after_a_retrofit(case: Case) -> None:
 
 
 def test_a_window_is_the_layers_own() -> None:
-    by_name = {str(case): case for case in CASES}
-    gemma = Anatomy.of(build(by_name["gemma2"]))
+    gemma = Anatomy.of(build(BY_NAME["gemma2"]))
     windows = [gemma.facts(name).window for name in gemma.attentions]
     kinds = gemma.model.config.layer_types
     assert [window is not None for window in windows] == [kind == "sliding_attention" for kind in kinds]
     assert gemma.model.config.sliding_window in windows
-    mistral = Anatomy.of(build(by_name["mistral"]))
+    mistral = Anatomy.of(build(BY_NAME["mistral"]))
     assert {mistral.facts(name).window for name in mistral.attentions} == {mistral.model.config.sliding_window}
-    llama = Anatomy.of(build(by_name["llama"]))
+    llama = Anatomy.of(build(BY_NAME["llama"]))
     assert {llama.facts(name).window for name in llama.attentions} == {None}
 
 
 def test_models_that_share_a_config_share_one() -> None:
-    model = build(next(case for case in CASES if str(case) == "bart"))
+    model = build(BY_NAME["bart"])
     anatomy = Anatomy.of(model)
     configs = anatomy.configs
     assert len({id(config) for config in configs}) == len(configs) <= len(anatomy.submodels)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,20 +17,9 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import rpb_retrofit as rpb
 from rpb_retrofit.runtime.anatomy import Anatomy
-from rpb_retrofit.runtime.interface import BACKEND
-from tests.families.cases import CASES, Case
-from tests.families.test_contract import CONFIG, build, closeness, inputs_of, retrofitted, tokens
+from tests.families.cases import BY_NAME, Case
 from tests.support.memory import most_allocated
-
-BY_NAME = {str(case): case for case in CASES}
-
-
-def families(*names: str) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("case", [BY_NAME[name] for name in names], ids=str)
-
-
-def ways(model: PreTrainedModel) -> Counter[str]:
-    return Counter(vars(module)[BACKEND] for module in model.modules() if BACKEND in vars(module))
+from tests.support.tiny_models import CONFIG, build, closeness, families, inputs_of, retrofitted, tokens, ways
 
 
 def gradients(model: Any, inputs: dict[str, Any], of: PreTrainedModel | None = None) -> dict[str, Tensor]:

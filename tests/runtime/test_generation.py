@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel, StaticCache
 
-from tests.families.cases import CASES, Case
-from tests.families.test_contract import closeness, inputs_of, retrofitted, tokens
+from tests.families.cases import Case
+from tests.support.tiny_models import closeness, families, inputs_of, retrofitted, tokens
 
-BY_NAME = {str(case): case for case in CASES}
 DECODERS = (
     "llama", "mistral", "gemma3_text", "gpt2", "bloom", "mpt", "falcon", "falcon-rope", "gpt_oss", "deepseek_v3",
     "llama4_text", "gpt_neox", "bert-decoder",
@@ -26,10 +25,6 @@ DECODERS = (
 SEQ2SEQ = ("bart", "t5")
 PROMPT, NEW = 12, 24
 pytestmark = pytest.mark.filterwarnings("ignore:.*generation flags:UserWarning")
-
-
-def families(*names: str) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("case", [BY_NAME[name] for name in names], ids=str)
 
 
 def without(*names: str) -> tuple[str, ...]:

@@ -18,8 +18,8 @@ import transformers
 import rpb_retrofit as rpb
 from rpb_retrofit.errors import AttentionImplementationError, ReleaseError
 from rpb_retrofit.runtime import locks, modeling, releases
-from tests.families.cases import CASES, Case
-from tests.families.test_contract import AUTO, CONFIG, build, inputs_of, retrofitted, saved_config, tokens
+from tests.families.cases import BY_NAME, CASES, Case
+from tests.support.tiny_models import AUTO, CONFIG, build, inputs_of, retrofitted, saved_config, tokens
 
 MECHANISMS = ("llama", "gpt2", "pegasus", "bloom", "mpt", "falcon", "t5", "bert", "distilbert", "modernbert", "mixtral")
 every_mechanism = pytest.mark.parametrize("case", [case for case in CASES if str(case) in MECHANISMS], ids=str)
@@ -81,6 +81,7 @@ def runs_with(folder: Path, release: str) -> str:
     return ran.stderr.splitlines()[-1]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("release", ["4.50.3", "5.3.0", "5.16.1"])
 def test_travelling_code_names_the_release_it_needs_before_it_fails(release: str, tmp_path: Path) -> None:
     said = runs_with(tmp_path, release)
@@ -88,6 +89,7 @@ def test_travelling_code_names_the_release_it_needs_before_it_fails(release: str
     assert "ReleaseError" in said
 
 
+@pytest.mark.process
 def test_travelling_code_goes_on_with_the_oldest_release_and_later(tmp_path: Path) -> None:
     assert "ReleaseError" not in runs_with(tmp_path, "5.17.0")
     for release in ("5.17.0", "5.24.0.dev0", "6.0.0", transformers.__version__):
@@ -96,7 +98,7 @@ def test_travelling_code_goes_on_with_the_oldest_release_and_later(tmp_path: Pat
 
 def test_a_family_may_need_a_later_release(monkeypatch: pytest.MonkeyPatch) -> None:
     """UMT5's decoder was not told from its encoder before 5.18: logits off by 1.2, and nothing said."""
-    case = next(case for case in CASES if case.family == "umt5")
+    case = BY_NAME["umt5"]
     model = build(case)
     monkeypatch.setattr(modeling.transformers, "__version__", "5.17.0")
     with pytest.raises(ReleaseError, match=r"needs Transformers 5\.18 or later, and 5\.17\.0 is installed"):

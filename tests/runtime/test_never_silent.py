@@ -17,10 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 import rpb_retrofit as rpb
 from rpb_retrofit.checkpoint.load import open_causal_lm
 from rpb_retrofit.errors import AttentionImplementationError, CheckpointError, ConfigError, RevertError
-from tests.families.cases import CASES
-from tests.families.test_contract import CONFIG, build, closeness, retrofitted, tokens
+from tests.families.cases import BY_NAME
+from tests.support.tiny_models import CONFIG, build, closeness, retrofitted, tokens
 
-BY_NAME = {str(case): case for case in CASES}
 LLAMA = BY_NAME["llama"]
 SHARED = rpb.RetrofitConfig(
     init="zeros", relative_attention_num_buckets=8, relative_attention_max_distance=16, shared=True

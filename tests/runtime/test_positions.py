@@ -1,4 +1,4 @@
-"""The bias follows ``position_ids``: against float64 references, in caches, in generation, and in traced graphs."""
+"""The bias follows ``position_ids``: against float64 references, in caches, in heads, and in their arithmetic."""
 
 from __future__ import annotations
 
@@ -12,36 +12,22 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import PrefixTuningConfig, get_peft_model
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import rpb_retrofit as rpb
 from rpb_retrofit.errors import ConfigError
-from rpb_retrofit.runtime import buckets
 from rpb_retrofit.runtime.anatomy import Anatomy
-from rpb_retrofit.runtime.cached_positions import JUDGED, POSITIONS, extended
+from rpb_retrofit.runtime.cached_positions import POSITIONS, extended
 from rpb_retrofit.runtime.positions import Positions
-from tests.families.cases import CASES, Case
+from tests.families.cases import BY_NAME, CASES, Case
 from tests.families.reference import float64_copy, with_bias
-from tests.families.test_contract import MAX_DISTANCE, build, closeness, retrofitted, tokens
-from tests.runtime.test_engine_in_models import ways
+from tests.support.positions import RESTARTED, by_steps
+from tests.support.tiny_models import MAX_DISTANCE, build, closeness, families, retrofitted, tokens, ways
 
-BY_NAME = {str(case): case for case in CASES}
-RESTARTED = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5], [0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 7, 8]])
 DECODERS = ("llama", "mistral", "gemma3_text", "gpt2", "falcon-rope", "llama4_text", "bert-decoder")
 pytestmark = pytest.mark.filterwarnings("ignore:.*(slow path|generation flags):UserWarning", "ignore::FutureWarning")
-
-
-def families(*names: str) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("case", [BY_NAME[name] for name in names], ids=str)
-
-
-@pytest.fixture
-def llama() -> PreTrainedModel:
-    return retrofitted(BY_NAME["llama"])
 
 
 @families("llama", "llama4_text", "gpt2", "falcon", "bert", "modernbert", "distilbert", "deepseek_v3")
@@ -65,21 +51,6 @@ def test_any_positions_equal_the_float64_reference(case: Case, kind: str) -> Non
     got = model(**given).logits.double()
     assert closeness(got, want) < 2e-5
     assert closeness(model(ids, attention_mask=torch.ones_like(ids)).logits.double(), want) > 1e-3
-
-
-def by_steps(model: PreTrainedModel, ids: Tensor, positions: Tensor, cache: Cache | None, cuts: list[int]) -> Tensor:
-    """The logits of a text that comes in parts, each with its positions, which the model tells apart by a mask."""
-    steps, start = [], 0
-    for end in cuts:
-        out = model(
-            ids[:, start:end],
-            attention_mask=torch.ones_like(ids[:, :end]),
-            position_ids=positions[:, start:end],
-            past_key_values=cache,
-            use_cache=True,
-        )
-        steps, start, cache = [*steps, out.logits], end, out.past_key_values
-    return torch.cat(steps, 1)
 
 
 CACHES: dict[str, Callable[[Any], Cache | None]] = {
@@ -196,122 +167,6 @@ def test_what_cannot_be_positions_is_refused(llama: PreTrainedModel, ids: Any) -
         llama(tokens(2, 5), position_ids=ids)
 
 
-# --- generation --------------------------------------------------------------------------------------------------
-
-
-def padded_chat(model: PreTrainedModel, new: int, **kwargs: Any) -> tuple[Tensor, Any]:
-    """A cached beginning, then two texts of unequal length padded on the left: their new tokens, and the cache."""
-    beginning, cache = tokens(1, 6).expand(2, -1), DynamicCache(config=model.config)
-    model(beginning, past_key_values=cache)
-    cache.batch_repeat_interleave(kwargs.get("num_beams", 1))
-    text = torch.cat([beginning, tokens(2, 5, seed=4)], 1)
-    mask = torch.ones_like(text)
-    mask[1, 6:9] = 0
-    out = model.generate(
-        text, attention_mask=mask, past_key_values=cache, max_new_tokens=new, do_sample=False, eos_token_id=None,
-        return_dict_in_generate=True, **kwargs,
-    )  # fmt: skip
-    return out.sequences[:, 11:], out.past_key_values
-
-
-@families("llama", "gpt2", "falcon-rope", "olmo2")  # a sliding window goes by the index, as in Transformers
-@pytest.mark.parametrize("beams", [1, 3])
-@torch.no_grad()
-def test_padding_between_a_cached_prefix_and_its_continuation(case: Case, beams: int) -> None:
-    model = retrofitted(case, tie_word_embeddings=False)
-    new, _ = padded_chat(model, 6, num_beams=beams)
-    text = torch.cat([tokens(1, 6), tokens(2, 5, seed=4)[1:, 3:]], 1)
-    alone = model.generate(text, max_new_tokens=6, do_sample=False, eos_token_id=None, num_beams=beams)
-    assert torch.equal(new[1:], alone[:, 8:])
-
-
-@torch.no_grad()
-def test_generation_needs_no_look_at_each_token(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After the first step of a left-padded batch; a cache goes on knowing its positions when it is over."""
-    looks: list[int] = []
-    look = Positions._look
-    monkeypatch.setattr(Positions, "_look", lambda *args: looks.append(1) or look(*args))
-    ids = tokens(2, 8)
-    mask = torch.ones_like(ids)
-    mask[1, :3] = 0
-    out = llama.generate(
-        ids, attention_mask=mask, max_new_tokens=5, do_sample=False, eos_token_id=None, return_dict_in_generate=True
-    )
-    assert not looks and set(ways(llama)) == {"row"}
-    cache = out.past_key_values
-    assert getattr(cache, JUDGED) and getattr(cache, POSITIONS)[:, -1].tolist() == [7, 4]
-    # By hand, and not where generation would have gone on: both rows repeat their first tokens' positions.
-    mask = torch.cat([mask, torch.ones(2, 7, dtype=torch.long)], 1)
-    text = torch.cat([out.sequences, tokens(2, 2, seed=9)], 1)
-    before = (mask.cumsum(1) - 1).clamp(min=0)[:, :12]
-    positions = torch.cat([before, torch.tensor([[0, 1, 2], [3, 4, 5]])], 1)
-    want = llama(text, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, -3:]
-    got = llama(text[:, 12:], attention_mask=mask, position_ids=positions[:, 12:], past_key_values=cache).logits
-    assert looks and not getattr(cache, JUDGED)
-    assert closeness(got, want) < 1e-5
-
-
-@torch.no_grad()
-def test_generation_from_irregular_positions(llama: PreTrainedModel) -> None:
-    """A cache with restarted positions: generation goes on by general steps, equal to full passes."""
-    ids, cache = tokens(2, 12), DynamicCache(config=llama.config)
-    by_steps(llama, ids, RESTARTED, cache, [12])
-    text = torch.cat([ids, tokens(2, 1, seed=8)], 1)
-    positions = torch.cat([RESTARTED, torch.tensor([[6], [9]])], 1)
-    out = llama.generate(
-        text, position_ids=positions, past_key_values=cache, max_new_tokens=4, do_sample=False, eos_token_id=None
-    )
-    for _ in range(4):
-        given = {"attention_mask": torch.ones_like(text), "position_ids": positions, "use_cache": False}
-        text = torch.cat([text, llama(text, **given).logits[:, -1:].argmax(-1)], 1)
-        positions = torch.cat([positions, positions[:, -1:] + 1], 1)
-    assert torch.equal(out, text)
-
-
-@families("llama", "gpt2", "falcon-rope")
-@torch.no_grad()
-def test_generation_from_vectors(case: Case) -> None:
-    """Transformers reads in the signature whether a class can begin with vectors in the place of tokens."""
-    model, ids = retrofitted(case), tokens(2, 8)
-    settings: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
-    vectors = model.get_input_embeddings()(ids)
-    assert torch.equal(model.generate(inputs_embeds=vectors, **settings), model.generate(ids, **settings)[:, 8:])
-
-
-@families("llama", "gpt2")
-@torch.no_grad()
-def test_prefix_tuning_of_a_padded_batch(case: Case) -> None:
-    """PEFT puts a filled cache under a generation that began without one, and shifts its positions."""
-    model = retrofitted(case)
-    peft = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
-    for parameter in peft.prompt_encoder.parameters():
-        nn.init.normal_(parameter)
-    ids = tokens(2, 7)
-    mask = torch.ones_like(ids)
-    mask[1, :3] = 0
-    settings: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
-    both = peft.generate(input_ids=ids, attention_mask=mask, **settings)
-    alone = peft.generate(input_ids=ids[1:, 3:], attention_mask=mask[1:, 3:], **settings)
-    assert torch.equal(both[1:, 7:], alone[:, 4:])
-
-
-@torch.no_grad()
-def test_a_loop_of_ones_own_over_a_cache_of_generate(llama: PreTrainedModel) -> None:
-    """What a generation knew of its ids is over with it."""
-    ids = tokens(1, 8)
-    out = llama.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=None, return_dict_in_generate=True)
-    text, cache = torch.cat([out.sequences, tokens(1, 1, seed=5)], 1), out.past_key_values
-    assert cache.get_seq_length() == 10
-    given = {"position_ids": torch.tensor([[3, 4]]), "attention_mask": torch.ones(1, 12, dtype=torch.long)}
-    inputs = llama.prepare_inputs_for_generation(text, next_sequence_length=2, past_key_values=cache, **given)
-    positions = torch.cat([torch.arange(10), torch.tensor([3, 4])])[None]
-    want = llama(text, position_ids=positions, attention_mask=torch.ones_like(text), use_cache=False).logits[:, -2:]
-    assert closeness(llama(**inputs).logits, want) < 1e-5
-
-
-# --- heads and copies --------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
 def test_a_head_that_drops_positions_refuses_them(head: str) -> None:
     """Falcon's heads swallow position_ids, though the model within takes them."""
@@ -352,127 +207,10 @@ def test_several_rows_a_sample() -> None:
     assert closeness(restarted, want) > 1e-3
 
 
-# --- graphs ------------------------------------------------------------------------------------------------------
-
-
-@families("llama", "gpt2", "falcon-rope")
-@torch.no_grad()
-def test_compiled_decoding_with_positions(case: Case) -> None:
-    """The usual recipe of a static cache: one graph for each token, with positions given by hand."""
-    torch._dynamo.reset()
-    model, ids = retrofitted(case), tokens(2, 12)
-    want = model(ids, attention_mask=torch.ones_like(ids), position_ids=RESTARTED, use_cache=False).logits
-    cache = StaticCache(config=model.config, max_cache_len=16)
-    by_steps(model, ids, RESTARTED, cache, [8])
-    step = torch.compile(model, backend="eager", fullgraph=True)
-    for at in range(8, 12):
-        mask = torch.zeros(2, 16, dtype=torch.long)
-        mask[:, : at + 1] = 1
-        given = {"attention_mask": mask, "position_ids": RESTARTED[:, at : at + 1], "past_key_values": cache}
-        assert closeness(step(ids[:, at : at + 1], **given).logits[:, 0], want[:, at]) < 1e-5
-
-
-@families("llama", "gpt2", "mistral")
-@torch.no_grad()
-def test_graphs_of_caches_without_positions(case: Case) -> None:
-    """A cache that was filled without position_ids, and one that the model makes: one graph, as of the source."""
-    torch._dynamo.reset()
-    model, ids = retrofitted(case), tokens(2, 12)
-    want = model(ids, attention_mask=torch.ones_like(ids), position_ids=RESTARTED, use_cache=False).logits
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    given = {"attention_mask": torch.ones_like(ids), "position_ids": RESTARTED}
-    assert closeness(compiled(ids, **given).logits, want) < 1e-5
-    cache = StaticCache(config=model.config, max_cache_len=16)
-    model(ids[:, :8], past_key_values=cache)
-    at = torch.tensor([[3], [5]])
-    positions = torch.cat([torch.arange(8)[None].expand(2, -1), at], 1)
-    want = model(ids[:, :9], attention_mask=torch.ones(2, 9), position_ids=positions, use_cache=False).logits[:, 8:]
-    mask = (torch.arange(16) < 9).long()[None].expand(2, -1)
-    got = compiled(ids[:, 8:9], attention_mask=mask, position_ids=at, past_key_values=cache).logits
-    assert closeness(got, want) < 1e-5
-
-
-def call_of(case: Case, model: PreTrainedModel) -> nn.Module:
-    class Call(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, ids: Tensor, mask: Tensor) -> Any:
-            extra = {} if case.kind == "encoder" else {"use_cache": False}
-            if case.kind == "seq2seq":
-                extra["decoder_input_ids"] = ids.flip(1)
-            return self.model(input_ids=ids, attention_mask=mask, **extra).logits
-
-    return Call()
-
-
-@families("llama", "mistral", "gpt2", "bloom", "mpt", "falcon", "bert", "modernbert", "t5", "bart", "gpt_oss", "gemma2")
-@pytest.mark.parametrize("length", [12, 300])
-@torch.no_grad()
-def test_a_traced_model_obeys_another_mask(case: Case, length: int) -> None:
-    """torch.jit.trace keeps what it cannot see change: the padding must reach the graph as a tensor."""
-    if length > 64 and str(case) not in ("llama", "bert"):
-        pytest.skip("one decoder and one encoder are enough for a text of several blocks")
-    settings = {"max_position_embeddings": 512} if length > 64 else {}
-    call, ids = call_of(case, retrofitted(case, layers=1 if length > 64 else 2, **settings)), tokens(2, length)
-    ones = torch.ones_like(ids)
-    left, right = ones.clone(), ones.clone()
-    left[1, :5], right[0, 9:] = 0, 0
-    masks = [ones, right] if case.kind != "causal" else [ones, left]
-    for first, other in (masks, masks[::-1]):
-        graph = torch.jit.trace(call, (ids, first), check_trace=False, strict=False)
-        for mask in (first, other):
-            real = ones.bool() if case.kind == "seq2seq" else mask.bool()
-            assert closeness(graph(ids, mask)[real], call(ids, mask)[real]) < 1e-5
-
-
-@families("llama", "gpt2", "bert", "t5")
-@pytest.mark.parametrize("strict", [False, True])
-@torch.no_grad()
-def test_a_model_that_never_ran_can_be_exported(case: Case, strict: bool) -> None:
-    if case.kind == "seq2seq" and strict:
-        pytest.skip("one way is enough where two models are traced")
-    call, ids = call_of(case, retrofitted(case)), tokens(2, 8)
-    buckets._first_distances.cache_clear()
-    buckets._buckets_around_zero.cache_clear()
-    graph = torch.export.export(call, (ids, torch.ones_like(ids)), strict=strict).module()
-    assert closeness(graph(ids, torch.ones_like(ids)), call(ids, torch.ones_like(ids))) < 1e-5
-
-
-@torch.no_grad()
-def test_exported_positions_are_an_argument(llama: PreTrainedModel) -> None:
-    ids, mask = tokens(2, 12), torch.ones(2, 12, dtype=torch.long)
-    given = {"attention_mask": mask, "position_ids": torch.arange(12)[None].repeat(2, 1), "use_cache": False}
-    graph = torch.export.export(llama, (ids,), given, strict=False).module()
-    given = {**given, "position_ids": RESTARTED}
-    assert closeness(graph(ids, **given).logits, llama(ids, **given).logits) < 1e-5
-
-
-def test_a_fake_pass_leaves_nothing_behind() -> None:
-    """Shapes can be computed before any number was, and do no harm to a real pass that follows."""
-    buckets._first_distances.cache_clear()
-    buckets._buckets_around_zero.cache_clear()
-    model = retrofitted(BY_NAME["llama"])
-    with FakeTensorMode() as mode, torch.no_grad():
-        fake: Any = type(model)(copy.deepcopy(model.config))
-        for positions in (None, mode.from_tensor(torch.tensor([[0, 1, 2, 0, 1]]))):
-            cache = DynamicCache(config=model.config)
-            for part in (tokens(1, 5), tokens(1, 1)):
-                at = None if positions is None else positions[:, : part.shape[1]]
-                logits = fake(mode.from_tensor(part), position_ids=at, past_key_values=cache).logits
-                assert logits.shape == (1, part.shape[1], model.config.vocab_size)
-    with torch.no_grad():
-        assert type(model(tokens(1, 5)).logits) is Tensor
-
-
 def test_one_query_on_a_device_is_not_looked_at() -> None:
     """Decoding must not wait for a GPU: the general way is taken, whatever the positions are."""
     slots = torch.arange(5, device="meta")[None]
     assert not Positions(slots[:, 4:], slots, 4).are_indices(None, 5, None)
-
-
-# --- arithmetic --------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)

@@ -14,11 +14,10 @@ from transformers import AutoModelForCausalLM
 
 import rpb_retrofit as rpb
 from rpb_retrofit.errors import CheckpointError, ConfigError, RetrofitError
-from tests.checkpoint.test_checkpoint import rpb_command
-from tests.families.cases import CASES
-from tests.families.test_contract import CONFIG, build, retrofitted
+from tests.families.cases import BY_NAME
+from tests.support.command import rpb_command
+from tests.support.tiny_models import CONFIG, build, retrofitted
 
-BY_NAME = {str(case): case for case in CASES}
 FIRST, SECOND = (f"model.layers.{i}.self_attn.relative_attention_bias" for i in (0, 1))
 
 

@@ -14,15 +14,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.families.cases import CASES
-from tests.families.test_contract import retrofitted, tokens
+from tests.families.cases import BY_NAME
+from tests.support.tiny_models import retrofitted, tokens
 
 
 def main(way: str, rank: int, rendezvous: str, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    case = next(case for case in CASES if str(case) == "llama")
-    model = retrofitted(case).train()
+    model = retrofitted(BY_NAME["llama"]).train()
     if way == "ddp":
         run = DistributedDataParallel(model)
     else:

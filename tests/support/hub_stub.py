@@ -5,12 +5,27 @@ from __future__ import annotations
 import base64
 import json
 import re
-from http.server import BaseHTTPRequestHandler
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+
+
+class HubServer(ThreadingHTTPServer):
+    """On a free port of this machine; what is uploaded goes to ``folder``."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), Hub)
+        self.folder = folder
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
 
 
 class Hub(BaseHTTPRequestHandler):
     """Takes a commit's files to ``server.folder``; large ones come first, by their hash."""
+
+    server: HubServer
 
     def log_message(self, *_: Any) -> None:
         """Nothing on the terminal."""
@@ -26,10 +41,6 @@ class Hub(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
 
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.server.server_address[1]}"
-
     def do_GET(self) -> None:
         if self.path == "/api/whoami-v2":
             self.reply({"type": "user", "name": "someone"})
@@ -41,7 +52,7 @@ class Hub(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.body()
         if self.path == "/api/repos/create":
-            self.reply({"url": f"{self.address}/someone/retrofit"})
+            self.reply({"url": f"{self.server.url}/someone/retrofit"})
         elif self.path == "/api/validate-yaml":
             self.reply({"errors": [], "warnings": []})
         elif "/preupload/" in self.path:
@@ -54,7 +65,7 @@ class Hub(BaseHTTPRequestHandler):
             self.reply({"files": answers})
         elif self.path.endswith("/info/lfs/objects/batch"):
             objects = [
-                {**o, "actions": {"upload": {"href": f"{self.address}/lfs/{o['oid']}"}}}
+                {**o, "actions": {"upload": {"href": f"{self.server.url}/lfs/{o['oid']}"}}}
                 for o in json.loads(body)["objects"]
             ]
             self.reply({"transfer": "basic", "objects": objects})
@@ -66,7 +77,7 @@ class Hub(BaseHTTPRequestHandler):
                     (self.server.folder / value["path"]).write_bytes(base64.b64decode(value["content"]))
                 elif entry["key"] == "lfsFile":
                     (self.server.folder / value["oid"]).rename(self.server.folder / value["path"])
-            self.reply({"commitUrl": f"{self.address}/someone/retrofit/commit/{'0' * 40}", "commitOid": "0" * 40})
+            self.reply({"commitUrl": f"{self.server.url}/someone/retrofit/commit/{'0' * 40}", "commitOid": "0" * 40})
         else:
             self.reply({"error": f"unknown: {self.path}"}, 404)
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from pydoc_data import topics
 from typing import Any
 
+import pytest
 import torch
 from accelerate.state import AcceleratorState
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -18,6 +22,7 @@ from rpb_retrofit.training.recipe import Recipe
 from rpb_retrofit.training.run import finetune, finetune_arms
 from rpb_retrofit.training.step import Stepper
 from rpb_retrofit.training.summary import Summary
+from tests.support.tensors import weights_of
 
 VOCAB = 512
 PROSE = "\n\n".join(topics.topics[name] for name in sorted(topics.topics))[:60_000]
@@ -105,11 +110,55 @@ def run_alone(retrofit: Path, out: Path, text: Path, changes: dict[str, Any] | N
     """`run` in a process of its own, that a test kills; it rests for so many seconds before every step."""
     os.environ["TQDM_DISABLE"] = "1"
     torch.set_num_threads(1)
-    take = Stepper.take
+    watch_steps(pytest.MonkeyPatch(), lambda number: time.sleep(rest))
+    run(retrofit, out, text, changes)
+
+
+def watch_steps(monkeypatch: pytest.MonkeyPatch, before: Callable[[int], object] = lambda number: None) -> list[int]:
+    """Have ``before`` called before every step with its number, counted from 1 over all runs; the numbers so far."""
+    take, numbers = Stepper.take, list[int]()
 
     def step(self: Stepper, interruption: Any) -> Any:
-        time.sleep(rest)
+        numbers.append(len(numbers) + 1)
+        before(numbers[-1])
         return take(self, interruption)
 
-    Stepper.take = step  # type: ignore[method-assign]
-    run(retrofit, out, text, changes)
+    monkeypatch.setattr(Stepper, "take", step)
+    return numbers
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, at: int, name: str = UP, factor: float = math.inf) -> None:
+    """One step with a weight multiplied by a factor."""
+    take, steps = Stepper.take, 0
+
+    def step(self: Stepper, interruption: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps != at:
+            return take(self, interruption)
+        weight = self.model.get_parameter(name)
+        kept = weight.detach().clone()
+        with torch.no_grad():
+            weight *= factor
+        try:
+            return take(self, interruption)
+        finally:
+            with torch.no_grad():
+                weight.copy_(kept)
+
+    monkeypatch.setattr(Stepper, "take", step)
+
+
+def losses(folder: Path) -> list[float]:
+    """Of all stages' steps, in order."""
+    return [loss for stage in json.loads((folder / "training.json").read_text())["stages"] for loss in stage["losses"]]
+
+
+def assert_equal_runs(one: Path, other: Path) -> None:
+    """The same weights bit for bit, and the same losses."""
+    a, b = weights_of(one), weights_of(other)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert losses(one) == losses(other)

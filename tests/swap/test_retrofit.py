@@ -26,15 +26,10 @@ from rpb_retrofit.errors import (
     RevertError,
     UnsupportedModelError,
 )
-from tests.families.cases import CASES, Case
-from tests.families.test_contract import CONFIG, build, closeness, every_family, inputs_of, retrofitted, tokens
+from tests.families.cases import BY_NAME, Case
+from tests.support.tiny_models import CONFIG, build, closeness, every_family, families, inputs_of, retrofitted, tokens
 
-BY_NAME = {str(case): case for case in CASES}
 IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
-
-
-def families(*names: str) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("case", [BY_NAME[name] for name in names], ids=str)
 
 
 def is_table(name: str) -> bool:

@@ -21,17 +21,9 @@ from rpb_retrofit.tables.attention_rows import AttentionRows
 from rpb_retrofit.tables.calibrate import Calibration
 from rpb_retrofit.tables.fit import fit
 from rpb_retrofit.tables.outputs import SHARE, fit_outputs
-from tests.families.cases import CASES, Case
-from tests.families.test_contract import CONFIG, VOCAB, build, inputs_of, tokens
-
-CALIBRATED = replace(CONFIG, init="calibrated")
-BY_NAME = {str(case): case for case in CASES}
-FITTED = [case for case in CASES if case.family not in ("t5", "umt5")]
-ROTARY = [case for case in FITTED if family_of(build(case).config).mechanism == "rope"]
-
-
-def text(length: int = 48, windows: int = 2) -> list[Tensor]:
-    return [tokens(windows, length, seed=5)]
+from tests.families.cases import BY_NAME, Case
+from tests.support.calibration import CALIBRATED, FITTED, ROTARY, calibration_windows
+from tests.support.tiny_models import CONFIG, VOCAB, build, inputs_of, tokens
 
 
 @pytest.mark.parametrize("case", FITTED, ids=str)
@@ -40,7 +32,7 @@ def test_every_family(case: Case) -> None:
     weights stay, and revert is exact."""
     model, untouched = build(case), build(case)
     before = model(**inputs_of(case, tokens())).logits
-    found = rpb.retrofit(model, CALIBRATED, calibration=text()).calibration
+    found = rpb.retrofit(model, CALIBRATED, calibration=calibration_windows()).calibration
     assert [layer.name for layer in found.layers] and len(found.layers) == sum(
         getattr(model.config, name) for name in case.layers
     )
@@ -69,7 +61,7 @@ def test_every_family(case: Case) -> None:
 def test_every_attention_comes_nearer(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first act alone, which the outputs start from: each layer's attention comes nearer to the source's."""
     monkeypatch.setattr("rpb_retrofit.tables.calibrate.fit_outputs", lambda pairs, layout, metric: fit(pairs, layout))
-    found = rpb.retrofit(build(case), CALIBRATED, calibration=text()).calibration
+    found = rpb.retrofit(build(case), CALIBRATED, calibration=calibration_windows()).calibration
     for layer in found.layers:
         assert all(b <= a + 1e-5 for a, b in zip(layer.before, layer.after, strict=True)), layer.name
     assert found.after < 0.995 * found.before
@@ -79,7 +71,7 @@ def test_it_reports_what_it_reached() -> None:
     """The KL in the report is that of the attention weights, the source's by Transformers' own eager code."""
     case = BY_NAME["llama"]
     source, model = build(case, layers=1), build(case, layers=1)
-    windows = text()
+    windows = calibration_windows()
     found = rpb.retrofit(model, CALIBRATED, calibration=windows).calibration
     source.set_attn_implementation("eager")
     with torch.no_grad():
@@ -92,7 +84,7 @@ def test_the_same_seed_gives_the_same_tables() -> None:
     tables = []
     for seed in (0, 0, 1):
         model = build(BY_NAME["llama"])
-        report = rpb.retrofit(model, replace(CALIBRATED, seed=seed), calibration=text(300))
+        report = rpb.retrofit(model, replace(CALIBRATED, seed=seed), calibration=calibration_windows(300))
         tables.append(torch.stack([model.get_parameter(name).detach() for name in report.tables]))
     assert torch.equal(tables[0], tables[1])
     assert not torch.equal(tables[0], tables[2])
@@ -156,18 +148,18 @@ def test_kept_frequencies_are_the_rotation_with_the_others_zeroed(case: Case) ->
                 zeroed += 1
     assert zeroed
     static = not re.search("dynamic|longrope", str(case))  # these compute their frequencies again
-    ours = model(**inputs_of(case, tokens())).logits
+    kept_alone = model(**inputs_of(case, tokens())).logits
     if static:
-        theirs = source(**inputs_of(case, tokens())).logits
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(ours, plain, atol=1e-3) or len(buffer) == 1
+        zeroed_by_hand = source(**inputs_of(case, tokens())).logits
+        torch.testing.assert_close(kept_alone, zeroed_by_hand, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(kept_alone, plain, atol=1e-3) or len(buffer) == 1
 
 
 def test_a_checkpoint_keeps_its_frequencies(tmp_path: Path) -> None:
     """Saved, loaded, decoded with a cache, left-padded: kept frequencies rotate by the real position."""
     case = BY_NAME["llama"]
     model = build(case)
-    rpb.retrofit(model, replace(CALIBRATED, keep_frequencies=2), calibration=text())
+    rpb.retrofit(model, replace(CALIBRATED, keep_frequencies=2), calibration=calibration_windows())
     model.save_pretrained(tmp_path)
     loaded = rpb.load(tmp_path)
     ids = tokens(1, 12)
@@ -225,7 +217,7 @@ def test_an_alibi_source_is_reproduced() -> None:
     ("config", "calibration", "answer"),
     [
         (CALIBRATED, None, "init='calibrated' needs text: give calibration=[batches of token ids], or choose another"),
-        (CONFIG, text(), "calibration was given, but init='zeros' uses none"),
+        (CONFIG, calibration_windows(), "calibration was given, but init='zeros' uses none"),
         (CALIBRATED, [], "calibration: no text"),
         (CALIBRATED, [torch.arange(3, 9)], "calibration: a window of 6 tokens"),
         (CALIBRATED, [torch.rand(2, 48)], "calibration: torch.float32 of shape (2, 48)"),
@@ -266,6 +258,6 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("rpb_retrofit.tables.calibrate.fit_outputs", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        rpb.retrofit(model, CALIBRATED, calibration=text())
+        rpb.retrofit(model, CALIBRATED, calibration=calibration_windows())
     assert isinstance(model, nn.Module) and type(model) is type(plain) and not hasattr(model.config, "rpb_retrofit")
     assert torch.equal(model(tokens()).logits, plain(tokens()).logits)

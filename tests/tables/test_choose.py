@@ -15,12 +15,11 @@ from rpb_retrofit.runtime.families import TABLE
 from rpb_retrofit.tables.bucket_search import BUCKETS, Trial, held_out_divergence, sizes
 from rpb_retrofit.tables.fit import fit
 from rpb_retrofit.tables.parameters import ParameterLayout
-from tests.families.cases import CASES
-from tests.families.test_contract import CONFIG, build, inputs_of, tokens
-from tests.tables.test_calibrate import CALIBRATED, text
-from tests.tables.test_fit import Planted
+from tests.families.cases import BY_NAME
+from tests.support.calibration import CALIBRATED, calibration_windows
+from tests.support.planted import Planted
+from tests.support.tiny_models import CONFIG, build, inputs_of, tokens
 
-BY_NAME = {str(case): case for case in CASES}
 AUTO = replace(CALIBRATED, relative_attention_num_buckets="auto")
 
 
@@ -60,13 +59,13 @@ def test_more_buckets_than_the_text_bears_are_worse_on_held_out_text() -> None:
 
 def test_in_a_model(tmp_path: Path) -> None:
     model, plain = build(BY_NAME["llama"]), build(BY_NAME["llama"])
-    report = rpb.retrofit(model, AUTO, text(windows=4))
+    report = rpb.retrofit(model, AUTO, calibration_windows(windows=4))
     count, reach = report.num_buckets, report.max_distance
     assert (count, reach) in sizes(48, [False]) and f"buckets auto: {count} to {reach}" in str(report)
     assert model.config.rpb_retrofit["relative_attention_num_buckets"] == count
     by_hand = build(BY_NAME["llama"])
     chosen = {"relative_attention_num_buckets": count, "relative_attention_max_distance": reach}
-    rpb.retrofit(by_hand, replace(CALIBRATED, **chosen), text(windows=4))
+    rpb.retrofit(by_hand, replace(CALIBRATED, **chosen), calibration_windows(windows=4))
     for name in report.tables:
         assert torch.equal(model.get_parameter(name), by_hand.get_parameter(name)), "as if asked for"
     model.save_pretrained(tmp_path)
@@ -80,7 +79,7 @@ def test_it_needs_text_to_hold_out() -> None:
         rpb.RetrofitConfig(relative_attention_num_buckets="auto", init="zeros")
     model, plain = build(BY_NAME["llama"]), build(BY_NAME["llama"])
     with pytest.raises(DataError, match="one window of text; choosing buckets holds one out"):
-        rpb.retrofit(model, AUTO, text(windows=1))
+        rpb.retrofit(model, AUTO, calibration_windows(windows=1))
     assert type(model) is type(plain) and torch.equal(model(tokens()).logits, plain(tokens()).logits)
 
 
@@ -95,14 +94,14 @@ def test_heads_are_matched_by_text(name: str, shared: bool, tmp_path: Path, monk
     case = BY_NAME[name]
     model = build(case)
     config = replace(CALIBRATED, shared=shared)
-    rpb.retrofit(model, config, text())
+    rpb.retrofit(model, config, calibration_windows())
     order = torch.randperm(4, generator=torch.Generator().manual_seed(1))
     fitted = {n: p.detach().clone() for n, p in model.named_parameters() if f"{TABLE}." in n}
     for parameter in (model.get_parameter(n) for n in fitted):
         parameter.data.copy_(parameter[order])
     model.save_pretrained(tmp_path)
     again = build(case)
-    report = rpb.retrofit(again, replace(config, init=f"from:{tmp_path}"), text())
+    report = rpb.retrofit(again, replace(config, init=f"from:{tmp_path}"), calibration_windows())
     assert "heads matched on 2 windows" in str(report)
     if not shared:
         assert report.calibration.layers[0].heads == order.argsort().tolist()
@@ -115,4 +114,4 @@ def test_heads_are_matched_by_text(name: str, shared: bool, tmp_path: Path, monk
 
 def test_text_is_refused_where_it_serves_nothing() -> None:
     with pytest.raises(ConfigError, match="calibration was given, but init='zeros' uses none"):
-        rpb.retrofit(build(BY_NAME["llama"]), CONFIG, text())
+        rpb.retrofit(build(BY_NAME["llama"]), CONFIG, calibration_windows())

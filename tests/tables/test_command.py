@@ -13,12 +13,12 @@ from transformers import AutoTokenizer
 import rpb_retrofit as rpb
 from rpb_retrofit.errors import DataError
 from rpb_retrofit.text import CalibrationText, Text, spread_windows
-from tests.checkpoint.test_checkpoint import rpb_command
 from tests.evaluation.test_evaluation import WORDS, tokenizer
-from tests.families.cases import CASES
-from tests.families.test_contract import VOCAB, build
+from tests.families.cases import BY_NAME
+from tests.support.command import rpb_command
+from tests.support.tiny_models import VOCAB, build
 
-LLAMA = next(case for case in CASES if str(case) == "llama")
+LLAMA = BY_NAME["llama"]
 SMALL = ("--buckets", 8, "--max-distance", 16)
 
 

@@ -23,9 +23,9 @@ from rpb_retrofit.runtime.families import FACTOR, family_of
 from rpb_retrofit.tables.attention_rows import AttentionRows
 from rpb_retrofit.text import CalibrationText, Text
 from tests.evaluation.test_evaluation import WORDS, tokenizer
-from tests.families.cases import Case
-from tests.families.test_contract import CONFIG, build, inputs_of, tokens
-from tests.tables.test_calibrate import BY_NAME, ROTARY, text
+from tests.families.cases import BY_NAME, Case
+from tests.support.calibration import ROTARY, calibration_windows
+from tests.support.tiny_models import CONFIG, build, inputs_of, tokens
 
 CONTENT = replace(CONFIG, init="calibrated", calibrate="tables+content")
 SERVED = [case for case in ROTARY if family_of(build(case).config).uses_interface]
@@ -62,17 +62,17 @@ def test_every_rotary_family(case: Case, monkeypatch: pytest.MonkeyPatch) -> Non
     source = build(case)
     plain = logits(source, case)
     model = build(case)
-    tables = rpb.retrofit(model, replace(CONTENT, calibrate="tables"), text()).calibration
+    tables = rpb.retrofit(model, replace(CONTENT, calibrate="tables"), calibration_windows()).calibration
     unfolded = build(case)
     with monkeypatch.context() as patch:
         patch.setattr("rpb_retrofit.swap.inplace.fold", lambda *args: None)
-        found = rpb.retrofit(unfolded, CONTENT, text()).calibration
+        found = rpb.retrofit(unfolded, CONTENT, calibration_windows()).calibration
     assert found.after < 0.97 * tables.after
     factors = [m.weight for m in unfolded.modules() if isinstance(m, ContentFactor)]
     assert len(factors) == len(found.layers) and all((w - torch.tensor([1.0, 0])).abs().max() > 1e-3 for w in factors)
 
     model = build(case)
-    report = rpb.retrofit(model, CONTENT, text())
+    report = rpb.retrofit(model, CONTENT, calibration_windows())
     kept = [name for name, _ in model.named_parameters() if FACTOR in name]
     assert bool(kept) == keeps_factors(case) == (FACTOR in model.config.rpb_retrofit)
     assert ("a norm stands between" if kept else "folded into") in str(report)
@@ -115,7 +115,7 @@ def test_the_pairs_are_those_that_rotate(case: Case) -> None:
 def test_kept_frequencies_have_no_factor(keep: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(BY_NAME["llama"])
     monkeypatch.setattr("rpb_retrofit.swap.inplace.fold", lambda *args: None)
-    rpb.retrofit(model, replace(CONTENT, keep_frequencies=keep), text())
+    rpb.retrofit(model, replace(CONTENT, keep_frequencies=keep), calibration_windows())
     for factor in (m.weight for m in model.modules() if isinstance(m, ContentFactor)):
         one = (factor == torch.tensor([1.0, 0.0])).all(-1).all(0)
         assert one[:keep].all() and not one[keep:].any()
@@ -166,7 +166,7 @@ def test_parameters_that_are_kept_are_saved_and_missed(tmp_path: Path) -> None:
     """Where a norm stands between, the factors are parameters: saved, loaded, float32, and missed when lost."""
     case = BY_NAME["qwen3"]
     model = build(case)
-    rpb.retrofit(model, CONTENT, text())
+    rpb.retrofit(model, CONTENT, calibration_windows())
     model.save_pretrained(tmp_path)
     loaded = rpb.load(tmp_path, dtype=torch.bfloat16)
     for name, parameter in model.named_parameters():
@@ -196,7 +196,7 @@ def test_interrupted_while_folding(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(folding, "_turn_rows", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        rpb.retrofit(model, CONTENT, text())
+        rpb.retrofit(model, CONTENT, calibration_windows())
     assert type(model) is type(plain)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
 
@@ -208,7 +208,7 @@ def test_interrupted_while_folding(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_where_there_are_none(name: str, reason: str) -> None:
     model = build(BY_NAME[name])
     with pytest.raises(UnsupportedModelError, match=reason):
-        rpb.retrofit(model, CONTENT, text())
+        rpb.retrofit(model, CONTENT, calibration_windows())
     assert not hasattr(model.config, "rpb_retrofit")
 
 

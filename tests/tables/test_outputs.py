@@ -20,14 +20,12 @@ from rpb_retrofit.tables.fit import RowPairs, fit, loss, target_of
 from rpb_retrofit.tables.output_metric import metrics
 from rpb_retrofit.tables.outputs import SHARE, Outputs, fit_outputs
 from rpb_retrofit.tables.parameters import ParameterLayout
-from tests.families.cases import CASES
-from tests.families.test_contract import build, tokens
-from tests.tables.test_fit import FORMS, Planted, exactly, explicit_scores
+from tests.families.cases import BY_NAME
+from tests.support.planted import FORMS, Planted, exactly, explicit_scores
+from tests.support.tiny_models import build, tokens
 
 VALUE = 5
 """Dimensions of a value: others than those of a key."""
-
-BY_NAME = {str(case): case for case in CASES}
 
 
 def with_values(planted: Planted, windows: int) -> RowPairs:
@@ -36,8 +34,8 @@ def with_values(planted: Planted, windows: int) -> RowPairs:
     for source, student in planted.pairs(windows):
         values = [planted.randn(planted.heads // planted.groups, planted.keys, VALUE) for _ in range(2)]
         weights = probabilities(source.scores, source)
-        theirs = weights @ values[0].repeat_interleave(planted.groups, 0)
-        pairs.append((replace(source, output=theirs), replace(student, value=values[1])))
+        output = weights @ values[0].repeat_interleave(planted.groups, 0)
+        pairs.append((replace(source, output=output), replace(student, value=values[1])))
     return pairs
 
 
@@ -56,8 +54,8 @@ def some_metric(planted: Planted) -> Tensor:
 
 def explicit_missed(numbers: Tensor, pairs: RowPairs, layout: ParameterLayout, metric: Tensor) -> Tensor:
     """The share of the variance of the source's outputs that is missed, by its definition."""
-    theirs = torch.cat([source.output for source, _ in pairs], 1)
-    ours = torch.cat(
+    of_source = torch.cat([source.output for source, _ in pairs], 1)
+    of_student = torch.cat(
         [
             probabilities(explicit_scores(student, layout, numbers), student)
             @ student.value.repeat_interleave(len(student.query) // len(student.value), 0)
@@ -69,7 +67,7 @@ def explicit_missed(numbers: Tensor, pairs: RowPairs, layout: ParameterLayout, m
     def squares(x: Tensor) -> Tensor:
         return torch.einsum("hrv,hvw,hrw->h", x, metric, x)
 
-    return squares(ours - theirs) / squares(theirs - theirs.mean(1, keepdim=True))
+    return squares(of_student - of_source) / squares(of_source - of_source.mean(1, keepdim=True))
 
 
 @settings(max_examples=30, deadline=None)
@@ -112,8 +110,8 @@ def test_random_signs_sample_gauss_and_newton() -> None:
         for head in range(2):
             own = jacobian[head, ..., head, :].flatten(0, 1)
             want[head] += 2 * own.T @ own
-    theirs = torch.cat([source.output for source, _ in pairs], 1)
-    centred = (theirs - theirs.mean(1, keepdim=True)) @ root
+    output = torch.cat([source.output for source, _ in pairs], 1)
+    centred = (output - output.mean(1, keepdim=True)) @ root
     want /= (centred**2).sum((1, 2))[:, None, None]
     with pytest.MonkeyPatch.context() as patch:
         exactly(patch)
@@ -136,10 +134,10 @@ def test_a_planted_bias_is_recovered(bucketing: Bucketing, sinks: bool, seed: in
         pairs.append((replace(source, output=output), replace(student, value=value)))
     found = fit_outputs(pairs, planted.layout, some_metric(planted))
     visited = found.visits > 20
-    ours, theirs = found.numbers[:, visited], planted.numbers[:, visited]
+    fitted, wanted = found.numbers[:, visited], planted.numbers[:, visited]
     if not sinks:
-        ours, theirs = ours - ours.mean(1, keepdim=True), theirs - theirs.mean(1, keepdim=True)
-    assert (ours - theirs).abs().max() < 1e-3
+        fitted, wanted = (x - x.mean(1, keepdim=True) for x in (fitted, wanted))
+    assert (fitted - wanted).abs().max() < 1e-3
     assert found.missed is not None and found.missed[1].max() < 1e-6
 
 
@@ -183,5 +181,5 @@ def test_the_reader_is_found(name: str) -> None:
 
 def test_it_is_part_of_the_report() -> None:
     model = build(BY_NAME["llama"])
-    said = str(rpb.retrofit(model, rpb.RetrofitConfig(), calibration=[tokens(2, 48, seed=5)]))
-    assert "of the variance of the heads' outputs" in said
+    report = str(rpb.retrofit(model, rpb.RetrofitConfig(), calibration=[tokens(2, 48, seed=5)]))
+    assert "of the variance of the heads' outputs" in report

@@ -11,10 +11,9 @@ import torch
 
 import rpb_retrofit as rpb
 from rpb_retrofit.errors import ConfigError, DataError
-from tests.families.cases import CASES
-from tests.families.test_contract import CONFIG, build, tokens
+from tests.families.cases import BY_NAME
+from tests.support.tiny_models import CONFIG, build, tokens
 
-BY_NAME = {str(case): case for case in CASES}
 POLISHED = replace(CONFIG, init="calibrated", polish=40)
 
 

@@ -15,10 +15,8 @@ import rpb_retrofit as rpb
 from rpb_retrofit.errors import ConfigError
 from rpb_retrofit.runtime.buckets import Bucketing, bucket_of, offsets_of
 from rpb_retrofit.tables.rebucket import rebucket
-from tests.families.cases import CASES
-from tests.families.test_contract import CONFIG, build, inputs_of, retrofitted, tokens
-
-BY_NAME = {str(case): case for case in CASES}
+from tests.families.cases import BY_NAME
+from tests.support.tiny_models import CONFIG, build, inputs_of, retrofitted, tokens
 
 
 def bucketings(bidirectional: st.SearchStrategy[bool]) -> st.SearchStrategy[Bucketing]:
@@ -130,5 +128,5 @@ def test_heads_that_differ_are_mapped_and_said(tmp_path: Path) -> None:
     wide = build(BY_NAME["llama"], num_attention_heads=8, num_key_value_heads=4, head_dim=4)
     report = rpb.retrofit(wide, replace(CONFIG, init=f"from:{tmp_path}"))
     assert report.notes == ["causal: head h of 8 takes head h * 4 // 8"]
-    ours, theirs = wide.get_parameter(report.tables[0]), source.get_parameter(report.tables[0])
-    assert torch.equal(ours, theirs.repeat_interleave(2, 0))
+    widened, narrow = wide.get_parameter(report.tables[0]), source.get_parameter(report.tables[0])
+    assert torch.equal(widened, narrow.repeat_interleave(2, 0))

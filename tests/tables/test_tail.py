@@ -19,12 +19,11 @@ from rpb_retrofit.tables import INITIALISATIONS
 from rpb_retrofit.tables.alibi import slopes
 from rpb_retrofit.tables.rebucket import rebucket
 from rpb_retrofit.tables.table_spec import TableSpec
-from tests.families.cases import CASES
-from tests.families.test_contract import CONFIG, build, inputs_of, tokens
-from tests.tables.test_calibrate import text
+from tests.families.cases import BY_NAME
+from tests.support.calibration import calibration_windows
+from tests.support.tiny_models import CONFIG, build, inputs_of, tokens
 
 LOG = replace(CONFIG, tail="log")
-BY_NAME = {str(case): case for case in CASES}
 
 
 def bias_with_tail(bidirectional: bool, seed: int = 0) -> RelativePositionBias:
@@ -121,8 +120,8 @@ def test_calibration_fits_it() -> None:
     missed = {}
     for tail in ("flat", "log"):
         model = build(BY_NAME["llama"])
-        layers = rpb.retrofit(model, replace(CONFIG, init="calibrated", tail=tail), text()).calibration.layers
-        missed[tail] = sum(sum(layer.missed) for layer in layers)
+        report = rpb.retrofit(model, replace(CONFIG, init="calibrated", tail=tail), calibration_windows())
+        missed[tail] = sum(sum(layer.missed) for layer in report.calibration.layers)
     assert missed["log"] < missed["flat"]
     tails = [m.tail for m in model.modules() if isinstance(m, RelativePositionBias)]
     assert all(tail.min() < -1e-3 and tail.max() <= 0 for tail in tails)

@@ -15,9 +15,9 @@ from rpb_retrofit.checkpoint.convert import retrofit_checkpoint
 from rpb_retrofit.runtime.anatomy import Anatomy
 from rpb_retrofit.runtime.families import family_of, is_own
 from rpb_retrofit.tables import unscaling
-from tests.families.cases import CASES
-from tests.families.test_contract import CONFIG, build, inputs_of, tokens
-from tests.tables.test_calibrate import text
+from tests.families.cases import BY_NAME, CASES
+from tests.support.calibration import calibration_windows
+from tests.support.tiny_models import CONFIG, build, inputs_of, tokens
 
 NORMAL = replace(CONFIG, init="normal")
 UNSCALED = replace(NORMAL, scale="unscaled")
@@ -27,7 +27,6 @@ REFUSED = {
     ),
     "llama4_text": "no weights alone make the queries",  # they are of length one
 }
-BY_NAME = {str(case): case for case in CASES}
 
 
 def logits(model: Any, case: Any) -> torch.Tensor:
@@ -72,8 +71,8 @@ def test_with_factors_and_kept_frequencies(name: str) -> None:
     settings = {"init": "calibrated", "calibrate": "tables+content", "keep_frequencies": 1}
     case = BY_NAME[name]
     scaled, model, source = build(case), build(case), build(case)
-    rpb.retrofit(scaled, replace(CONFIG, **settings), text())
-    rpb.retrofit(model, replace(CONFIG, scale="unscaled", **settings), text())
+    rpb.retrofit(scaled, replace(CONFIG, **settings), calibration_windows())
+    rpb.retrofit(model, replace(CONFIG, scale="unscaled", **settings), calibration_windows())
     torch.testing.assert_close(logits(model, case), logits(scaled, case), rtol=1e-4, atol=1e-4)
     rpb.revert(model)
     assert torch.equal(logits(model, case), logits(source, case))

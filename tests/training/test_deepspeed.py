@@ -13,7 +13,6 @@ import deepspeed
 import pytest
 import torch
 from accelerate import DistributedType
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -24,12 +23,12 @@ import rpb_retrofit as rpb
 from rpb_retrofit.errors import ConfigError, InterruptedRunError, RevertError, UnsupportedModelError
 from rpb_retrofit.runtime.anatomy import Anatomy
 from rpb_retrofit.training.recipe import Recipe
-from rpb_retrofit.training.step import Stepper
 from rpb_retrofit.training.zero import CONFLICTING, check_zero
-from tests.families.cases import CASES, Case
-from tests.families.test_contract import CONFIG, build, inputs_of, retrofitted, tokens
+from tests.families.cases import BY_NAME, Case
 from tests.support.deepspeed_cases import ZERO3, choose, under_deepspeed
-from tests.support.training_cases import PROSE, SIZE, run, small_tokenizer, write_retrofit
+from tests.support.tensors import assert_close, weights_of
+from tests.support.tiny_models import CONFIG, build, inputs_of, retrofitted, tokens
+from tests.support.training_cases import PROSE, SIZE, run, small_tokenizer, watch_steps, write_retrofit
 
 TAUGHT: dict[str, Any] = {
     "objective": "distillation",
@@ -57,48 +56,31 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(base: Path, name: str, changes: dict[str, Any] | None = None) -> dict[str, Tensor]:
     """What a run makes of the retrofit: its weights by name."""
     run(base / "retrofit", base / name, base / "text.txt", changes)
-    return weights(base / name)
-
-
-def weights(folder: Path) -> dict[str, Tensor]:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
-
-
-def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = 1e-4) -> None:
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        torch.testing.assert_close(found[name], tensor, atol=tolerance, rtol=1e-3, msg=name)
+    return weights_of(base / name)
 
 
 def _stopped_and_in_bfloat16(base: Path) -> None:
-    take, steps = Stepper.take, 0
-
-    def step(self: Stepper, interruption: Any) -> Any:
-        nonlocal steps
-        steps += 1
-        if steps == 13:  # the third of the second stage
-            os.kill(os.getpid(), signal.SIGTERM)
-        return take(self, interruption)
-
+    third = 13  # of the second stage
     for zero in (2, 3):
         choose(zero)
-        steps, Stepper.take = 0, step  # type: ignore[method-assign]
-        with pytest.raises(InterruptedRunError, match="SIGTERM after step 3 of 30 of stage 2"):
+        with pytest.MonkeyPatch.context() as patch:
+            steps = watch_steps(patch, lambda number: number == third and os.kill(os.getpid(), signal.SIGTERM))
+            with pytest.raises(InterruptedRunError, match="SIGTERM after step 3 of 30 of stage 2"):
+                trained(base, f"zero{zero}")
             trained(base, f"zero{zero}")
-        trained(base, f"zero{zero}")
-        assert steps == 40, "nothing is trained twice"
-        Stepper.take = take  # type: ignore[method-assign]
+            assert len(steps) == 40, "nothing is trained twice"
         trained(base, f"zero{zero}-bf16", {"precision": "bf16"})
 
 
+@pytest.mark.process
 def test_one_process(models: Path) -> None:
     """A run that was stopped goes on; bfloat16 rounds no weight that is saved."""
     under_deepspeed(1, _stopped_and_in_bfloat16, models)
     plain, rounded = trained(models, "plain"), trained(models, "plain-bf16", {"precision": "bf16"})
     for zero in (2, 3):
-        assert_close(weights(models / f"zero{zero}"), plain)
-        found = weights(models / f"zero{zero}-bf16")
-        assert_close(found, rounded, 2e-2)
+        assert_close(weights_of(models / f"zero{zero}"), plain, atol=1e-4, rtol=1e-3)
+        found = weights_of(models / f"zero{zero}-bf16")
+        assert_close(found, rounded, atol=2e-2, rtol=1e-3)
         for name in ("model.layers.1.mlp.up_proj.weight", "model.layers.0.self_attn.relative_attention_bias.weight"):
             assert not torch.equal(found[name], found[name].bfloat16().float()), name
         rpb.load(models / f"zero{zero}")
@@ -109,16 +91,15 @@ def _taught(base: Path) -> None:
     trained(base, "taught-zero3", TAUGHT)
 
 
+@pytest.mark.process
 def test_two_processes_learn_from_the_source(models: Path) -> None:
     under_deepspeed(2, _taught, models)
-    assert_close(weights(models / "taught-zero3"), trained(models, "taught", TAUGHT))
+    assert_close(weights_of(models / "taught-zero3"), trained(models, "taught", TAUGHT), atol=1e-4, rtol=1e-3)
 
 
 # --- models in pieces ----------------------------------------------------------------------------------------------
 
-FAMILIES = [
-    case for case in CASES if str(case) in ("llama", "gpt_oss", "gpt2", "bert", "bart", "bloom", "falcon", "t5")
-]
+FAMILIES = [BY_NAME[name] for name in ("llama", "gpt_oss", "gpt2", "bert", "bart", "bloom", "falcon", "t5")]
 
 
 def _in_pieces(base: Path) -> None:
@@ -168,6 +149,7 @@ def _refuse(case: Case, retrofit: Any, how: str) -> None:
         rpb.revert(changed)
 
 
+@pytest.mark.process
 def test_models_in_pieces(tmp_path: Path) -> None:
     """A model whose parameters are held in pieces says what it is, and computes what the whole one does."""
     under_deepspeed(1, _in_pieces, tmp_path)

@@ -8,11 +8,9 @@ import pytest
 
 import rpb_retrofit as rpb
 from rpb_retrofit.training.relations import Relations
-from tests.families.cases import CASES
-from tests.families.test_contract import build, inputs_of, tokens
+from tests.families.cases import BY_NAME
 from tests.support.module_state import module_state
-
-BY_NAME = {str(case): case for case in CASES}
+from tests.support.tiny_models import build, inputs_of, tokens
 
 
 def test_both_models_are_left_as_they_were() -> None:
