@@ -53,7 +53,7 @@ def test_a_retrofit_with_the_former_lock_loads_and_is_saved_with_this_one(case: 
     model, inputs = retrofitted(case), inputs_of(case, tokens())
     model.save_pretrained(tmp_path / "old")
     written = saved_config(tmp_path / "old")
-    edit(tmp_path / "old", *modeling.FILE_LOCKS)
+    edit(tmp_path / "old", *locks.FILE_LOCKS)
     loaded = rpb.load(tmp_path / "old").eval()
     assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
     loaded.save_pretrained(tmp_path / "new")
@@ -65,7 +65,7 @@ def test_the_retrofitted_class_itself_takes_what_goes_into_the_config(tmp_path: 
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path, use_cache=False, dtype=torch.bfloat16)
     assert not again.config.use_cache and again.dtype == torch.bfloat16
-    assert not set(modeling.FILE_LOCKS[:1]) & set(vars(again.config)) and "save_pretrained" not in vars(model.config)
+    assert not set(locks.FILE_LOCKS[:1]) & set(vars(again.config)) and "save_pretrained" not in vars(model.config)
     with pytest.raises(AttentionImplementationError):
         type(model).from_pretrained(tmp_path, attn_implementation="sdpa")
 
