@@ -22,10 +22,12 @@ from transformers.masking_utils import (
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import _active_collector
 
-from .attention import ROW, attention, bias_at, bias_matrix, decode
+from .attention import ROW, attention
 from .errors import AttentionImplementationError
 from .families import FACTOR, TABLE
+from .line import bias_at, bias_matrix
 from .positions import Positions, self_attention, tagged
+from .row import decode
 from .visibility import dense, is_runs, runs_of
 
 ATTENTION = "rpb_retrofit"

@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rpb_retrofit.errors import ConfigError
-from rpb_retrofit.runtime.attention import bias_matrix
 from rpb_retrofit.runtime.families import FACTOR, TABLE, family_of
 from rpb_retrofit.runtime.interface import ATTENTION, RUN, is_causal_module, plain_attention
+from rpb_retrofit.runtime.line import bias_matrix
 from rpb_retrofit.runtime.modeling import attention_modules, submodels
 from rpb_retrofit.runtime.visibility import dense, is_runs
 from rpb_retrofit.training.divergence import divergence

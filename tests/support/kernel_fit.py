@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from rpb_retrofit.runtime import fused
-from rpb_retrofit.runtime.kernels import triton
+from rpb_retrofit.runtime.kernels_shared import triton
+from rpb_retrofit.runtime.tilings import Options, Tiling
 
 SHARED_MEMORY = {86: 101_376, 90: 232_448}
 """Bytes that a program may have, by compute capability (CUDA C++ Programming Guide, technical specifications)."""
@@ -37,22 +38,28 @@ CASES: dict[int, list[tuple[int, torch.dtype, Tensor | None]]] = {
 """Width of a head, dtype and mask; what takes most of each class of tiles."""
 
 
-def shared_memory(kernel: Any, arguments: tuple[Any, ...], tiling: fused.Tiling, options: Any, capability: int) -> int:
+def type_of(value: Any, place: tuple[int, ...], constants: dict[Any, Any], attributes: dict[Any, Any]) -> Any:
+    """An argument's type in a kernel's signature; what is known of it goes into constants and attributes, by place."""
+    if isinstance(value, Options) or value is None or (isinstance(value, int) and value == 1):  # Triton's constants
+        constants[place] = value
+        return "constexpr"
+    if isinstance(value, tuple):
+        return tuple(type_of(part, (*place, n), constants, attributes) for n, part in enumerate(value))
+    if isinstance(value, float):
+        return "fp32"
+    if isinstance(value, Tensor) or value % 16 == 0:
+        attributes[place] = [["tt.divisibility", 16]]
+    return f"*{TYPES[value.dtype]}" if isinstance(value, Tensor) else "i32"
+
+
+def shared_memory(kernel: Any, arguments: tuple[Any, ...], tiling: Tiling, capability: int) -> int:
     """Bytes that a kernel takes as it would be launched with these arguments."""
-    signature, constants, attributes = {}, {}, {}
-    for number, (name, value) in enumerate(zip(kernel.arg_names, arguments, strict=False)):
-        if value is None or (isinstance(value, int) and value == 1):  # Triton makes constants of these
-            signature[name], constants[number,] = "constexpr", value
-        elif isinstance(value, Tensor):
-            signature[name], attributes[number,] = f"*{TYPES[value.dtype]}", [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32"
-            if value % 16 == 0:
-                attributes[number,] = [["tt.divisibility", 16]]
-    for name, value in options.items():
-        signature[name], constants[kernel.arg_names.index(name),] = "constexpr", value
+    constants: dict[Any, Any] = {}
+    attributes: dict[Any, Any] = {}
+    signature = {
+        name: type_of(value, (n,), constants, attributes)
+        for n, (name, value) in enumerate(zip(kernel.arg_names, arguments, strict=True))
+    }
     compiled = triton.compile(
         triton.compiler.ASTSource(kernel, signature, constants, attributes),
         target=triton.backends.compiler.GPUTarget("cuda", capability, 32),
@@ -64,16 +71,15 @@ def shared_memory(kernel: Any, arguments: tuple[Any, ...], tiling: fused.Tiling,
 def main(capability: int) -> None:
     available = SHARED_MEMORY[capability]
 
-    def measure(kernel: Any, grid: Any, *arguments: Any, tiling: fused.Tiling, **options: Any) -> None:
-        options = {**options, **({"direct": True} if "direct" in options else {})}
-        taken = shared_memory(kernel, arguments, tiling, options, capability)
+    def measure(kernel: Any, grid: Any, *arguments: Any, tiling: Tiling, options: Options) -> None:
+        taken = shared_memory(kernel, (*arguments, options._replace(direct=True)), tiling, capability)
         print(f"{taken} of {available} bytes: {kernel.__name__}, {tiling}", flush=True)
 
-    with patch.object(fused, "_shared_memory", lambda device: available), patch.object(fused, "_run", measure):
+    with patch.object(fused, "shared_memory_of", lambda device: available), patch.object(fused, "_run", measure):
         for width, dtype, mask in CASES[capability]:
             print(f"heads of {width}, {dtype}, mask {None if mask is None else mask.dtype}")
             q, k, v = (torch.empty(1, 4096, heads, width, dtype=dtype).transpose(1, 2) for heads in (4, 2, 2))
-            call = fused.Call(q, k, v, torch.zeros(4, 8191), mask, 0, 0, None, 0.5, 2000)
+            call = fused.FusedCall(q, k, v, torch.zeros(4, 8191), mask, 0, 0, None, 0.5, 2000)
             out, lse = fused.forward(call)
             fused.backward(call, torch.empty_like(out), out, lse, True)
 
