@@ -1,7 +1,7 @@
 """Attention with a bias of the offset: what it is, and the choice of how it runs.
 
-A bias of the offset is a vector (`line`), never an N x N tensor; `blockwise` is how a CPU runs it, and `fused` how a GPU
-does, with gradients; `row` takes a single query. What they do not offer runs in plain operations (`dense`).
+A bias of the offset is a vector (`line`), never an N x N tensor; `blockwise` is how a CPU runs it, and `fused` how a
+GPU does, with gradients; `row` takes a single query. What they do not offer runs in plain operations (`dense`).
 """
 
 from __future__ import annotations

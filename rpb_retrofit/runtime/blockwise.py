@@ -24,8 +24,8 @@ STEP = 256
 """Queries at a time on the keys near a block's diagonal, where a taller step would compute more of what is hidden."""
 
 FORWARD_QUERIES, FEW_QUERIES = 1024, 256
-"""Queries per block, of many keys and of few: small blocks waste less of the causal half, large ones run a faster kernel
-(from 768 on)."""
+"""Queries per block, of many keys and of few: small blocks waste less of the causal half, large ones run a faster
+kernel (from 768 on)."""
 
 LONG = 4096
 """Keys from which the large blocks are the faster ones."""

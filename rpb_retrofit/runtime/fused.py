@@ -8,8 +8,8 @@ The bias' gradient is the sum of ``dS = P * (dP - delta)`` along each diagonal. 
 bias, so a program adds such tiles up and the diagonals are summed once, at the end: no atomics, equal bits every time.
 Each row of ``dS`` sums to zero, so where the bias is constant from some offset on only the band before it is computed.
 
-`kernels_forward` and `kernels_backward` hold the kernels; the first call imports them, since a machine without a GPU has
-no Triton.
+`kernels_forward` and `kernels_backward` hold the kernels; the first call imports them, since a machine without a GPU
+has no Triton.
 """
 
 from __future__ import annotations
