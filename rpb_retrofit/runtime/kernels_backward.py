@@ -137,9 +137,7 @@ def key_gradient_kernel(
         own_mask = mask
         if options.masked:
             own_mask = of_head(mask, mask_strides, batch, head)
-        near_end = end
-        if options.has_far:
-            near_end = far
+        near_end = far if options.has_far else end
         dk, dv = _key_tiles(
             dk, dv, k, v, own_query, own_grad, query_strides[2], grad_strides[2], lse + base, delta + base, own_line,
             constant, own_mask, mask_strides[2], columns, first, near_end, queries, keys, scale, False, options,
@@ -153,6 +151,23 @@ def key_gradient_kernel(
     width, value_width = options.width, options.value_width
     store(dkey + at * width, columns, width, keys, dk * content_scale, width, options.padded)
     store(dvalue + at * value_width, columns, value_width, keys, dv, value_width, options.value_padded)
+
+
+@triton.jit
+def _tile_gradient(
+    query, key, value, grad, query_row, key_row, value_row, grad_row, lse, delta, bias, seen, rows, columns, queries,
+    keys, scale, options: tl.constexpr,
+):  # fmt: skip
+    """``dS`` of a tile whose bias is known."""
+    q = load(query, rows, query_row, queries, options.width, options.padded, False)
+    k = load(key, columns, key_row, keys, options.width, options.padded, False)
+    v = load(value, columns, value_row, keys, options.value_width, options.value_padded, False)
+    do = load(grad, rows, grad_row, queries, options.value_width, options.value_padded, False)
+    row_lse = tl.load(lse + rows, mask=rows < queries, other=float("inf"))
+    row_delta = tl.load(delta + rows, mask=rows < queries, other=0.0)
+    score = tl.dot(q, tl.trans(k), input_precision=options.precision) * scale + bias
+    weight = tl.exp2(tl.where(seen, score, float("-inf")) - row_lse[:, None])
+    return weight * (tl.dot(do, tl.trans(v), input_precision=options.precision) - row_delta[:, None])
 
 
 @triton.jit
@@ -193,20 +208,13 @@ def line_gradient_kernel(
                 queries, keys, options.masked,
             )  # fmt: skip
         if any_seen:
-            own_query = of_head(query, query_strides, batch, head)
-            own_key = of_head(key, key_strides, batch, head // group)
-            own_value = of_head(value, value_strides, batch, head // group)
-            own_grad = of_head(grad, grad_strides, batch, head)
-            q = load(own_query, rows, query_strides[2], queries, options.width, options.padded, False)
-            k = load(own_key, columns, key_strides[2], keys, options.width, options.padded, False)
-            v = load(own_value, columns, value_strides[2], keys, options.value_width, options.value_padded, False)
-            do = load(own_grad, rows, grad_strides[2], queries, options.value_width, options.value_padded, False)
             base = (batch * heads + head).to(tl.int64) * queries
-            row_lse = tl.load(lse + base + rows, mask=rows < queries, other=float("inf"))
-            row_delta = tl.load(delta + base + rows, mask=rows < queries, other=0.0)
-            score = tl.dot(q, tl.trans(k), input_precision=options.precision) * scale + bias
-            weight = tl.exp2(tl.where(seen, score, float("-inf")) - row_lse[:, None])
-            total += weight * (tl.dot(do, tl.trans(v), input_precision=options.precision) - row_delta[:, None])
+            total += _tile_gradient(
+                of_head(query, query_strides, batch, head), of_head(key, key_strides, batch, head // group),
+                of_head(value, value_strides, batch, head // group), of_head(grad, grad_strides, batch, head),
+                query_strides[2], key_strides[2], value_strides[2], grad_strides[2], lse + base, delta + base, bias,
+                seen, rows, columns, queries, keys, scale, options,
+            )  # fmt: skip
     place = (tl.program_id(2) * heads + head).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     flipped = (size - 1 - row)[:, None] * (2 * size) + column[None, :]
     tl.store(sums + place * (2 * size * size) + flipped, total)
