@@ -30,6 +30,8 @@ def query_gradient_kernel(
     heads, group, queries, keys, lowest_t, end_t, far_t, scale, content_scale, options: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a block of queries of one head."""
+    size: tl.constexpr = options.block  # Triton 3.6 takes shapes of such names only
+    padded: tl.constexpr = options.padded
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
     query = of_head(query, query_strides, batch, head)
@@ -37,7 +39,7 @@ def query_gradient_kernel(
     value = of_head(value, value_strides, batch, head // group)
     grad = of_head(grad, grad_strides, batch, head)
     line += head * line_stride
-    rows = block * options.block + tl.arange(0, options.block)
+    rows = block * size + tl.arange(0, size)
     if options.masked:
         mask = of_head(mask, mask_strides, batch, head)
     first, far, end, run_first, run_end = keys_of(block, rows, mask, queries, keys, lowest_t, end_t, far_t, options)
@@ -50,7 +52,7 @@ def query_gradient_kernel(
     at = queries - 1 - tl.minimum(rows, queries - 1)
     bias = (line, at, tl.load(line + tl.maximum(far_t, 0)))
     seen = (mask, mask_strides[2], run_first, run_end)
-    gradient = tl.zeros([options.block, options.padded], tl.float32)
+    gradient = tl.zeros([size, padded], tl.float32)
     if options.has_far:
         gradient = _query_tiles(
             gradient, q, do, key, value, key_strides[2], value_strides[2], row_lse, row_delta, bias, seen, rows, first,
@@ -62,7 +64,7 @@ def query_gradient_kernel(
         end, queries, keys, scale, False, options.even, options,
     )  # fmt: skip
     dquery = of_head(dquery, out_strides, batch, head)
-    store(dquery, rows, out_strides[2], queries, gradient * content_scale, options.width, options.padded)
+    store(dquery, rows, out_strides[2], queries, gradient * content_scale, options.width, padded)
 
 
 @triton.jit
@@ -110,23 +112,26 @@ def key_gradient_kernel(
 
     ``spans`` (batch or 1, blocks of keys, 2) bounds the queries that see some of a block's keys, where a mask is runs.
     """
+    size: tl.constexpr = options.block
+    padded: tl.constexpr = options.padded
+    value_padded: tl.constexpr = options.value_padded
     block = tl.program_id(0)  # under causality those with the most queries come first
     shared = heads // group
     batch, kv_head = tl.program_id(1) // shared, tl.program_id(1) % shared
     key = of_head(key, key_strides, batch, kv_head)
     value = of_head(value, value_strides, batch, kv_head)
-    columns = block * options.block + tl.arange(0, options.block)
+    columns = block * size + tl.arange(0, size)
     k = load(key, columns, key_strides[2], keys, options.width, options.padded, False)
     v = load(value, columns, value_strides[2], keys, options.value_width, options.value_padded, False)
-    last_key = tl.minimum((block + 1) * options.block, keys) - 1
-    first, far, end = rows_of(block * options.block, last_key, queries, lowest_t, end_t, far_t, options.step)
+    last_key = tl.minimum((block + 1) * size, keys) - 1
+    first, far, end = rows_of(block * size, last_key, queries, lowest_t, end_t, far_t, options.step)
     if options.masked == 1:
         spans += (tl.where(mask_strides[0] == 0, 0, batch) * tl.num_programs(0) + block) * 2
         first = tl.maximum(first, tl.load(spans) // options.step * options.step)
         end = tl.minimum(end, tl.load(spans + 1))
         far = tl.minimum(tl.maximum(far, first), tl.maximum(tl.cdiv(end, options.step) * options.step, first))
-    dk = tl.zeros([options.block, options.padded], tl.float32)
-    dv = tl.zeros([options.block, options.value_padded], tl.float32)
+    dk = tl.zeros([size, padded], tl.float32)
+    dv = tl.zeros([size, value_padded], tl.float32)
     for member in range(group):
         head = kv_head * group + member
         own_query = of_head(query, query_strides, batch, head)
@@ -149,8 +154,8 @@ def key_gradient_kernel(
             )  # fmt: skip
     at = tl.program_id(1).to(tl.int64) * keys
     width, value_width = options.width, options.value_width
-    store(dkey + at * width, columns, width, keys, dk * content_scale, width, options.padded)
-    store(dvalue + at * value_width, columns, value_width, keys, dv, value_width, options.value_padded)
+    store(dkey + at * width, columns, width, keys, dk * content_scale, width, padded)
+    store(dvalue + at * value_width, columns, value_width, keys, dv, value_width, value_padded)
 
 
 @triton.jit

@@ -33,21 +33,23 @@ def forward_kernel(
     heads, group, queries, keys, lowest_t, end_t, far_t, scale, options: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of a block of queries of one head. Queries that see nothing get zeros."""
+    size: tl.constexpr = options.block  # Triton 3.6 takes shapes of such names only
+    value_padded: tl.constexpr = options.value_padded
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # those with the most keys first
     batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
     query = of_head(query, query_strides, batch, head)
     key = of_head(key, key_strides, batch, head // group)
     value = of_head(value, value_strides, batch, head // group)
     line += head * line_stride
-    rows = block * options.block + tl.arange(0, options.block)
+    rows = block * size + tl.arange(0, size)
     if options.masked:
         mask = of_head(mask, mask_strides, batch, head)
     first, far, end, run_first, run_end = keys_of(block, rows, mask, queries, keys, lowest_t, end_t, far_t, options)
     q = load(query, rows, query_strides[2], queries, options.width, options.padded, False)
     at = queries - 1 - tl.minimum(rows, queries - 1)
-    total = tl.zeros([options.block, options.value_padded], tl.float32)
-    norm = tl.zeros([options.block], tl.float32)
-    highest = tl.full([options.block], float("-inf"), tl.float32)
+    total = tl.zeros([size, value_padded], tl.float32)
+    norm = tl.zeros([size], tl.float32)
+    highest = tl.full([size], float("-inf"), tl.float32)
     bias = (line, at, tl.load(line + tl.maximum(far_t, 0)))
     seen = (mask, mask_strides[2], run_first, run_end)
     if options.has_far:
@@ -63,6 +65,6 @@ def forward_kernel(
     nothing = norm == 0.0
     total = total / tl.where(nothing, 1.0, norm)[:, None]
     out = of_head(out, out_strides, batch, head)
-    store(out, rows, out_strides[2], queries, total, options.value_width, options.value_padded)
+    store(out, rows, out_strides[2], queries, total, options.value_width, value_padded)
     log = tl.where(nothing, 0.0, highest + tl.log2(tl.where(nothing, 1.0, norm)))
     tl.store(lse + tl.program_id(1).to(tl.int64) * queries + rows, log, mask=rows < queries)
