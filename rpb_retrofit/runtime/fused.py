@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .gradients import inner_products
-from .tilings import Options, Tiling, padded_width, product_precision, shared_memory_of, tilings
+from .tilings import Tiling, Variant, padded_width, product_precision, shared_memory_of, tilings
 from .visibility import is_runs
 
 LOG2_E = 1.4426950408889634
@@ -110,9 +110,9 @@ class FusedCall:
         scale = self.content_scale * LOG2_E
         return self.heads, group, self.queries, self.keys, self.lowest_t, self.end_t, self.far_t, scale
 
-    def options(self, tiling: Tiling, steps_over: int = 0) -> Options:
+    def variant(self, tiling: Tiling, steps_over: int = 0) -> Variant:
         """What a kernel is compiled for that takes so many keys, or queries, in steps."""
-        return Options(
+        return Variant(
             block=tiling.block,
             step=tiling.step,
             width=self.width,
@@ -178,10 +178,10 @@ def _strides(*tensors: Tensor) -> tuple[tuple[int, int, int], ...]:
     return tuple((x.stride(0), x.stride(1), x.stride(2)) for x in tensors)
 
 
-def _run(kernel: Any, grid: tuple[int, ...], *arguments: Any, tiling: Tiling, options: Options) -> None:
+def _run(kernel: Any, grid: tuple[int, ...], *arguments: Any, tiling: Tiling, variant: Variant) -> None:
     device = arguments[0].device  # Triton launches on the current one, whatever the tensors are on
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](*arguments, options, num_warps=tiling.warps, num_stages=tiling.stages)
+        kernel[grid](*arguments, variant, num_warps=tiling.warps, num_stages=tiling.stages)
 
 
 def forward(call: FusedCall) -> tuple[Tensor, Tensor]:
@@ -195,7 +195,7 @@ def forward(call: FusedCall) -> tuple[Tensor, Tensor]:
         forward_kernel, (-(-call.queries // tiling.block), call.batch * call.heads),
         call.query, call.key, call.value, call.line, call.mask, out, lse,
         *_strides(call.query, call.key, call.value, out), call.mask_strides(), call.line.stride(0), *call.sizes(),
-        tiling=tiling, options=call.options(tiling, call.keys),
+        tiling=tiling, variant=call.variant(tiling, call.keys),
     )  # fmt: skip
     return out, lse
 
@@ -221,7 +221,7 @@ def _query_gradient(call: FusedCall, grad: Tensor, lse: Tensor, delta: Tensor) -
         call.query, call.key, call.value, call.line, call.mask, grad, lse, delta, dquery,
         *_strides(call.query, call.key, call.value, grad, dquery), call.mask_strides(), call.line.stride(0),
         *call.sizes(), call.content_scale,
-        tiling=tiling, options=call.options(tiling, call.keys),
+        tiling=tiling, variant=call.variant(tiling, call.keys),
     )  # fmt: skip
     return dquery
 
@@ -237,7 +237,7 @@ def _key_gradient(call: FusedCall, grad: Tensor, lse: Tensor, delta: Tensor) -> 
         call.query, call.key, call.value, call.line, call.mask, call.spans(tiling.block), grad, lse, delta, dkey,
         dvalue, *_strides(call.query, call.key, call.value, grad), call.mask_strides(), call.line.stride(0),
         *call.sizes(), call.content_scale,
-        tiling=tiling, options=call.options(tiling, call.queries),
+        tiling=tiling, variant=call.variant(tiling, call.queries),
     )  # fmt: skip
     return dkey, dvalue
 
@@ -284,7 +284,7 @@ def _diagonal_sums(
         call.query, call.key, call.value, call.line, call.mask, grad, lse, delta, sums,
         *_strides(call.query, call.key, call.value, grad), call.mask_strides(), call.line.stride(0), call.length,
         call.batch, *call.sizes()[:4], first, call.sizes()[-1],
-        tiling=tiling, options=call.options(tiling)._replace(has_far=False),  # one kernel: it does not look at this
+        tiling=tiling, variant=call.variant(tiling)._replace(has_far=False),  # one kernel: it does not look at this
     )  # fmt: skip
     whole = sums.sum(0)[..., : size * (2 * size - 1)]
     return F.pad(whole.unflatten(-1, (size, 2 * size - 1)).sum(-2), (0, 1))

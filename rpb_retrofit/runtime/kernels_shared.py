@@ -7,7 +7,7 @@ log 2, as are log-sum-exps, since the hardware has a power of two; the line come
 A mask is none (``masked`` 0), runs of keys (1: (batch, 1, Q, 2), first key and one past the last), or a byte for every
 pair (2: (batch, heads, Q, K)); strides of zero stand for what is alike.
 
-Strides come as (batch, head, row), in entries, and ``options`` is an `Options` of `tilings`. Two tuples are made in the
+Strides come as (batch, head, row), in entries, and ``variant`` is a `Variant` of `tilings`. Two tuples are made in the
 kernels: a ``bias`` is (line, the entry of each query's first key, the constant), a ``mask`` on its way to a tile is
 (mask, row stride, first keys, ends of keys).
 
@@ -82,23 +82,23 @@ def run_of(runs, rows, queries):
 
 
 @triton.jit
-def keys_of(block, rows, mask, queries, keys, lowest_t, end_t, far_t, options: tl.constexpr):
+def keys_of(block, rows, mask, queries, keys, lowest_t, end_t, far_t, variant: tl.constexpr):
     """What a block's queries see: first key, end of the keys of the constant bias, end of the keys, and their runs.
 
     The first key and the end of the far ones are ``step`` times a number apart.
     """
-    first_row = block * options.block
-    last_row = tl.minimum(first_row + options.block, queries) - 1
-    first = tl.maximum(lowest_t - queries + 1 + first_row, 0) // options.step * options.step
+    first_row = block * variant.block
+    last_row = tl.minimum(first_row + variant.block, queries) - 1
+    first = tl.maximum(lowest_t - queries + 1 + first_row, 0) // variant.step * variant.step
     end = tl.minimum(end_t - queries + 1 + last_row, keys)
     far = tl.maximum(tl.minimum(far_t - queries + 2 + first_row, end) - first, 0)
-    far = first + far // options.step * options.step
+    far = first + far // variant.step * variant.step
     run_first, run_end = rows, rows
-    if options.masked == 1:
+    if variant.masked == 1:
         run_first, run_end = run_of(mask, rows, queries)
-        first = tl.maximum(first, tl.min(run_first) // options.step * options.step)
+        first = tl.maximum(first, tl.min(run_first) // variant.step * variant.step)
         end = tl.minimum(end, tl.max(run_end))
-        far = tl.maximum(tl.minimum(far, end // options.step * options.step), first)
+        far = tl.maximum(tl.minimum(far, end // variant.step * variant.step), first)
     return first, far, end, run_first, run_end
 
 
@@ -115,25 +115,25 @@ def rows_of(first_key, last_key, queries, lowest_t, end_t, far_t, step: tl.const
 @triton.jit
 def scores(
     query, k, bias, mask, rows, columns, queries, keys, scale,
-    flat: tl.constexpr, even: tl.constexpr, options: tl.constexpr,
+    flat: tl.constexpr, even: tl.constexpr, variant: tl.constexpr,
 ):  # fmt: skip
     """Scores of a block of queries and a tile of keys with their bias, minus infinity where nothing is seen.
 
     ``flat``: the bias is its constant; ``even``: all columns are keys.
     """
-    score = tl.dot(query, tl.trans(k), input_precision=options.precision) * scale
+    score = tl.dot(query, tl.trans(k), input_precision=variant.precision) * scale
     line, at, constant = bias
     if flat:
         score += constant
     else:
-        score += look_up(line, at[:, None] + columns[None, :], options.direct)
+        score += look_up(line, at[:, None] + columns[None, :], variant.direct)
         if not even:
             score = tl.where((columns < keys)[None, :], score, float("-inf"))
-    if options.masked:
+    if variant.masked:
         pairs, mask_row, run_first, run_end = mask
         seen = visible(
             pairs, mask_row, run_first[:, None], run_end[:, None], rows[:, None], columns[None, :], queries, keys,
-            options.masked,
+            variant.masked,
         )  # fmt: skip
         score = tl.where(seen, score, float("-inf"))
     return score

@@ -29,7 +29,7 @@ class Tilings(NamedTuple):
     wide_line_gradient: Tiling
 
 
-class Options(NamedTuple):
+class Variant(NamedTuple):
     """What a kernel is compiled for.
 
     ``block`` and ``step`` are its tiling's, ``padded`` and ``value_padded`` the powers of two that tiles have for the

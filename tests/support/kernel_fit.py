@@ -17,12 +17,10 @@ from torch import Tensor
 
 from rpb_retrofit.runtime import fused
 from rpb_retrofit.runtime.kernels_shared import triton
-from rpb_retrofit.runtime.tilings import Options, Tiling
+from rpb_retrofit.runtime.tilings import Tiling, Variant
 
 SHARED_MEMORY = {86: 101_376, 90: 232_448}
 """Bytes that a program may have, by compute capability (CUDA C++ Programming Guide, technical specifications)."""
-
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32", torch.uint8: "u8"}
 
 NONE, RUNS, ANY = None, torch.zeros(1, 1, 4096, 2, dtype=torch.int32), torch.zeros(1, 1, 4096, 4096, dtype=torch.bool)
 
@@ -38,42 +36,31 @@ CASES: dict[int, list[tuple[int, torch.dtype, Tensor | None]]] = {
 """Width of a head, dtype and mask; what takes most of each class of tiles."""
 
 
-def type_of(value: Any, place: tuple[int, ...], constants: dict[Any, Any], attributes: dict[Any, Any]) -> Any:
-    """An argument's type in a kernel's signature; what is known of it goes into constants and attributes, by place."""
-    if isinstance(value, Options) or value is None or (isinstance(value, int) and value == 1):  # Triton's constants
-        constants[place] = value
-        return "constexpr"
-    if isinstance(value, tuple):
-        return tuple(type_of(part, (*place, n), constants, attributes) for n, part in enumerate(value))
-    if isinstance(value, float):
-        return "fp32"
-    if isinstance(value, Tensor) or value % 16 == 0:
-        attributes[place] = [["tt.divisibility", 16]]
-    return f"*{TYPES[value.dtype]}" if isinstance(value, Tensor) else "i32"
+class Driver:
+    """Triton's view of a GPU of a compute capability, as far as compiling for it takes one."""
 
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
 
-def shared_memory(kernel: Any, arguments: tuple[Any, ...], tiling: Tiling, capability: int) -> int:
-    """Bytes that a kernel takes as it would be launched with these arguments."""
-    constants: dict[Any, Any] = {}
-    attributes: dict[Any, Any] = {}
-    signature = {
-        name: type_of(value, (n,), constants, attributes)
-        for n, (name, value) in enumerate(zip(kernel.arg_names, arguments, strict=True))
-    }
-    compiled = triton.compile(
-        triton.compiler.ASTSource(kernel, signature, constants, attributes),
-        target=triton.backends.compiler.GPUTarget("cuda", capability, 32),
-        options={"num_warps": tiling.warps, "num_stages": tiling.stages},
-    )
-    return compiled.metadata.shared
+    def get_current_target(self) -> Any:
+        return triton.backends.compiler.GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
 
 
 def main(capability: int) -> None:
     available = SHARED_MEMORY[capability]
 
-    def measure(kernel: Any, grid: Any, *arguments: Any, tiling: Tiling, options: Options) -> None:
-        taken = shared_memory(kernel, (*arguments, options._replace(direct=True)), tiling, capability)
-        print(f"{taken} of {available} bytes: {kernel.__name__}, {tiling}", flush=True)
+    triton.runtime.driver.set_active(Driver(capability))
+
+    def measure(kernel: Any, grid: Any, *arguments: Any, tiling: Tiling, variant: Variant) -> None:
+        options = {"grid": grid, "num_warps": tiling.warps, "num_stages": tiling.stages}
+        compiled = kernel.warmup(*arguments, variant._replace(direct=True), **options)  # a launch but for its end
+        print(f"{compiled.metadata.shared} of {available} bytes: {kernel.__name__}, {tiling}", flush=True)
 
     with patch.object(fused, "shared_memory_of", lambda device: available), patch.object(fused, "_run", measure):
         for width, dtype, mask in CASES[capability]:
