@@ -22,10 +22,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 import rpb_retrofit as rpb
 from rpb_retrofit.checkpoint.load import open_causal_lm
 from rpb_retrofit.demo.fetch import SMOLLM2, fetch
-from rpb_retrofit.runtime.attention import bias_matrix
 from rpb_retrofit.runtime.bias import RelativePositionBias
 from rpb_retrofit.runtime.families import TABLE
 from rpb_retrofit.runtime.interface import RUN
+from rpb_retrofit.runtime.line import bias_matrix
 
 
 def prefill(model: PreTrainedModel, ids: Tensor) -> Callable[[], None]:

@@ -8,21 +8,22 @@ The bias' gradient is the sum of ``dS = P * (dP - delta)`` along each diagonal. 
 bias, so a program adds such tiles up and the diagonals are summed once, at the end: no atomics, equal bits every time.
 Each row of ``dS`` sums to zero, so where the bias is constant from some offset on only the band before it is computed.
 
-`kernels` holds the kernels; it is imported by the first call, since a machine without a GPU has no Triton.
+`kernels_forward` and `kernels_backward` hold the kernels; the first call imports them, since a machine without a GPU
+has no Triton.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import re
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .gradients import differentiate, inner_products
+from .gradients import inner_products
+from .tilings import Tiling, Variant, padded_width, product_precision, shared_memory_of, tilings
 from .visibility import is_runs
 
 LOG2_E = 1.4426950408889634
@@ -35,9 +36,6 @@ WIDE_BAND = 1024
 
 BAND_BYTES = 2**26
 """Memory for those sums at a time."""
-
-LARGE = 200 * 2**10
-"""Bytes of shared memory from which the large tiles are taken (H100, H200, B200)."""
 
 SPAN_PAIRS = 2**25
 """Pairs of a query and a block of keys that are looked at together."""
@@ -52,51 +50,7 @@ PROGRAMS = 1024
 """Programs that keep a GPU busy: a narrow band is split into about so many."""
 
 
-class Tiling(NamedTuple):
-    """How a kernel cuts its work: rows (or keys) of a program, how many of the others at a time; how it is run."""
-
-    block: int
-    step: int
-    warps: int
-    stages: int
-
-
-class Tilings(NamedTuple):
-    """One for each kernel."""
-
-    forward: Tiling
-    query_gradient: Tiling
-    key_gradient: Tiling
-    line_gradient: Tiling
-    wide_line_gradient: Tiling
-
-
-def tilings(width: int, itemsize: int, shared_memory: int) -> Tilings:
-    """By the width of a head, the bytes of a number and those of shared memory that a program may have.
-
-    The large ones were measured on an H200. The small ones fit into 99 KiB, as compiled for compute capability 8.6.
-    """
-    row_bytes = width * itemsize
-    if shared_memory < LARGE:
-        if row_bytes <= 256:
-            return _alike(Tiling(64, 32, 4, 2), Tiling(64, 64, 4, 1))
-        return _alike(Tiling(32, 32, 4, 1), Tiling(32, 32, 4, 1))
-    if itemsize == 4:  # three products in the place of one take room
-        return _alike(Tiling(64, 32, 4, 2), Tiling(64, 64, 8, 1))
-    if row_bytes <= 128:
-        tile = Tiling(64, 64, 4, 3)
-        return Tilings(tile, tile, tile, tile, Tiling(128, 128, 8, 2))
-    if row_bytes <= 256:
-        wide, narrow = Tiling(128, 64, 8, 3), Tiling(64, 64, 4, 2)
-        return Tilings(wide, wide, narrow, Tiling(64, 64, 8, 2), Tiling(128, 128, 8, 1))
-    return _alike(Tiling(64, 32, 4, 2), Tiling(64, 64, 8, 1))
-
-
-def _alike(tile: Tiling, band: Tiling) -> Tilings:
-    return Tilings(tile, tile, tile, band, band)
-
-
-class Call:
+class FusedCall:
     """The arguments of one attention, as the kernels take them.
 
     ``line`` (heads, Q + K - 1) is the bias by descending offset, as in `blockwise`; with a ``mask``, of runs (batch or
@@ -139,7 +93,7 @@ class Call:
             mask = mask if self.masked == 1 else mask.view(torch.uint8)
         self.mask = mask
         width = max(self.width, self.value_width)
-        self.tilings = tilings(width, query.dtype.itemsize, _shared_memory(query.device))
+        self.tilings = tilings(width, query.dtype.itemsize, shared_memory_of(query.device))
 
     def mask_strides(self) -> tuple[int, int, int]:
         """Entries of the mask from one batch row, head and query to the next."""
@@ -156,29 +110,34 @@ class Call:
         scale = self.content_scale * LOG2_E
         return self.heads, group, self.queries, self.keys, self.lowest_t, self.end_t, self.far_t, scale
 
-    def options(self) -> dict[str, Any]:
-        """The compile-time constants that all kernels take alike."""
-        return {
-            "width": self.width,
-            "padded": _padded(self.width),
-            "value_width": self.value_width,
-            "value_padded": _padded(self.value_width),
-            "masked": self.masked,
-            "precision": _precision() if self.query.dtype == torch.float32 else "ieee",
-        }
+    def variant(self, tiling: Tiling, steps_over: int = 0) -> Variant:
+        """What a kernel is compiled for that takes so many keys, or queries, in steps."""
+        return Variant(
+            block=tiling.block,
+            step=tiling.step,
+            width=self.width,
+            padded=padded_width(self.width),
+            value_width=self.value_width,
+            value_padded=padded_width(self.value_width),
+            masked=self.masked,
+            precision=product_precision() if self.query.dtype == torch.float32 else "ieee",
+            has_far=self.far_t >= 0,
+            even=steps_over % tiling.step == 0,
+            direct=self.query.is_cuda,
+        )
 
     def spans(self, block: int) -> Tensor | None:
         """Of a mask of runs, the queries that see some key of each block: (batch or 1, blocks, 2), int32."""
         if self.mask is None or self.masked != 1:
             return None
         begin, end = self.mask[:, 0, :, None].unbind(-1)
-        found = []
+        spans = []
         at_once = max(1, SPAN_PAIRS // max(begin.numel(), 1))
         for first in torch.arange(0, self.keys, block, device=self.mask.device).split(at_once):
             sees = (begin < first + block) & (end > first) & (end > begin)  # (batch or 1, Q, blocks)
             any_sees, row = sees.max(1)
-            found.append(torch.stack([row, self.queries - sees.flip(1).max(1).indices], -1) * any_sees[..., None])
-        return torch.cat(found, 1).to(torch.int32)
+            spans.append(torch.stack([row, self.queries - sees.flip(1).max(1).indices], -1) * any_sees[..., None])
+        return torch.cat(spans, 1).to(torch.int32)
 
 
 WIDEST = 512
@@ -208,89 +167,82 @@ def _lacking(device: torch.device) -> str:
     return ""
 
 
-def _shared_memory(device: torch.device) -> int:
-    """Bytes that a program may have."""
-    if device.type != "cuda":
-        return 0
-    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0))
-
-
-def _precision() -> str:
-    """Of float32 products on tensor cores: three make up for a short mantissa, unless PyTorch is told not to mind."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
-
-
-def _padded(width: int) -> int:
-    """The power of two that a kernel's tiles have for a width."""
-    return max(16, 1 << (width - 1).bit_length())
-
-
-def _rows_apart(x: Tensor, width: int | None = None) -> Tensor:
+def rows_apart(x: Tensor, width: int | None = None) -> Tensor:
     """An empty (batch, heads, N, width or x's), laid out as models do: (batch, N, heads, width)."""
     batch, heads, length, own = x.shape
     return x.new_empty(batch, length, heads, own if width is None else width).transpose(1, 2)
 
 
-def _strides(x: Tensor) -> tuple[int, int, int]:
-    return x.stride(0), x.stride(1), x.stride(2)
+def _strides(*tensors: Tensor) -> tuple[tuple[int, int, int], ...]:
+    """Entries from one batch row, head and row of each to the next."""
+    return tuple((x.stride(0), x.stride(1), x.stride(2)) for x in tensors)
 
 
-def _run(kernel: Any, grid: tuple[int, ...], *arguments: Any, tiling: Tiling, **options: Any) -> None:
+def _run(kernel: Any, grid: tuple[int, ...], *arguments: Any, tiling: Tiling, variant: Variant) -> None:
     device = arguments[0].device  # Triton launches on the current one, whatever the tensors are on
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](*arguments, **options, num_warps=tiling.warps, num_stages=tiling.stages)
+        kernel[grid](*arguments, variant, num_warps=tiling.warps, num_stages=tiling.stages)
 
 
-def forward(call: Call) -> tuple[Tensor, Tensor]:
+def forward(call: FusedCall) -> tuple[Tensor, Tensor]:
     """Output (batch, heads, Q, d_v), laid out as (batch, Q, heads, d_v), and log-sum-exp in units of log 2."""
-    from .kernels import forward_kernel, triton
+    from .kernels_forward import forward_kernel
 
-    out = _rows_apart(call.query, call.value_width)
+    out = rows_apart(call.query, call.value_width)
     lse = call.query.new_empty(call.batch, call.heads, call.queries, dtype=torch.float32)
     tiling = call.tilings.forward
     _run(
-        forward_kernel, (triton.cdiv(call.queries, tiling.block), call.batch * call.heads),
+        forward_kernel, (-(-call.queries // tiling.block), call.batch * call.heads),
         call.query, call.key, call.value, call.line, call.mask, out, lse,
-        *_strides(call.query), *_strides(call.key), *_strides(call.value), *_strides(out),
-        *call.mask_strides(), call.line.stride(0), *call.sizes(),
-        tiling=tiling, block_rows=tiling.block, step=tiling.step, has_far=call.far_t >= 0,
-        even=call.keys % tiling.step == 0, direct=call.query.is_cuda, **call.options(),
+        *_strides(call.query, call.key, call.value, out), call.mask_strides(), call.line.stride(0), *call.sizes(),
+        tiling=tiling, variant=call.variant(tiling, call.keys),
     )  # fmt: skip
     return out, lse
 
 
-def backward(call: Call, grad: Tensor, out: Tensor, lse: Tensor, need_line: bool) -> tuple[Tensor, ...]:
+def backward(call: FusedCall, grad: Tensor, out: Tensor, lse: Tensor, need_line: bool) -> tuple[Tensor, ...]:
     """Gradients of query, key, value, and of the line (zeros if not needed)."""
-    from .kernels import key_gradient_kernel, query_gradient_kernel, triton
-
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     rows = max(1, DELTA_NUMBERS // (call.batch * call.heads * call.value_width))
     delta = inner_products(grad, out, torch.float32, rows)
-    dquery = _rows_apart(call.query)
-    tiling = call.tilings.query_gradient
-    _run(
-        query_gradient_kernel, (triton.cdiv(call.queries, tiling.block), call.batch * call.heads),
-        call.query, call.key, call.value, call.line, call.mask, grad, lse, delta, dquery,
-        *_strides(call.query), *_strides(call.key), *_strides(call.value), *_strides(grad), *_strides(dquery),
-        *call.mask_strides(), call.line.stride(0), *call.sizes(), call.content_scale,
-        tiling=tiling, block_rows=tiling.block, step=tiling.step, has_far=call.far_t >= 0,
-        even=call.keys % tiling.step == 0, direct=call.query.is_cuda, **call.options(),
-    )  # fmt: skip
-    dkey, dvalue = (x.new_empty(x.shape) for x in (call.key, call.value))
-    tiling = call.tilings.key_gradient
-    _run(
-        key_gradient_kernel, (triton.cdiv(call.keys, tiling.block), call.batch * call.kv_heads),
-        call.query, call.key, call.value, call.line, call.mask, call.spans(tiling.block), grad, lse, delta, dkey,
-        dvalue, *_strides(call.query), *_strides(call.key), *_strides(call.value), *_strides(grad),
-        *call.mask_strides(), call.line.stride(0), *call.sizes(), call.content_scale,
-        tiling=tiling, block_keys=tiling.block, step=tiling.step, has_far=call.far_t >= 0,
-        even=call.queries % tiling.step == 0, direct=call.query.is_cuda, **call.options(),
-    )  # fmt: skip
+    dquery = _query_gradient(call, grad, lse, delta)
+    dkey, dvalue = _key_gradient(call, grad, lse, delta)
     dline = _line_gradient(call, grad, lse, delta) if need_line else call.line.new_zeros(call.heads, call.length)
     return dquery, dkey, dvalue, dline
 
 
-def _line_gradient(call: Call, grad: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+def _query_gradient(call: FusedCall, grad: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    from .kernels_backward import query_gradient_kernel
+
+    dquery = rows_apart(call.query)
+    tiling = call.tilings.query_gradient
+    _run(
+        query_gradient_kernel, (-(-call.queries // tiling.block), call.batch * call.heads),
+        call.query, call.key, call.value, call.line, call.mask, grad, lse, delta, dquery,
+        *_strides(call.query, call.key, call.value, grad, dquery), call.mask_strides(), call.line.stride(0),
+        *call.sizes(), call.content_scale,
+        tiling=tiling, variant=call.variant(tiling, call.keys),
+    )  # fmt: skip
+    return dquery
+
+
+def _key_gradient(call: FusedCall, grad: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """Of keys and values."""
+    from .kernels_backward import key_gradient_kernel
+
+    dkey, dvalue = (x.new_empty(x.shape) for x in (call.key, call.value))
+    tiling = call.tilings.key_gradient
+    _run(
+        key_gradient_kernel, (-(-call.keys // tiling.block), call.batch * call.kv_heads),
+        call.query, call.key, call.value, call.line, call.mask, call.spans(tiling.block), grad, lse, delta, dkey,
+        dvalue, *_strides(call.query, call.key, call.value, grad), call.mask_strides(), call.line.stride(0),
+        *call.sizes(), call.content_scale,
+        tiling=tiling, variant=call.variant(tiling, call.queries),
+    )  # fmt: skip
+    return dkey, dvalue
+
+
+def _line_gradient(call: FusedCall, grad: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     """Gradient of the line, (heads, Q + K - 1); that of the constant part comes in one entry."""
     band = (max(call.far_t + 1, call.lowest_t), call.end_t)  # entries that are computed
     wide_band = band[1] - band[0] >= WIDE_BAND
@@ -317,10 +269,10 @@ def _line_gradient(call: Call, grad: Tensor, lse: Tensor, delta: Tensor) -> Tens
 
 
 def _diagonal_sums(
-    call: Call, grad: Tensor, lse: Tensor, delta: Tensor, first: int, end: int, tiling: Tiling
+    call: FusedCall, grad: Tensor, lse: Tensor, delta: Tensor, first: int, end: int, tiling: Tiling
 ) -> Tensor:
     """Sums of ``dS`` along the diagonals of the tile diagonals ``first .. end - 1``: (heads, end - first, 2 * size)."""
-    from .kernels import line_gradient_kernel
+    from .kernels_backward import line_gradient_kernel
 
     size = tiling.block
     pairs = (end - first) * call.heads
@@ -330,71 +282,9 @@ def _diagonal_sums(
     _run(
         line_gradient_kernel, (end - first, call.heads, splits),
         call.query, call.key, call.value, call.line, call.mask, grad, lse, delta, sums,
-        *_strides(call.query), *_strides(call.key), *_strides(call.value), *_strides(grad),
-        *call.mask_strides(), call.line.stride(0), call.length, call.batch, *call.sizes()[:4], first, call.sizes()[-1],
-        tiling=tiling, size=size, **call.options(),
+        *_strides(call.query, call.key, call.value, grad), call.mask_strides(), call.line.stride(0), call.length,
+        call.batch, *call.sizes()[:4], first, call.sizes()[-1],
+        tiling=tiling, variant=call.variant(tiling)._replace(has_far=False),  # one kernel: it does not look at this
     )  # fmt: skip
     whole = sums.sum(0)[..., : size * (2 * size - 1)]
     return F.pad(whole.unflatten(-1, (size, 2 * size - 1)).sum(-2), (0, 1))
-
-
-# One opaque operator for torch.compile, in a namespace of this copy of the file.
-NAMESPACE = re.sub(r"\W", "_", __name__)
-
-
-@torch.library.custom_op(f"{NAMESPACE}::attend", mutates_args=())
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    line: Tensor,
-    mask: Tensor | None,
-    first_offset: int,
-    lowest: int | None,
-    highest: int | None,
-    scale: float,
-    constant_from: int | None,
-) -> tuple[Tensor, Tensor]:
-    """`forward` with gradients; the arguments are those of `Call`."""
-    return forward(Call(query, key, value, line, mask, first_offset, lowest, highest, scale, constant_from))
-
-
-@attend.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, line: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    batch, heads, queries, _ = query.shape
-    out = _rows_apart(query, value.shape[3])
-    return out, query.new_empty(batch, heads, queries, dtype=torch.float32)
-
-
-@torch.library.custom_op(f"{NAMESPACE}::attend_backward", mutates_args=())
-def attend_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    line: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    mask: Tensor | None,
-    first_offset: int,
-    lowest: int | None,
-    highest: int | None,
-    scale: float,
-    constant_from: int | None,
-    need_line: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`backward` as an operator."""
-    call = Call(query, key, value, line, mask, first_offset, lowest, highest, scale, constant_from)
-    dquery, dkey, dvalue, dline = backward(call, grad, out, lse, need_line)
-    return dquery, dkey, dvalue, dline.to(line.dtype)
-
-
-@attend_backward.register_fake
-def _(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, line: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dkey, dvalue, dline = (x.new_empty(x.shape) for x in (key, value, line))
-    return _rows_apart(query), dkey, dvalue, dline
-
-
-differentiate(attend, attend_backward)

@@ -23,11 +23,13 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import _active_collector
 
 from .anatomy import is_causal_module
-from .attention import ROW, attention, bias_at, bias_matrix, decode
+from .attention import ROW, attention
 from .cached_positions import self_attention
 from .errors import AttentionImplementationError
 from .families import FACTOR, TABLE
+from .line import bias_at, bias_matrix
 from .positions import Positions, tagged
+from .row import decode
 from .visibility import dense, is_runs, runs_of
 
 ATTENTION = "rpb_retrofit"
@@ -122,20 +124,14 @@ def biased_attention(
         query = factor(query)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     weighted = output_attentions or _records_attentions()
-    positions = None
-    if rpb_positions is not None and not rpb_positions.are_indices(attention_mask, key.shape[2], first_key):
-        positions = rpb_positions.pairs(key.shape[2], first_key, query.device)
+    positions = _irregular(rpb_positions, attention_mask, key, first_key, query)
     bare = attention_mask is None and first_offset is None and softcap is None and s_aux is None and positions is None
     if bare and not dropout and not weighted and query.shape[2] == 1:
         decoded = decode(query, key, value, module._modules[TABLE], scale)
         if decoded is not None:
             module.__dict__[BACKEND] = ROW
             return decoded, None
-    causal = getattr(module, CAUSAL)
-    if query.shape[2] > 1 and causal != (is_causal_module(module) if is_causal is None else is_causal):
-        raise AttentionImplementationError(
-            f"is_causal={not causal}: the tables of this retrofit are {'causal' if causal else 'bidirectional'}"
-        )
+    causal = _direction(module, query, is_causal)
     attended = attention(
         query,
         key,
@@ -154,6 +150,25 @@ def biased_attention(
     if not torch.compiler.is_compiling():
         module.__dict__[BACKEND] = attended.backend  # nn.Module's own __setattr__ would cost microseconds
     return attended.output.transpose(1, 2).contiguous(), attended.weights
+
+
+def _irregular(
+    positions: Positions | None, mask: Tensor | None, key: Tensor, first_key: int | None, query: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """The positions of queries and keys, where the bias must be looked up for each pair; None where indices will do."""
+    if positions is None or positions.are_indices(mask, key.shape[2], first_key):
+        return None
+    return positions.pairs(key.shape[2], first_key, query.device)
+
+
+def _direction(module: Any, query: Tensor, is_causal: bool | None) -> bool:
+    """Whether the module's table is causal; an error where the call is not. One query sees all keys either way."""
+    causal: bool = getattr(module, CAUSAL)
+    if query.shape[2] > 1 and causal != (is_causal_module(module) if is_causal is None else is_causal):
+        raise AttentionImplementationError(
+            f"is_causal={not causal}: the tables of this retrofit are {'causal' if causal else 'bidirectional'}"
+        )
+    return causal
 
 
 def plain_attention(

@@ -44,13 +44,21 @@ if TYPE_CHECKING:  # Transformers before 5.10 copies those files of a folder onl
     from .attention import attention  # noqa: F401
     from .bias import OffsetBias  # noqa: F401
     from .blockwise import forward  # noqa: F401
+    from .blockwise_gradients import backward  # noqa: F401
     from .buckets import Bucketing  # noqa: F401
+    from .dense import attend_dense  # noqa: F401
     from .factor import ContentFactor  # noqa: F401
     from .fused import obstacle  # noqa: F401
-    from .gradients import differentiate  # noqa: F401
-    from .kernels import forward_kernel  # noqa: F401
+    from .gradients import inner_products  # noqa: F401
+    from .kernels_backward import key_gradient_kernel  # noqa: F401
+    from .kernels_forward import forward_kernel  # noqa: F401
+    from .kernels_shared import load  # noqa: F401
+    from .line import Bias  # noqa: F401
     from .mechanisms import neutralise  # noqa: F401
+    from .operators import attend_fused  # noqa: F401
     from .positions import Positions  # noqa: F401
+    from .row import attend_row  # noqa: F401
+    from .tilings import Tiling  # noqa: F401
     from .tracing import traced  # noqa: F401
     from .version import __version__  # noqa: F401
     from .visibility import runs_of  # noqa: F401
@@ -67,10 +75,18 @@ RUNTIME_FILES = (
     "bias.py",
     "factor.py",
     "visibility.py",
+    "line.py",
     "gradients.py",
     "blockwise.py",
+    "blockwise_gradients.py",
+    "tilings.py",
+    "kernels_shared.py",
+    "kernels_forward.py",
+    "kernels_backward.py",
     "fused.py",
-    "kernels.py",
+    "operators.py",
+    "row.py",
+    "dense.py",
     "attention.py",
     "families.py",
     "tracing.py",

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from rpb_retrofit.errors import ConfigError
 from rpb_retrofit.instruments.interception import Attend, intercepted
 from rpb_retrofit.runtime.anatomy import Anatomy, is_causal_module
-from rpb_retrofit.runtime.attention import bias_matrix
 from rpb_retrofit.runtime.families import FACTOR, TABLE
+from rpb_retrofit.runtime.line import bias_matrix
 from rpb_retrofit.runtime.visibility import dense, is_runs
 from rpb_retrofit.training.divergence import divergence
 

@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rpb_retrofit.runtime import attention as engine
-from rpb_retrofit.runtime import blockwise
-from rpb_retrofit.runtime.attention import attention, backend, bias_matrix, reversed_bias
+from rpb_retrofit.runtime import blockwise, blockwise_gradients
+from rpb_retrofit.runtime.attention import attention, backend
 from rpb_retrofit.runtime.bias import RelativePositionBias
 from rpb_retrofit.runtime.buckets import Bucketing
 from rpb_retrofit.runtime.errors import ConfigError
+from rpb_retrofit.runtime.line import bias_matrix, reversed_bias
+from rpb_retrofit.runtime.row import decode
 from rpb_retrofit.runtime.visibility import dense, pieces_of, runs_of
 from tests.support.attention_problem import RUNS, TOLERANCE, Problem, problems, runs, same
 from tests.support.memory import most_allocated
@@ -31,10 +33,10 @@ def test_equal_to_float64(problem: Problem, long: bool) -> None:
 
     Short, or cut into blocks as long contexts are, at a size that tests can afford.
     """
-    sizes = {"LONG": 1, "FORWARD_QUERIES": 100, "STEP": 24, "BACKWARD_QUERIES": 90} if long else {}
     with ExitStack() as small:
-        for name, size in sizes.items():
-            small.enter_context(patch.object(blockwise, name, size))
+        if long:
+            small.enter_context(patch.multiple(blockwise, LONG=1, FORWARD_QUERIES=100, STEP=24))
+            small.enter_context(patch.object(blockwise_gradients, "BACKWARD_QUERIES", 90))
         problem.check()
 
 
@@ -179,15 +181,13 @@ def test_decoding_takes_a_short_way(
     want, _ = problem.reference()
     arguments = (problem.q, problem.k, problem.v, problem.table, problem.q.shape[-1] ** -0.5)
     with patch("torch.get_num_threads", return_value=threads), torch.no_grad():
-        decoded = engine.decode(*arguments)
+        decoded = decode(*arguments)
     assert decoded is not None and decoded.dtype == dtype and decoded.is_contiguous()
     slack = 1 + problem.table.weight.detach().nan_to_num(neginf=0).abs().max().item() / 10
     same(decoded.transpose(1, 2), want, slack * TOLERANCE[dtype], "output")
-    assert engine.decode(*arguments) is None, "it has gradients"
+    assert decode(*arguments) is None, "it has gradients"
     with torch.no_grad():
-        assert engine.decode(*arguments[:3], RelativePositionBias(2, Bucketing(8, 16, False)), 1.0) is None, (
-            "other heads"
-        )
+        assert decode(*arguments[:3], RelativePositionBias(2, Bucketing(8, 16, False)), 1.0) is None, "other heads"
 
 
 @pytest.mark.parametrize("change", ["in place", "through data", "through data, one token", "replaced"])
@@ -238,7 +238,7 @@ def test_a_slow_way_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_blocks_of_keys_in_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blockwise, "BACKWARD_KEYS", 48)
+    monkeypatch.setattr(blockwise_gradients, "BACKWARD_KEYS", 48)
     Problem(300, earlier=20, groups=2).check()
     Problem(100, bidirectional=True).check()
 

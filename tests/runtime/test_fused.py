@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rpb_retrofit.runtime import fused
+from rpb_retrofit.runtime import fused, operators, tilings
 from rpb_retrofit.runtime.buckets import Bucketing
 from tests.support.attention_problem import RUNS, TABLE_TOLERANCE, TOLERANCE, Problem, problems, same
 
@@ -38,7 +38,7 @@ def solve(problem: Problem) -> tuple[Tensor, list[Tensor]]:
     lowest = 0 if problem.causal else None if window is None else -highest
     constant = problem.table.constant_beyond[1] if problem.knows_its_constant else None
     tensors: list[Any] = [None if x is None else x.to(DEVICE) for x in (*leaves[:3], line, mask)]
-    out, _ = fused.attend(*tensors, problem.earlier, lowest, highest, problem.q.shape[-1] ** -0.5, constant)
+    out, _ = operators.attend_fused(*tensors, problem.earlier, lowest, highest, problem.q.shape[-1] ** -0.5, constant)
     return out.detach().cpu(), list(torch.autograd.grad(out, leaves, problem.upstream.to(DEVICE)))
 
 
@@ -85,7 +85,7 @@ def test_the_bias_gradient_is_summed_in_parts_of_bounded_memory(monkeypatch: pyt
 
 @pytest.mark.parametrize("width", [16, 128])
 def test_the_tiles_of_large_gpus(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "_shared_memory", lambda device: fused.LARGE)
+    monkeypatch.setattr(fused, "shared_memory_of", lambda device: tilings.LARGE)
     monkeypatch.setattr(fused, "WIDE_BAND", 64)
     check(Problem(300, heads=1, batch=1, widths=(width, width), dtype=torch.float16, knows_its_constant=False))
 
@@ -101,11 +101,11 @@ def test_the_operators_keep_their_promises_to_a_compiler(layout: str) -> None:
     line = problem.table(39 - torch.arange(79)).detach().T.contiguous().T
     arguments: Any = [x.to(DEVICE) for x in (q, k, v, line)]
     rest = (0, 0, None, 0.25, None)
-    out, lse = fused.attend(*arguments, None, *rest)
+    out, lse = operators.attend_fused(*arguments, None, *rest)
     promises = ("test_schema", "test_faketensor")
-    torch.library.opcheck(fused.attend, (*arguments, None, *rest), test_utils=promises)
+    torch.library.opcheck(operators.attend_fused, (*arguments, None, *rest), test_utils=promises)
     gradients = (torch.ones_like(out), *arguments, out, lse, None, *rest, True)
-    torch.library.opcheck(fused.attend_backward, gradients, test_utils=promises)
+    torch.library.opcheck(operators.attend_fused_backward, gradients, test_utils=promises)
 
 
 @pytest.mark.parametrize("capability", [86, 90])
@@ -125,10 +125,10 @@ def test_an_old_precision_switch_and_the_new_one() -> None:
     before = torch.backends.cuda.matmul.fp32_precision
     try:
         torch.backends.cuda.matmul.fp32_precision = "tf32"
-        assert fused._precision() == "tf32"
+        assert tilings.product_precision() == "tf32"
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
-    assert fused._precision() == "tf32x3"
+    assert tilings.product_precision() == "tf32x3"
 
 
 def test_what_the_kernels_cannot_run_is_named() -> None:

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from rpb_retrofit.runtime import fused
-from rpb_retrofit.runtime.kernels import triton
+from rpb_retrofit.runtime.kernels_shared import triton
+from rpb_retrofit.runtime.tilings import Tiling, Variant
 
 SHARED_MEMORY = {86: 101_376, 90: 232_448}
 """Bytes that a program may have, by compute capability (CUDA C++ Programming Guide, technical specifications)."""
-
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32", torch.uint8: "u8"}
 
 NONE, RUNS, ANY = None, torch.zeros(1, 1, 4096, 2, dtype=torch.int32), torch.zeros(1, 1, 4096, 4096, dtype=torch.bool)
 
@@ -37,43 +36,37 @@ CASES: dict[int, list[tuple[int, torch.dtype, Tensor | None]]] = {
 """Width of a head, dtype and mask; what takes most of each class of tiles."""
 
 
-def shared_memory(kernel: Any, arguments: tuple[Any, ...], tiling: fused.Tiling, options: Any, capability: int) -> int:
-    """Bytes that a kernel takes as it would be launched with these arguments."""
-    signature, constants, attributes = {}, {}, {}
-    for number, (name, value) in enumerate(zip(kernel.arg_names, arguments, strict=False)):
-        if value is None or (isinstance(value, int) and value == 1):  # Triton makes constants of these
-            signature[name], constants[number,] = "constexpr", value
-        elif isinstance(value, Tensor):
-            signature[name], attributes[number,] = f"*{TYPES[value.dtype]}", [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32"
-            if value % 16 == 0:
-                attributes[number,] = [["tt.divisibility", 16]]
-    for name, value in options.items():
-        signature[name], constants[kernel.arg_names.index(name),] = "constexpr", value
-    compiled = triton.compile(
-        triton.compiler.ASTSource(kernel, signature, constants, attributes),
-        target=triton.backends.compiler.GPUTarget("cuda", capability, 32),
-        options={"num_warps": tiling.warps, "num_stages": tiling.stages},
-    )
-    return compiled.metadata.shared
+class Driver:
+    """Triton's view of a GPU of a compute capability, as far as compiling for it takes one."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> Any:
+        return triton.backends.compiler.GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
 
 
 def main(capability: int) -> None:
     available = SHARED_MEMORY[capability]
 
-    def measure(kernel: Any, grid: Any, *arguments: Any, tiling: fused.Tiling, **options: Any) -> None:
-        options = {**options, **({"direct": True} if "direct" in options else {})}
-        taken = shared_memory(kernel, arguments, tiling, options, capability)
-        print(f"{taken} of {available} bytes: {kernel.__name__}, {tiling}", flush=True)
+    triton.runtime.driver.set_active(Driver(capability))
 
-    with patch.object(fused, "_shared_memory", lambda device: available), patch.object(fused, "_run", measure):
+    def measure(kernel: Any, grid: Any, *arguments: Any, tiling: Tiling, variant: Variant) -> None:
+        options = {"grid": grid, "num_warps": tiling.warps, "num_stages": tiling.stages}
+        compiled = kernel.warmup(*arguments, variant._replace(direct=True), **options)  # a launch but for its end
+        print(f"{compiled.metadata.shared} of {available} bytes: {kernel.__name__}, {tiling}", flush=True)
+
+    with patch.object(fused, "shared_memory_of", lambda device: available), patch.object(fused, "_run", measure):
         for width, dtype, mask in CASES[capability]:
             print(f"heads of {width}, {dtype}, mask {None if mask is None else mask.dtype}")
             q, k, v = (torch.empty(1, 4096, heads, width, dtype=dtype).transpose(1, 2) for heads in (4, 2, 2))
-            call = fused.Call(q, k, v, torch.zeros(4, 8191), mask, 0, 0, None, 0.5, 2000)
+            call = fused.FusedCall(q, k, v, torch.zeros(4, 8191), mask, 0, 0, None, 0.5, 2000)
             out, lse = fused.forward(call)
             fused.backward(call, torch.empty_like(out), out, lse, True)
 
