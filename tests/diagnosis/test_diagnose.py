@@ -15,7 +15,7 @@ import rpb_retrofit as rpb
 from rpb_retrofit.diagnosis import shared_evidence
 from rpb_retrofit.diagnosis.arms import Arms
 from rpb_retrofit.diagnosis.factorial import SCALE, factorial
-from rpb_retrofit.diagnosis.finding import Kind, Verdict
+from rpb_retrofit.diagnosis.finding import CauseKind, Verdict
 from rpb_retrofit.diagnosis.hypotheses import HYPOTHESES, foreign_tables
 from rpb_retrofit.diagnosis.measurements import DiagnosisPlan, Measurements
 from rpb_retrofit.diagnosis.run import Diagnosis, diagnose
@@ -76,7 +76,7 @@ def test_planted_fault_is_named_without_checksums(fault: Fault, source: PreTrain
     arms = Arms(rpb.load(healthy).eval(), copy.deepcopy(source))
     forget_checksums(arms.retrofit)
     arms = fault.plant(arms) or arms
-    deep = [h for h in HYPOTHESES if h.kind in (Kind.RUNNING, Kind.NUMBERS)]
+    deep = [h for h in HYPOTHESES if h.kind in (CauseKind.RUNNING, CauseKind.NUMBERS)]
     found = diagnose(examine(arms, fault.lengths, fault.text), hypotheses=deep, figures=False)
     assert [cause.name for cause in found.causes][:1] == [fault.cause], found.headline
 
@@ -177,7 +177,7 @@ def test_what_the_settings_say_is_no_fault(init: str, source: PreTrainedModel) -
     model = copy.deepcopy(source)
     rpb.retrofit(model, rpb.RetrofitConfig(init=init))
     found = diagnose(examine(Arms(model, source)), figures=False)
-    wrong = [cause for cause in found.causes if cause.kind is Kind.RUNNING or cause.name == "tables_shared"]
+    wrong = [cause for cause in found.causes if cause.kind is CauseKind.RUNNING or cause.name == "tables_shared"]
     assert not wrong, found.headline
 
 
@@ -221,7 +221,7 @@ def test_every_family_runs_as_it_should(case: Any) -> None:
     measurements = Measurements(
         Arms(model, build(case)), documents, None, DiagnosisPlan(lengths=(24, 40), tokens=400, probed=80, rounds=0)
     )
-    running = [h for h in HYPOTHESES if h.kind <= Kind.NUMBERS]
+    running = [h for h in HYPOTHESES if h.kind <= CauseKind.NUMBERS]
     found = diagnose(measurements, hypotheses=running, figures=False)
     assert not found.causes, found.headline
     assert not [o.finding.because for o in found.outcomes if o.finding.failed]
@@ -274,7 +274,7 @@ def test_factorial_recovers_planted_effects(source: PreTrainedModel, factor: flo
     for attention in (layer.self_attn for layer in scaled.model.layers):  # type: ignore[union-attr]
         attention.scaling *= factor
     losses = {
-        name: token_by_token(model, fresh, measurements.middle, 30_000, None)
+        name: token_by_token(model, fresh, measurements.text.middle, 30_000, None)
         for name, model in {
             "plain": source,
             "scaled": scaled,

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from rpb_retrofit.cli.app import app
-from rpb_retrofit.diagnosis import pictures
+from rpb_retrofit.diagnosis import plots
 from rpb_retrofit.diagnosis.hypotheses import HYPOTHESES
 from rpb_retrofit.diagnosis.report import EVIDENCE, write_report
 from rpb_retrofit.diagnosis.summary import AGAIN, CAUSE, COMMANDS, LOST, NEXT, ROTARY, RUNS, summary
@@ -297,17 +297,17 @@ def test_the_numbers_of_the_pictures_are_in_tables(tmp_path: Path) -> None:
 
 
 def test_panels_of_the_bias_hold_the_difference_and_gaps_where_the_source_has_none() -> None:
-    panels = pictures.bias_panels({"retrofit": {"a": [[3.0, 1.0]], "b": [[1.0, 1.0]]}, "source": {"a": [[1.0, 4.0]]}})
+    panels = plots.bias_panels({"retrofit": {"a": [[3.0, 1.0]], "b": [[1.0, 1.0]]}, "source": {"a": [[1.0, 4.0]]}})
     assert panels["retrofit less source"][0].tolist() == [2.0, -3.0]
     assert all(math.isnan(value) for value in panels["retrofit less source"][1])
-    assert list(pictures.bias_panels({"retrofit": {"a": [[3.0]]}, "source": {}})) == ["retrofit"]
+    assert list(plots.bias_panels({"retrofit": {"a": [[3.0]]}, "source": {}})) == ["retrofit"]
 
 
 def test_heat_maps_grow_with_the_heads_and_stay_bounded() -> None:
     def height(layers: int, heads: int) -> float:
         tables = {"retrofit": {f"layers.{i}.attn": [[0.0, 1.0]] * heads for i in range(layers)}, "source": {}}
-        figure = pictures.bias([0, 1], tables)
-        pictures.plt.close(figure)
+        figure = plots.bias([0, 1], tables)
+        plots.plt.close(figure)
         return float(figure.get_size_inches()[1])
 
     assert height(2, 4) < height(30, 9) <= 11
@@ -315,7 +315,7 @@ def test_heat_maps_grow_with_the_heads_and_stay_bounded() -> None:
 
 def test_a_picture_is_the_same_bytes_for_the_same_numbers() -> None:
     rows = figures([])["entropy"]
-    first, again = (as_data_uri(lambda: pictures.entropy(rows)) for _ in range(2))
+    first, again = (as_data_uri(lambda: plots.entropy(rows)) for _ in range(2))
     assert first == again
     assert b"<svg" in base64.b64decode(first.partition(",")[2])
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import rpb_retrofit as rpb
 from rpb_retrofit.diagnosis.arms import Arms
-from rpb_retrofit.diagnosis.finding import Kind
+from rpb_retrofit.diagnosis.finding import CauseKind
 from rpb_retrofit.diagnosis.hypotheses import HYPOTHESES
 from rpb_retrofit.diagnosis.measurements import DiagnosisPlan, Measurements
 from rpb_retrofit.diagnosis.run import diagnose
@@ -118,7 +118,7 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
     known = _KNOWN.setdefault((case.dtype, examined), {})
     measurements.journal.held |= known  # the source is the same in all
     start = time.perf_counter()
-    deepest = Kind.NUMBERS if case.fault is None else _kind(case.fault.cause)
+    deepest = CauseKind.NUMBERS if case.fault is None else _kind(case.fault.cause)
     found = diagnose(measurements, hypotheses=[h for h in HYPOTHESES if h.kind <= deepest], figures=False)
     ways = {} if found.failed else {name: way.difference for name, way in measurements.ways.by_name.items()}
     known |= {
@@ -142,5 +142,5 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
     }
 
 
-def _kind(cause: str) -> Kind:
+def _kind(cause: str) -> CauseKind:
     return next(h.kind for h in HYPOTHESES if h.name == cause)

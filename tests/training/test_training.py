@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import rpb_retrofit as rpb
-from rpb_retrofit.diagnosis.opening import trained_pairs
+from rpb_retrofit.diagnosis.open_models import trained_pairs
 from rpb_retrofit.errors import (
     CheckpointError,
     ConfigError,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import ModuleType
 
-from rpb_retrofit.diagnosis.finding import Finding, Kind, Outcome, unknown
+from rpb_retrofit.diagnosis.finding import CauseKind, Finding, Outcome, unknown
 from rpb_retrofit.diagnosis.hypotheses import (
     attention_spreads,
     bias_dropped,
@@ -52,7 +52,7 @@ class Hypothesis:
     name: str
     cause: str
     predicts: str
-    kind: Kind
+    kind: CauseKind
     examine: Callable[[Measurements], Finding]
 
     def __call__(self, measurements: Measurements) -> Outcome:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded
+from rpb_retrofit.diagnosis.finding import CauseKind, Finding, confirmed, excluded
+from rpb_retrofit.diagnosis.layer_names import name_layers
 from rpb_retrofit.diagnosis.measurements import Measurements
 from rpb_retrofit.diagnosis.shared_evidence import of_kind
-from rpb_retrofit.diagnosis.words import some
 
 CAUSE = "the model does not compute what its weights say"
 PREDICTS = (
     "a model built anew from the config and the same weights gives other outputs on the text; or the bias that acts "
     "is no form of the table"
 )
-KIND = Kind.RUNNING
+KIND = CauseKind.RUNNING
 
 
 def examine(measurements: Measurements) -> Finding:
@@ -30,7 +30,7 @@ def examine(measurements: Measurements) -> Finding:
         worst = max(measurements.bias_checks[name].difference for name in strange)
         return confirmed(
             f"the bias that acts differs from the table's by up to {worst:.2f} nats, in no way that is known, in "
-            f"{some(strange)}",
+            f"{name_layers(strange)}",
             "look for whatever replaces or wraps the bias module or the attention",
         )
     return excluded(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded
+from rpb_retrofit.diagnosis.finding import CauseKind, Finding, confirmed, excluded
 from rpb_retrofit.diagnosis.measurements import Measurements
 
 CAUSE = "the model draws random numbers"
 PREDICTS = "the same text gives other outputs the second time"
-KIND = Kind.RUNNING
+KIND = CauseKind.RUNNING
 
 
 def examine(measurements: Measurements) -> Finding:
