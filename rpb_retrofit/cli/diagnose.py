@@ -69,6 +69,7 @@ def command(
 ) -> None:
     """What regressed after a retrofit, where, and why."""
     from rpb_retrofit.diagnosis.diagnose import diagnose
+    from rpb_retrofit.diagnosis.hypotheses import hypotheses_named
     from rpb_retrofit.diagnosis.open_models import known_source
 
     settings: dict[str, Any] = {
@@ -77,6 +78,7 @@ def command(
     }
     check_tolerance(fail_on_regression, only)
     names = [name.strip() for name in only.split(",")] if only is not None else []
+    hypotheses_named(names)
     if only is not None:
         unused(given, ["out"], "--only draws no report")
     models: dict[str, Any] = {"source": source or known_source(retrofit), "untrained": untrained, "control": control}

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from rpb_retrofit.diagnosis.arms import CONTROL, RETROFIT, SOURCE, UNTRAINED
-from rpb_retrofit.diagnosis.hypotheses import HYPOTHESES, Hypothesis
+from rpb_retrofit.diagnosis.hypotheses import hypotheses_named
 from rpb_retrofit.diagnosis.measurements import MEASURED, Measurements
 from rpb_retrofit.diagnosis.open_models import check_tokenizer, identity, known_source, open_arms, trained_pairs
 from rpb_retrofit.diagnosis.plan import DiagnosisPlan
@@ -81,7 +81,7 @@ def diagnose(
     plan = DiagnosisPlan(tuple(check_lengths(lengths)), tokens, probed, items, rounds, seed)
     check_least(tokens=(tokens, 2), probed=(probed, 2), items=(items, 0), rounds=(rounds, 0))
     check_bos(bos)
-    hypotheses, folder = _chosen(only), _new_folder(out, only)
+    hypotheses, folder = hypotheses_named(only), _new_folder(out, only)
     models = _models({RETROFIT: retrofit, SOURCE: source, UNTRAINED: untrained, CONTROL: control})
     check_tokenizer(models, tokenizer)
     text = given_text(data)
@@ -101,15 +101,6 @@ def _new_folder(out: str | os.PathLike[str] | None, only: Sequence[str]) -> Path
         raise ConfigError(f"--out '{out}' would go unused: --only draws no report; leave one of the two out")
     check_absent(Path(out))
     return Path(out)
-
-
-def _chosen(only: Sequence[str]) -> list[Hypothesis]:
-    """The hypotheses of these names, all where there are none. ConfigError for another name."""
-    by_name = {hypothesis.name: hypothesis for hypothesis in HYPOTHESES}
-    for name in only:
-        if name not in by_name:
-            raise ConfigError(f"--only {name}: no such hypothesis; choose from {', '.join(by_name)}")
-    return [by_name[name] for name in only or by_name]
 
 
 def _models(given: Mapping[str, GivenModel | None]) -> dict[str, str | PreTrainedModel]:

@@ -31,7 +31,8 @@ from rpb_retrofit.diagnosis.hypotheses import (
 )
 from rpb_retrofit.diagnosis.intervention import attending_as
 from rpb_retrofit.diagnosis.meanings import meanings_of
-from rpb_retrofit.diagnosis.measurements import DiagnosisPlan, Measurements
+from rpb_retrofit.diagnosis.measurements import Measurements
+from rpb_retrofit.diagnosis.plan import DiagnosisPlan
 from rpb_retrofit.diagnosis.provenance import HEADS, LAYERS, ROW, UNKNOWN, alterations
 from rpb_retrofit.diagnosis.shared_evidence import of_all
 from rpb_retrofit.diagnosis.weights import trained

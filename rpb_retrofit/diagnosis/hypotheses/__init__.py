@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 
@@ -42,6 +42,7 @@ from rpb_retrofit.diagnosis.hypotheses import (
     wrong_scale,
 )
 from rpb_retrofit.diagnosis.measurements import Measurements
+from rpb_retrofit.errors import ConfigError
 from rpb_retrofit.files.source import one_line
 
 
@@ -106,3 +107,12 @@ HYPOTHESES = [
         other_temperature,
     )
 ]
+
+
+def hypotheses_named(names: Sequence[str]) -> list[Hypothesis]:
+    """The hypotheses of these names, all where there are none. ConfigError for another name."""
+    by_name = {hypothesis.name: hypothesis for hypothesis in HYPOTHESES}
+    for name in names:
+        if name not in by_name:
+            raise ConfigError(f"--only {name}: no such hypothesis; choose from {', '.join(by_name)}")
+    return [by_name[name] for name in names or by_name]
