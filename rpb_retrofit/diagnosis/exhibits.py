@@ -123,9 +123,9 @@ def _bias(tables: Mapping[str, Any]) -> Exhibit:
     listed = range(0, len(offsets), step)
     named = {"retrofit": "the retrofit's", "source": "the source's"}
     rows = [
-        [name, str(head), whose, *(number(line[i], "+.2f") for i in listed)]
+        [name, str(head), owner, *(number(line[i], "+.2f") for i in listed)]
         for name in tables["retrofit"]
-        for role, whose in named.items()
+        for role, owner in named.items()
         for head, line in enumerate((tables.get(role) or {}).get(name, ()))
     ]
     rest = "" if step == 1 else f" One offset of {step}; the others are in the result as JSON."

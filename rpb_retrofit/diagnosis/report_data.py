@@ -110,15 +110,15 @@ def retrieval_figures(measurements: Measurements) -> Figures:
     for role, rows in questions.items():
         found["questions"] += [{"arm": role, **asdict(cell)} for cell in cells(rows)]
     if SOURCE in questions and RETROFIT in questions:
-        theirs, own = questions[SOURCE], questions[RETROFIT]
+        source, own = questions[SOURCE], questions[RETROFIT]
         kinds = sorted({row["kind"] for row in own})
         right = [
-            proportions([r["correct"] for r in theirs if r["kind"] == k], [r["correct"] for r in own if r["kind"] == k])
+            proportions([r["correct"] for r in source if r["kind"] == k], [r["correct"] for r in own if r["kind"] == k])
             for k in kinds
         ]
         loss = [
             paired(
-                [b["nll"] - a["nll"] for a, b in zip(theirs, own, strict=True) if b["kind"] == k],
+                [b["nll"] - a["nll"] for a, b in zip(source, own, strict=True) if b["kind"] == k],
                 [row["number"] for row in own if row["kind"] == k],
             )
             for k in kinds

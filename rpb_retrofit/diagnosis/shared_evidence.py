@@ -153,21 +153,21 @@ def weights_back(measurements: Measurements, names: Sequence[str]) -> Effect | N
 def fed_otherwise(measurements: Measurements, ways: Sequence[str], remedy: str) -> Finding:
     """Whether the logits depend on these ways to feed a text, where those of the family itself do not."""
     allowed = measurements.ways.allowed
-    found = {way: measurements.ways.by_name[way] for way in ways if way in measurements.ways.by_name}
+    fed = {way: measurements.ways.by_name[way] for way in ways if way in measurements.ways.by_name}
     wrong, unable = {}, []
-    if found and all(way.error for way in found.values()):
-        return unknown(f"the model does not run: {next(iter(found.values())).error}")
-    for name, way in found.items():
+    if fed and all(way.error for way in fed.values()):
+        return unknown(f"the model does not run: {next(iter(fed.values())).error}")
+    for name, way in fed.items():
         if way.difference <= allowed and not way.error and not way.broken:
             continue
-        theirs = measurements.source_ways.by_name.get(name)
-        if theirs is not None and (
-            theirs.difference > max(allowed, measurements.source_ways.allowed) or theirs.error or theirs.broken
+        family = measurements.source_ways.by_name.get(name)
+        if family is not None and (
+            family.difference > max(allowed, measurements.source_ways.allowed) or family.error or family.broken
         ):
             unable.append(name)
         else:
             wrong[name] = way
-    figures = {name: way.difference for name, way in found.items()}
+    figures = {name: way.difference for name, way in fed.items()}
     if wrong:
         said = ", ".join(f"{name}: {_difference_of(way)}" for name, way in wrong.items())
         return confirmed(
@@ -176,11 +176,11 @@ def fed_otherwise(measurements: Measurements, ways: Sequence[str], remedy: str) 
             gain=max(way.far for way in wrong.values()),
             figures=figures,
         )
-    good = [name for name in found if name not in unable]
+    good = [name for name in fed if name not in unable]
     rest = f"; {', '.join(unable)}: the family itself cannot do that" if unable else ""
     if not good:
         return unknown(f"nothing to compare{rest}", figures=figures)
-    largest = max(found[name].difference for name in good)
+    largest = max(fed[name].difference for name in good)
     return excluded(
         f"{', '.join(good)}: the same logits, within {largest:.0e} of the largest one{rest}",
         figures={**figures, "noise": measurements.ways.noise, "allowed": allowed},
@@ -238,16 +238,15 @@ def content_ratios(measurements: Measurements) -> dict[str, float]:
 
     Where a retrofit is unscaled on purpose, what its weights hold counts as a part of it.
     """
-    theirs = measurements.source_position_probe.probes
-    found = {}
+    source_probes, ratios = measurements.source_position_probe.probes, {}
     for name, probe in measurements.position_probe.probes.items():
-        other = theirs.get(name)
+        other = source_probes.get(name)
         if probe.scale is not None and other is not None and other.scale is not None:
             ratio = probe.scale / other.scale * scale_in_weights(measurements, name)
             worst = float(ratio[(ratio - 1).abs().argmax()])
             if math.isfinite(worst) and worst > 0:
-                found[name] = worst
-    return found
+                ratios[name] = worst
+    return ratios
 
 
 def scale_in_weights(measurements: Measurements, attention: str) -> float:

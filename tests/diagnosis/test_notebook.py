@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rpb_retrofit as rpb
 from rpb_retrofit.errors import CheckpointError, ConfigError, DataError
+from rpb_retrofit.files.strict_json import json_text
 from tests.support.training_cases import PROSE
 
 PLAN: dict[str, Any] = {"lengths": [32, 96], "tokens": 768, "probed": 192, "items": 1, "rounds": 0}
@@ -48,7 +49,7 @@ def test_models_in_memory_are_told_what_saved_ones_are(
     assert loaded.summary and loaded.figures["loss"] == saved.figures["loss"]
     assert not loaded.failed
     report = json.loads((out / "report.json").read_text())
-    assert report == json.loads(json.dumps({"command": report["command"], **loaded.to_dict()}))
+    assert report == json.loads(json_text({"command": report["command"], **loaded.to_dict()}))
     assert report["command"].startswith("rpb_retrofit.diagnose(retrofit=") and report["command"].endswith("[...])")
     assert sorted(path.name for path in out.iterdir()) == ["report.html", "report.json"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"], "no journal of what cannot be told from another"
@@ -66,7 +67,7 @@ def test_the_running_model_is_diagnosed_not_its_weights(checkpoints: Path) -> No
 
 
 def test_a_model_in_memory_needs_its_tokenizer(checkpoints: Path) -> None:
-    with pytest.raises(ConfigError, match="^the retrofit is a model in memory: give its tokenizer, too"):
+    with pytest.raises(ConfigError, match=r"^the retrofit is a model in memory: give its tokenizer, too, as"):
         rpb.diagnose(rpb.load(checkpoints / "retrofit"), data=TEXT, **PLAN)
     with pytest.raises(ConfigError, match=r"^tokenizer: '.*retrofit' is read with its own"):
         rpb.diagnose(checkpoints / "retrofit", tokenizer=tokenizer_of(checkpoints), data=TEXT, **PLAN)

@@ -28,15 +28,15 @@ WORKING, LOST = 0.3, 0.4
 
 def examine(measurements: Measurements) -> Finding:
     """Compare where each head looks."""
-    own, theirs = measurements.attention_patterns(RETROFIT), measurements.attention_patterns(SOURCE)
-    if theirs is None or own is None:
+    own, source = measurements.attention_patterns(RETROFIT), measurements.attention_patterns(SOURCE)
+    if source is None or own is None:
         return unknown("only the source tells which heads did it; give --source")
     lost: dict[str, list[str]] = {}
     which: dict[str, Tensor] = {}
     count, said = 0, []
     for kind, before, after in (
-        ("previous-token", theirs.previous, own.previous),
-        ("induction", theirs.induction, own.induction),
+        ("previous-token", source.previous, own.previous),
+        ("induction", source.induction, own.induction),
     ):
         names = list(before)
         first, then = (torch.stack([weights[name] for name in names]) for weights in (before, after))

@@ -24,9 +24,9 @@ GROWN = 0.05
 
 def examine(measurements: Measurements) -> Finding:
     """Look at how long queries are by position, and at what the config says of positions."""
-    theirs = measurements.source_position_probe.probes
+    source_probes = measurements.source_position_probe.probes
     grown = {n: p.growth for n, p in measurements.position_probe.probes.items() if p.growth > 1 + GROWN}
-    new = {n: growth for n, growth in grown.items() if n not in theirs or theirs[n].growth < 1 + GROWN}
+    new = {n: growth for n, growth in grown.items() if n not in source_probes or source_probes[n].growth < 1 + GROWN}
     if new:
         return confirmed(
             f"queries of one hidden state are up to {max(new.values()):.2f} times as long at one position as at "

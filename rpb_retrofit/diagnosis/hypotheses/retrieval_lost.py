@@ -21,15 +21,15 @@ LOST, HOLDS = 0.25, 0.1
 
 def examine(measurements: Measurements) -> Finding:
     """Compare the gain of repetition by distance, item by item, with the cost of text."""
-    own, theirs = measurements.tasks.inductions(RETROFIT), measurements.tasks.inductions(SOURCE)
-    if theirs is None:
+    own, source = measurements.tasks.inductions(RETROFIT), measurements.tasks.inductions(SOURCE)
+    if source is None:
         return unknown("only the source tells what it could find; give --source")
-    if not own or not theirs:
+    if not own or not source:
         return unknown("the text is too short for repeated spans")
     distances = sorted({row["distance"] for row in own})
     changes, gains = [], []
     for distance in distances:
-        pairs = [(a["gain"], b["gain"]) for a, b in zip(theirs, own, strict=True) if a["distance"] == distance]
+        pairs = [(a["gain"], b["gain"]) for a, b in zip(source, own, strict=True) if a["distance"] == distance]
         changes.append(paired([b - a for a, b in pairs], list(range(len(pairs)))))
         gains.append(sum(a for a, _ in pairs) / len(pairs))
     changes = controlled(changes)
