@@ -57,33 +57,29 @@ def diagnose(
 ) -> Diagnosis:
     """Test every hypothesis on a retrofit, undo what is suspected in the running model, and measure what it lost.
 
-    Each model is a folder, a hub id or a GGUF file, which is opened on the accelerator where there is one; or a model
-    in memory, which is measured as it is: where it is, in the mode that it is in (call ``eval()`` after training), and
-    with whatever was hooked into it.
+    A model is a folder, a hub id or a GGUF file, which is opened on the accelerator where there is one; or one in
+    memory, which is measured as it is: on its device, in its mode (call ``eval()`` after training), with its hooks.
 
     Args:
-        retrofit: what is diagnosed. One in memory needs its ``tokenizer``.
-        source: the model before the retrofit; by default what the retrofit's config names, where that is still there.
+        retrofit: what is diagnosed; one in memory with its ``tokenizer``. source: the model before the retrofit; by
+            default what the retrofit's config names, where that is still there.
         untrained, control: the retrofit before it was trained; the source after the same training.
         data: a file (text, JSONL or Parquet with a column ``text``), a list of documents, or None: Python's help texts.
         lengths: tokens of the windows; ``tokens`` of text are scored at each, the same ones, and ``probed`` of them
-            where a suspected cause is undone.
+            where a suspected cause is undone. bos: whether the BOS token begins every window: ``auto`` (where the
+            tokenizer adds it), ``always``, ``never``.
         items: questions of each kind, at each length and depth; rounds: of timing; 0 for none of either.
-        bos: whether the BOS token begins every window: ``auto`` (where the tokenizer adds it), ``always``, ``never``.
         only: names of hypotheses (files of `diagnosis.hypotheses`): no others are tested, and no figures measured.
         out: a new folder for report.html and report.json; beside it, in ``OUT.run``, an interrupted diagnosis of saved
-            models goes on. None writes nothing.
-        say: takes lines on the progress. command: what the report says how to repeat it.
+            models goes on. None writes nothing. command: what the report says how to repeat it.
+        say: takes lines on the progress.
 
     Raises ConfigError, DataError, CheckpointError and NotRetrofittedError, each in one line that names the option of
     ``rpb diagnose``.
     """
-    plan = DiagnosisPlan(tuple(check_lengths(lengths)), tokens, probed, items, rounds, seed)
-    check_least(tokens=(tokens, 2), probed=(probed, 2), items=(items, 0), rounds=(rounds, 0))
-    check_bos(bos)
+    plan = _plan(lengths, tokens, probed, items, rounds, seed, bos)
     hypotheses, folder = hypotheses_named(only), _new_folder(out, only)
-    models = _models({RETROFIT: retrofit, SOURCE: source, UNTRAINED: untrained, CONTROL: control})
-    check_tokenizer(models, tokenizer)
+    models = _models({RETROFIT: retrofit, SOURCE: source, UNTRAINED: untrained, CONTROL: control}, tokenizer)
     text = given_text(data)
     with _measurements(models, tokenizer, text, plan, bos, folder, say) as measurements:
         diagnosis = run_diagnosis(measurements, text.name, say, hypotheses, figures=not only)
@@ -91,6 +87,15 @@ def diagnose(
             write_folder(diagnosis, folder, command or _call(models, data))
             measurements.journal.remove()
     return diagnosis
+
+
+def _plan(
+    lengths: Sequence[int], tokens: int, probed: int, items: int, rounds: int, seed: int, bos: str
+) -> DiagnosisPlan:
+    """How much is measured. ConfigError for what means nothing."""
+    check_least(tokens=(tokens, 2), probed=(probed, 2), items=(items, 0), rounds=(rounds, 0))
+    check_bos(bos)
+    return DiagnosisPlan(tuple(check_lengths(lengths)), tokens, probed, items, rounds, seed)
 
 
 def _new_folder(out: str | os.PathLike[str] | None, only: Sequence[str]) -> Path | None:
@@ -103,13 +108,15 @@ def _new_folder(out: str | os.PathLike[str] | None, only: Sequence[str]) -> Path
     return Path(out)
 
 
-def _models(given: Mapping[str, GivenModel | None]) -> dict[str, str | PreTrainedModel]:
-    """The models that there are, by role, with the source that the retrofit's config names."""
+def _models(given: Mapping[str, GivenModel | None], tokenizer: Any) -> dict[str, str | PreTrainedModel]:
+    """The models that there are, by role, with the source that the retrofit's config names. ConfigError where the
+    tokenizer is missing, or one too many."""
     models = {
         role: model if isinstance(model, PreTrainedModel) else os.fspath(model)
         for role, model in given.items()
         if model is not None
     }
+    check_tokenizer(models[RETROFIT], tokenizer)
     if SOURCE not in models and (named := known_source(models[RETROFIT])) is not None:
         models[SOURCE] = named
     return models

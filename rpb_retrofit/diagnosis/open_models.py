@@ -19,28 +19,29 @@ SAMPLE = 2000
 """Characters of the text on which the tokenizers are compared."""
 
 
-def check_tokenizer(models: Mapping[str, str | PreTrainedModel], tokenizer: Any | None) -> None:
+def check_tokenizer(retrofit: str | PreTrainedModel, tokenizer: Any | None) -> None:
     """ConfigError where the retrofit is a model in memory, which has no tokenizer, and none is given beside it; and
     where one is given beside a name, which has its own."""
-    named = isinstance(models[RETROFIT], str)
+    named = isinstance(retrofit, str)
     if tokenizer is None and not named:
         raise ConfigError("the retrofit is a model in memory: give its tokenizer, too, as tokenizer=...")
     if tokenizer is not None and named:
-        raise ConfigError(f"tokenizer: '{models[RETROFIT]}' is read with its own; give one beside a model in memory")
+        raise ConfigError(f"tokenizer: '{retrofit}' is read with its own; give one beside a model in memory")
 
 
 def open_arms(
     models: Mapping[str, str | PreTrainedModel], sample: str, tokenizer: Any | None = None
 ) -> tuple[Arms, Any]:
-    """The arms by role, and the tokenizer: by default the retrofit's. ``models``: checkpoints, which are opened, or
-    models in memory, which stay as they are; ``sample`` is some of the text.
+    """The arms by role, and the tokenizer: by default the retrofit's. ``models``: checkpoints, which are opened on the
+    retrofit's device, or models in memory, which stay as they are; ``sample`` is some of the text.
 
     Raises what `open_causal_lm` and `check_tokenizer` raise, and DataError where two arms read the text as different
     tokens.
     """
-    check_tokenizer(models, tokenizer)
+    check_tokenizer(models[RETROFIT], tokenizer)
     names = {role: model for role, model in models.items() if isinstance(model, str)}
     opened = {role: open_causal_lm(name, examined=True) for role, name in names.items()}
+    loaded = {role: model for role, model in models.items() if not isinstance(model, str)}
     chosen = opened[RETROFIT][1] if tokenizer is None else tokenizer
     own = chosen(sample[:SAMPLE], add_special_tokens=False)["input_ids"]
     for role, (_, other) in opened.items():
@@ -50,8 +51,8 @@ def open_arms(
                 f"the {role} '{names[role]}' reads the text as other tokens than the {reader}: give models of one "
                 "tokenizer"
             )
-    loaded = {role: model for role, model in models.items() if not isinstance(model, str)}
-    return Arms(**{role: model for role, (model, _) in opened.items()}, **loaded), chosen
+    device = loaded[RETROFIT].device if RETROFIT in loaded else opened[RETROFIT][0].device
+    return Arms(**{role: model.to(device) for role, (model, _) in opened.items()}, **loaded), chosen
 
 
 def known_source(retrofit: str | PreTrainedModel) -> str | None:
