@@ -52,7 +52,9 @@ class Undoing:
     def replaced(self, name: str, model: PreTrainedModel) -> Effect:
         """What the retrofit gets back when ``model`` runs in its place."""
         length = self.text.middle
-        return Effect.of(self._changed(RETROFIT, AS_IT_IS, nullcontext, length), self._scores(name, model, length))
+        return Effect.of(
+            self._changed(RETROFIT, AS_IT_IS, nullcontext, length), self._scores(f"{name}, ", model, length)
+        )
 
     def with_change(self, change: Change, role: str = RETROFIT) -> Within:
         """Within what it gives, an arm's attention runs with a change."""
