@@ -10,14 +10,27 @@ from rpb_retrofit.version import __version__
 if TYPE_CHECKING:
     from rpb_retrofit.checkpoint.load import load
     from rpb_retrofit.config import RetrofitConfig
+    from rpb_retrofit.diagnosis.diagnose import diagnose
+    from rpb_retrofit.diagnosis.result import Diagnosis
     from rpb_retrofit.swap.inplace import retrofit, revert
     from rpb_retrofit.swap.report import RetrofitReport
 
-__all__ = ["RetrofitConfig", "RetrofitReport", "__version__", "load", "retrofit", "revert"]
+__all__ = [
+    "Diagnosis",
+    "RetrofitConfig",
+    "RetrofitReport",
+    "__version__",
+    "diagnose",
+    "load",
+    "retrofit",
+    "revert",
+]
 
 _HOME = {
+    "Diagnosis": "rpb_retrofit.diagnosis.result",
     "RetrofitConfig": "rpb_retrofit.config",
     "RetrofitReport": "rpb_retrofit.swap.report",
+    "diagnose": "rpb_retrofit.diagnosis.diagnose",
     "load": "rpb_retrofit.checkpoint.load",
     "retrofit": "rpb_retrofit.swap.inplace",
     "revert": "rpb_retrofit.swap.inplace",

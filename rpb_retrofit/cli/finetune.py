@@ -57,7 +57,7 @@ def command(
     resolved = _resolved(recipe, changes or [], data or [])
     read = [retrofit, source, recipe, resolved.held_out, *(text.name for text in resolved.data)]
     if not show_recipe:
-        from rpb_retrofit.diagnosis.opening import known_source
+        from rpb_retrofit.diagnosis.open_models import known_source
 
         read.append(known_source(retrofit))
     check_outputs({"--json": json}, read, folder=out)

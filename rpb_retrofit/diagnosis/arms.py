@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,6 +18,12 @@ from rpb_retrofit.runtime.modeling import RetrofitModel
 from rpb_retrofit.tables import CONTENT
 
 SOURCE, UNTRAINED, RETROFIT, CONTROL = "source", "untrained", "retrofit", "control"
+
+
+def baseline(roles: Collection[str]) -> str:
+    """Of these roles, what a retrofit's loss is held against: the control, which had the same training, or else the
+    source."""
+    return CONTROL if CONTROL in roles else SOURCE
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,10 @@ class Arms:
             if (model := getattr(self, role)) is not None:
                 yield role, model
 
+    def model(self, role: str) -> PreTrainedModel | None:
+        """The model of a role; None where it was not given."""
+        return getattr(self, role)
+
     @property
     def vocabulary(self) -> int:
         """Token ids that the models know."""
@@ -77,6 +87,29 @@ class Arms:
     def anatomy(self) -> Anatomy:
         """What the retrofit is made of."""
         return Anatomy.of(self.retrofit)
+
+    @property
+    def causal(self) -> bool:
+        """Whether the retrofit predicts next tokens."""
+        return type(self.retrofit).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+
+    @property
+    def width(self) -> int:
+        """Dimensions of a head."""
+        config = self.retrofit.config.get_text_config()
+        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+    @property
+    def trained_context(self) -> int | None:
+        """Tokens of context that the source was made for, None where nothing says."""
+        return Anatomy.of(self.plain).context
+
+    @cached_property
+    def position_limit(self) -> int | None:
+        """Tokens beyond which an absolute source has no positions; None where there is no such end."""
+        if self.source_anatomy is None or self.family.mechanism not in ("learned", "sinusoidal"):
+            return None
+        return self.source_anatomy.context
 
     @cached_property
     def source_anatomy(self) -> Anatomy | None:
@@ -98,6 +131,11 @@ class Arms:
         """The retrofit's bias modules by their attention's name; attentions without one are left out."""
         found = {name: module._modules.get(TABLE) for name, module in self.attentions.items()}
         return {name: bias for name, bias in found.items() if isinstance(bias, RelativePositionBias)}
+
+    @property
+    def reference(self) -> PreTrainedModel:
+        """What the family itself does: the source, or without one the retrofit's weights in its source's class."""
+        return self.plain if self.source is None else self.source
 
     @cached_property
     def plain(self) -> PreTrainedModel:

@@ -45,8 +45,8 @@ def expected_bias(bias: RelativePositionBias, offsets: Tensor) -> Tensor:
     if bias.tail is not None:
         beyond = (offsets.abs().double() / bucketing.max_distance).clamp(min=1).log()
         slopes = bias.tail.detach().double().cpu().clamp(max=0)
-        for direction, theirs in enumerate((offsets >= 0, offsets < 0)[: slopes.shape[1]]):
-            line = line + slopes[:, direction, None] * torch.where(theirs, beyond, 0)
+        for direction, there in enumerate((offsets >= 0, offsets < 0)[: slopes.shape[1]]):
+            line = line + slopes[:, direction, None] * torch.where(there, beyond, 0)
     return line
 
 

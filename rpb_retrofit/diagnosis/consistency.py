@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -49,100 +50,143 @@ class Ways:
         return {name: way.broken for name, way in self.by_name.items() if way.broken}
 
 
+@torch.no_grad()
 def consistency(model: Any, ids: Tensor, long: Tensor, dtype: torch.dtype) -> Ways:
     """How a causal model's logits of the text ``ids`` (n,), and of parts of it, depend on the way it is fed; and those
     of the last tokens of a ``long`` one (m,) on whether what is before them is cached. It computes in ``dtype``."""
-    found = _ways(model, ids, long)
-    noise, most = found.pop("noise").difference, MOST.get(dtype, MOST[torch.float32])
-    return Ways(found, noise, min(most, max(LEAST * most, TIMES * noise)))
+    text = _Text(model, ids.to(model.device)[None], long.to(model.device)[None])
+    noise, most = _compare(_noise, text).difference, MOST.get(dtype, MOST[torch.float32])
+    by_name = {name: _compare(way, text) for name, way in WAYS.items()}
+    return Ways(by_name, noise, min(most, max(LEAST * most, TIMES * noise)))
 
 
-@torch.no_grad()
-def _ways(model: Any, ids: Tensor, long: Tensor) -> dict[str, Way]:
-    ids = ids.to(model.device)[None]
-    half, length = ids.shape[1] // 2, ids.shape[1]
-    first, second = ids[:, :half], ids[:, half:]
-    pad = torch.zeros(1, min(7, length - half), dtype=torch.long, device=ids.device)
-    real, padded = torch.ones_like(first), torch.zeros_like(pad)
-    positions = torch.arange(length, device=ids.device)
+@dataclass(frozen=True)
+class _Text:
+    """A model and what it is fed: the text ``ids`` (1, n), and a ``long`` one (1, m)."""
 
-    def logits(tokens: Tensor, **kwargs: Any) -> Tensor:
-        return model(input_ids=tokens, use_cache=False, **kwargs).logits[0].float()
+    model: Any
+    ids: Tensor
+    long: Tensor
 
-    def cached(cache: Any, steps: list[int]) -> Tensor:
-        parts: list[Tensor] = []
-        start = 0
-        for end in steps:
-            out = model(input_ids=ids[:, start:end], past_key_values=cache, use_cache=True)
-            parts, start = [*parts, out.logits[0].float()], end
-        return torch.cat(parts)
+    @property
+    def length(self) -> int:
+        return self.ids.shape[1]
 
-    whole, last = long.to(model.device)[None], 6
+    @property
+    def half(self) -> int:
+        return self.length // 2
 
-    def late() -> Tensor:
-        cache: Any = DynamicCache(config=model.config)
-        parts, at = [], whole.shape[1] - last
-        for start, end in [(0, at), *((n, n + 1) for n in range(at, whole.shape[1]))]:
-            logits = model(input_ids=whole[:, start:end], past_key_values=cache, use_cache=True).logits
-            parts.append(logits[0, -1:].float())
-        return torch.cat(parts[1:])
+    @property
+    def first(self) -> Tensor:
+        """The first half (1, h) of the text."""
+        return self.ids[:, : self.half]
 
-    cuts = [max(2, length - 3), max(2, length // 3)]
-    steps = [half, *range(half + 1, min(half + 9, length - 1)), length]
-    pair = torch.cat([torch.cat([pad, first], 1), ids[:, : half + pad.shape[1]]])
+    @property
+    def pad(self) -> Tensor:
+        """Tokens (1, p) that an attention mask hides."""
+        return self.ids.new_zeros(1, min(7, self.length - self.half))
+
+    def logits(self, tokens: Tensor, **kwargs: Any) -> Tensor:
+        """The logits (n, vocabulary) of tokens (1, n), fed at once."""
+        return self.model(input_ids=tokens, use_cache=False, **kwargs).logits[0].float()
+
+    def cached(self, tokens: Tensor, cache: Any, ends: Sequence[int]) -> list[Tensor]:
+        """The logits of tokens (1, n) that are fed piece by piece, each up to one of the ``ends``."""
+        pieces: list[Tensor] = []
+        for start, end in pairwise((0, *ends)):
+            out = self.model(input_ids=tokens[:, start:end], past_key_values=cache, use_cache=True)
+            pieces.append(out.logits[0].float())
+        return pieces
+
+
+Logits = tuple[Tensor, Tensor]
+"""Of the same tokens, both (n, vocabulary): fed in some way, and in the plain one."""
+
+
+def _noise(text: _Text) -> Logits:
+    """In two equal rows, and with fewer tokens that follow: what differs is rounding."""
+    cuts = [max(2, text.length - 3), max(2, text.length // 3)]
+    rows = text.model(input_ids=text.ids.repeat(2, 1), use_cache=False).logits
+    fed = torch.cat([*(row.float() for row in rows), *(text.logits(text.ids[:, :cut]) for cut in cuts)])
+    plain = text.logits(text.ids)
+    return fed, torch.cat([plain[:cut] for cut in (text.length, text.length, *cuts)])
+
+
+def _dynamic_cache(text: _Text) -> Logits:
+    return _with_cache(text, DynamicCache(config=text.model.config))
+
+
+def _static_cache(text: _Text) -> Logits:
+    return _with_cache(text, StaticCache(config=text.model.config, max_cache_len=text.length + 16))
+
+
+def _with_cache(text: _Text, cache: Any) -> Logits:
+    """Half at once, then eight tokens one by one, then the rest."""
+    ends = [text.half, *range(text.half + 1, min(text.half + 9, text.length - 1)), text.length]
+    return torch.cat(text.cached(text.ids, cache, ends)), text.logits(text.ids)
+
+
+def _another_last_token(text: _Text) -> Logits:
+    ids = text.ids
+    other = ids[:, :1] if ids[0, 0] != ids[0, -1] else ids[:, 1:2]
+    return text.logits(torch.cat([ids[:, :-1], other], 1))[:-1], text.logits(ids)[:-1]
+
+
+def _far_decoding(text: _Text) -> Logits:
+    """The last six tokens of the long text one by one."""
+    last, length = 6, text.long.shape[1]
+    pieces = text.cached(text.long, DynamicCache(config=text.model.config), range(length - last, length + 1))
+    return torch.cat(pieces[1:]), text.logits(text.long)[-last:]
+
+
+def _left_padding(text: _Text) -> Logits:
+    tokens = torch.cat([text.pad, text.first], 1)
+    mask = torch.cat([text.pad, torch.ones_like(text.first)], 1)
+    return text.logits(tokens, attention_mask=mask)[text.pad.shape[1] :], text.logits(text.first)
+
+
+def _right_padding(text: _Text) -> Logits:
+    tokens = torch.cat([text.first, text.pad], 1)
+    mask = torch.cat([torch.ones_like(text.first), text.pad], 1)
+    return text.logits(tokens, attention_mask=mask)[: text.half], text.logits(text.first)
+
+
+def _batch(text: _Text) -> Logits:
+    """A row that is padded on the left beside one that is not, and both again."""
+    pad = text.pad.shape[1]
+    padded, whole = torch.cat([text.pad, text.first], 1), text.ids[:, : text.half + pad]
+    pair = torch.cat([padded, whole])
     mask = torch.ones_like(pair)
-    mask[0, : pad.shape[1]] = 0
-    ways: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
-        "noise": (
-            lambda: torch.cat(
-                [
-                    *(row.float() for row in model(input_ids=ids.repeat(2, 1), use_cache=False).logits),
-                    *(logits(ids[:, :cut]) for cut in cuts),
-                ]
-            ),
-            lambda: torch.cat([whole_text[:cut] for whole_text in [logits(ids)] for cut in (length, length, *cuts)]),
-        ),
-        "dynamic cache": (lambda: cached(DynamicCache(config=model.config), steps), lambda: logits(ids)),
-        "static cache": (
-            lambda: cached(StaticCache(config=model.config, max_cache_len=length + 16), steps),
-            lambda: logits(ids),
-        ),
-        "another last token": (
-            lambda: logits(torch.cat([ids[:, :-1], ids[:, :1] if ids[0, 0] != ids[0, -1] else ids[:, 1:2]], 1))[:-1],
-            lambda: logits(ids)[:-1],
-        ),
-        "far decoding": (late, lambda: logits(whole)[-last:]),
-        "left padding": (
-            lambda: logits(torch.cat([pad, first], 1), attention_mask=torch.cat([padded, real], 1))[pad.shape[1] :],
-            lambda: logits(first),
-        ),
-        "right padding": (
-            lambda: logits(torch.cat([first, pad], 1), attention_mask=torch.cat([real, padded], 1))[:half],
-            lambda: logits(first),
-        ),
-        "batch": (
-            lambda: torch.cat(
-                [
-                    part.float()
-                    for rows in model(
-                        input_ids=pair.repeat(2, 1), attention_mask=mask.repeat(2, 1), use_cache=False
-                    ).logits.unflatten(0, (2, 2))
-                    for part in (rows[0, pad.shape[1] :], rows[1])
-                ]
-            ),
-            lambda: torch.cat([logits(first), logits(pair[1:])]).repeat(2, 1),
-        ),
-        "packing": (
-            lambda: logits(ids, position_ids=torch.where(positions < half, positions, positions - half)[None])[half:],
-            lambda: logits(second),
-        ),
-    }
-    return {name: _compare(*way) for name, way in ways.items()}
+    mask[0, :pad] = 0
+    logits = text.model(input_ids=pair.repeat(2, 1), attention_mask=mask.repeat(2, 1), use_cache=False).logits
+    fed = [part.float() for rows in logits.unflatten(0, (2, 2)) for part in (rows[0, pad:], rows[1])]
+    return torch.cat(fed), torch.cat([text.logits(text.first), text.logits(whole)]).repeat(2, 1)
 
 
-def _compare(fed: Callable[[], Tensor], plain: Callable[[], Tensor]) -> Way:
+def _packing(text: _Text) -> Logits:
+    """Both halves in one row, as two documents: their position ids begin anew."""
+    positions = torch.arange(text.length, device=text.ids.device)
+    positions = torch.where(positions < text.half, positions, positions - text.half)
+    second = text.ids[:, text.half :]
+    return text.logits(text.ids, position_ids=positions[None])[text.half :], text.logits(second)
+
+
+WAYS: dict[str, Callable[[_Text], Logits]] = {
+    "dynamic cache": _dynamic_cache,
+    "static cache": _static_cache,
+    "another last token": _another_last_token,
+    "far decoding": _far_decoding,
+    "left padding": _left_padding,
+    "right padding": _right_padding,
+    "batch": _batch,
+    "packing": _packing,
+}
+"""By the name that a finding calls it."""
+
+
+def _compare(way: Callable[[_Text], Logits], text: _Text) -> Way:
     try:
-        got, want = fed(), plain()
+        got, want = way(text)
     except Exception as error:  # whatever a model raises where it cannot do this
         return Way(0.0, f"{type(error).__name__}: {error}".splitlines()[0])
     broken = int((~got.isfinite()).sum() + (~want.isfinite()).sum())

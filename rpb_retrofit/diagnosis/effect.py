@@ -98,7 +98,7 @@ def predictions(
         best = log.topk(min(LIKELIEST, log.shape[-1]), -1)
         found.append((best.indices.int().cpu(), best.values.cpu()))
 
-    with _heard(source, keep):
+    with _with_logits(source, keep):
         losses = token_by_token(source, documents, length, tokens, bos, "source, ")
     return losses, Predictions(torch.stack([t for t, _ in found]), torch.stack([x for _, x in found]))
 
@@ -109,26 +109,26 @@ def scores(
     length: int,
     tokens: int,
     bos: int | None,
-    theirs: Predictions | None,
+    predicted: Predictions | None,
     label: str = "",
 ) -> Scores:
-    """A model's losses, and its distance from a source's predictions ``theirs`` on the same windows."""
+    """A model's losses, and its distance from a source's predictions ``predicted`` on the same windows."""
     found: list[Tensor] = []
 
     def compare(logits: Tensor) -> None:
-        if theirs is not None:
-            found.append(_distance(theirs, len(found), logits))
+        if predicted is not None:
+            found.append(_distance(predicted, len(found), logits))
 
-    with _heard(model, compare):
+    with _with_logits(model, compare):
         losses = token_by_token(model, documents, length, tokens, bos, label)
-    if theirs is None:
+    if predicted is None:
         return Scores(losses, None)
     return Scores(losses, Losses(losses.length, torch.stack(found), losses.token, losses.document))
 
 
-def _distance(theirs: Predictions, window: int, logits: Tensor) -> Tensor:
+def _distance(predicted: Predictions, window: int, logits: Tensor) -> Tensor:
     """KL (n,), float32, of a model's ``logits`` (n, vocabulary) from the source's predictions of a window."""
-    token, log = theirs.token[window].to(logits.device).long(), theirs.log[window].to(logits.device)
+    token, log = predicted.token[window].to(logits.device).long(), predicted.log[window].to(logits.device)
     parts = zip(logits.split(AT_ONCE), token.split(AT_ONCE), strict=True)  # float32 copies of all would not fit
     own = torch.cat([part.float().log_softmax(-1).gather(-1, at) for part, at in parts])
     rest, mine = (1 - x.exp().sum(-1, dtype=torch.double) for x in (log, own))
@@ -137,7 +137,7 @@ def _distance(theirs: Predictions, window: int, logits: Tensor) -> Tensor:
 
 
 @contextmanager
-def _heard(model: Any, take: Callable[[Tensor], None]) -> Iterator[None]:
+def _with_logits(model: Any, take: Callable[[Tensor], None]) -> Iterator[None]:
     """Inside, ``take`` gets the logits (n - 1, vocabulary) of every pass but those of the last token."""
     handle = model.register_forward_hook(lambda module, args, output: take(output.logits[0, :-1]))
     try:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from rpb_retrofit.diagnosis import pictures
+from rpb_retrofit.diagnosis import plots
 from rpb_retrofit.pages.drawing import as_data_uri
 from rpb_retrofit.pages.page import Exhibit, Table
 from rpb_retrofit.pages.retrieval_exhibits import QUESTIONS, SPANS, answers, shares, shares_width
@@ -53,7 +53,7 @@ def _losses(losses: Mapping[str, Any]) -> Iterator[Exhibit]:
             "What an arm loses above another on the same tokens. A filled marker is a difference that was found, a "
             "hollow one is none; all lengths and pairs are controlled together. Bars are 95% intervals.",
             [Table("Costs", ("pair", "tokens", *EFFECT), rows), *_mean_losses(losses)],
-            as_data_uri(lambda: pictures.cost(losses["costs"])),
+            as_data_uri(lambda: plots.cost(losses["costs"])),
             "Cost in nats a token by length of the window, a line for each pair of arms; numbers in the table below.",
             far,
         )
@@ -75,7 +75,7 @@ def _losses(losses: Mapping[str, Any]) -> Iterator[Exhibit]:
             "Loss by position",
             "Each position in the shortest windows that hold it, of which there are most; bands are 95% intervals.",
             [Table("Losses in nats a token", ("arm", "window", "positions", "loss", "low (95%)", "high (95%)"), rows)],
-            as_data_uri(lambda: pictures.loss_by_position(positions)),
+            as_data_uri(lambda: plots.loss_by_position(positions)),
             "Loss in nats a token by position in the window, a line for each arm; numbers in the table below.",
         )
 
@@ -102,7 +102,7 @@ def _factorial(crossings: Sequence[Mapping[str, Any]]) -> Exhibit:
             Table("Effects in nats a token", ("factor", "effect of", *EFFECT), rows),
             Table("Losses of the four cells, in nats a token", ("factor", *_CELLS.values()), cells),
         ],
-        as_data_uri(lambda: pictures.factorial(crossings)),
+        as_data_uri(lambda: plots.factorial(crossings)),
         "Effects of the positional method, of each factor and of both together on the loss, with 95% intervals; "
         "numbers in the table below.",
         [f"{begun(c['name'])} ({c['about']}): {c['sentence']}." for c in crossings],
@@ -123,9 +123,9 @@ def _bias(tables: Mapping[str, Any]) -> Exhibit:
     listed = range(0, len(offsets), step)
     named = {"retrofit": "the retrofit's", "source": "the source's"}
     rows = [
-        [name, str(head), whose, *(number(line[i], "+.2f") for i in listed)]
+        [name, str(head), owner, *(number(line[i], "+.2f") for i in listed)]
         for name in tables["retrofit"]
-        for role, whose in named.items()
+        for role, owner in named.items()
         for head, line in enumerate((tables.get(role) or {}).get(name, ()))
     ]
     rest = "" if step == 1 else f" One offset of {step}; the others are in the result as JSON."
@@ -148,7 +148,7 @@ def _bias(tables: Mapping[str, Any]) -> Exhibit:
                 rows,
             )
         ],
-        as_data_uri(lambda: pictures.bias(offsets, tables), "png"),
+        as_data_uri(lambda: plots.bias(offsets, tables), "png"),
         "Heat maps of the bias by offset, a row for each layer and head; numbers in the table below.",
         least_width=44,
     )
@@ -182,7 +182,7 @@ def _coverage(coverage: Mapping[str, Any]) -> Exhibit:
             else "Below, how many pairs trained each; a cross is a bucket that none did."
         ),
         [Table("Pairs by bucket", ("bucket", "share of the pairs", "pairs that trained it"), rows)],
-        as_data_uri(lambda: pictures.coverage(share, trained)),
+        as_data_uri(lambda: plots.coverage(share, trained)),
         f"Share of the pairs of tokens by bucket, {len(share)} bars; numbers in the table below.",
     )
 
@@ -196,7 +196,7 @@ def _context(retrieval: Mapping[str, Any]) -> Iterator[Exhibit]:
             "A repeated span",
             SPANS,
             [Table("Gain in nats a token", ("arm", "distance", *EFFECT), rows)],
-            as_data_uri(lambda: pictures.induction(gains)),
+            as_data_uri(lambda: plots.induction(gains)),
             "Gain from a repeated span by distance, a line for each arm; numbers in the table below.",
         )
     if retrieval.get("local_order"):
@@ -207,7 +207,7 @@ def _context(retrieval: Mapping[str, Any]) -> Iterator[Exhibit]:
             "By how much text is predicted better when the neighbours in its context stand in their order. A filled "
             "marker is a gain that was found, a hollow one is none; bars are 95% intervals.",
             [Table("Gain in nats a token", ("arm", *EFFECT), [[row["arm"], *effect(row)] for row in orders])],
-            as_data_uri(lambda: pictures.local_order(orders)),
+            as_data_uri(lambda: plots.local_order(orders)),
             "Gain from the order of neighbours for each arm, with 95% intervals; numbers in the table below.",
         )
     if retrieval.get("questions"):
@@ -239,7 +239,7 @@ def _entropy(rows: Sequence[Mapping[str, Any]]) -> Exhibit:
         "Mean entropy of the attention of all heads, by how many keys a query sees. Bands hold the middle half of the "
         "heads.",
         [Table("Entropy in nats", ("arm", "visible keys", "mean", "lower quartile", "upper quartile"), lines)],
-        as_data_uri(lambda: pictures.entropy(rows)),
+        as_data_uri(lambda: plots.entropy(rows)),
         "Entropy of attention by the number of visible keys, a line for each arm; numbers in the table below.",
     )
 

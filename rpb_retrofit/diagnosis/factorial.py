@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from functools import partial
 from statistics import median
 
-from rpb_retrofit.diagnosis.arms import CONTROL, RETROFIT, SOURCE
+from rpb_retrofit.diagnosis.arms import RETROFIT, baseline
 from rpb_retrofit.diagnosis.intervention import Change
-from rpb_retrofit.diagnosis.measurements import AS_IT_IS, Measurements
+from rpb_retrofit.diagnosis.measurements import Measurements
 from rpb_retrofit.diagnosis.shared_evidence import content_ratios, scale_in_weights
+from rpb_retrofit.diagnosis.undoing import AS_IT_IS
 from rpb_retrofit.diagnosis.weights import collinear
 from rpb_retrofit.evaluation.losses import Losses, contrast
 from rpb_retrofit.evaluation.statistics import Difference
@@ -59,10 +60,10 @@ def factorial(measurements: Measurements) -> list[Crossing]:
 
     With a control, that is the source's side: it was trained as the retrofit was.
     """
-    side = CONTROL if measurements.arms.control is not None else SOURCE
+    side = baseline(dict(measurements.arms))
     if (
         side not in dict(measurements.arms)
-        or not measurements.causal
+        or not measurements.arms.causal
         or not measurements.arms.family.uses_interface
         or not measurements.running
     ):
@@ -78,7 +79,7 @@ def factorial(measurements: Measurements) -> list[Crossing]:
 
 def _factors(measurements: Measurements) -> Iterator[tuple[str, str, Change, Change, Change, Change]]:
     """Name, description, and the changes of the four cells: source and retrofit, each without and with it."""
-    plain, length = Change(), measurements.middle
+    plain, length = Change(), measurements.text.middle
     ratio = content_ratio(measurements)
     if ratio is not None and abs(ratio - 1) > 0.03:
         about = f"the content term times {ratio:.3g}, as the retrofit has it, against the source's"
@@ -88,7 +89,7 @@ def _factors(measurements: Measurements) -> Iterator[tuple[str, str, Change, Cha
     yield "length factor", f"the content term grows with log n from {start} keys on", plain, grown, plain, grown
     near = Change(window=max(8, length // 4))
     yield "attention window", f"keys {near.window} or more away are not seen", plain, near, plain, near
-    trained = measurements.trained
+    trained = measurements.arms.trained_context
     rope = getattr(measurements.arms.retrofit.config.get_text_config(), "rope_parameters", None)
     if (
         measurements.arms.family.mechanism == "rope"
@@ -132,7 +133,7 @@ def _cross(
 ) -> Crossing:
     def cell(role: str, change: Change, how: str) -> Losses:
         label = AS_IT_IS if change == Change() else f"{name} {how}".replace(" ", "-")
-        return measurements.with_change(role, label, change, measurements.middle)
+        return measurements.undoing.losses(role, label, change, measurements.text.middle)
 
     a, b = cell(side, source_off, "off"), cell(side, source_on, "on")
     c, d = cell(RETROFIT, off, "off"), cell(RETROFIT, on, "on")

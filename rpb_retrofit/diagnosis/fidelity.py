@@ -117,10 +117,10 @@ def fidelity(
             _own_and_best(found, name, _numbers(bias), fit(pairs, layout, target=target).numbers, layout, far)
             _richer_tables(found, name, pairs, bias)
             if name in suspected:
-                some = _Some(found.own[name], _numbers(bias), replace(pairs, thin=THIN), layout)
-                _meanings(found, name, bias, width, some, far)
-                _continued(found, name, bias, some)
-                _try_heads(found, name, some)
+                sampled = _Sampled(found.own[name], _numbers(bias), replace(pairs, thin=THIN), layout)
+                _meanings(found, name, bias, width, sampled, far)
+                _continued(found, name, bias, sampled)
+                _try_heads(found, name, sampled)
                 _try_others(found, name, _RowPairs(spool, name, 1, arms.attentions[name], THIN), biases, names)
     return found
 
@@ -152,14 +152,14 @@ class _RowPairs:
 
     def __iter__(self) -> Iterator[tuple[AttentionRows, AttentionRows]]:
         for number in range(self.windows):
-            theirs, own = (self.spool[whose, self.name, number] for whose in ("source", "student"))
+            source, own = (self.spool[role, self.name, number] for role in ("source", "student"))
             if (factor := self.attention._modules.get(FACTOR)) is not None and own.query is not None:
                 own = replace(own, query=factor(own.query[None])[0])
             part = slice(None, None, self.thin)
-            yield theirs.part(part), own.part(part)
+            yield source.part(part), own.part(part)
 
 
-class _Some:
+class _Sampled:
     """KL of other numbers, by how much farther or nearer they are than the ``own`` on some of the rows."""
 
     def __init__(self, known: Tensor, own: Tensor, pairs: _RowPairs, layout: ParameterLayout) -> None:
@@ -205,10 +205,10 @@ def _richer_tables(found: Fidelity, name: str, pairs: _RowPairs, bias: RelativeP
 
 
 def _meanings(
-    found: Fidelity, name: str, bias: RelativePositionBias, width: int, some: _Some, far: Callable[[Tensor], Loss]
+    found: Fidelity, name: str, bias: RelativePositionBias, width: int, sampled: _Sampled, far: Callable[[Tensor], Loss]
 ) -> None:
-    meanings, buckets = meanings_of(bias, some.own, width), bias.bucketing
-    found.meant[name] = {what: some(numbers) for what, numbers in meanings.items()}
+    meanings, buckets = meanings_of(bias, sampled.own, width), bias.bucketing
+    found.meant[name] = {what: sampled(numbers) for what, numbers in meanings.items()}
     found.missed_if_meant[name] = {
         what: apart.beside.cpu()
         for what, numbers in meanings.items()
@@ -217,20 +217,20 @@ def _meanings(
     for factor in (2, 0.5, 4, 0.25):
         if buckets.num_exact < (distance := round(buckets.max_distance * factor)):
             other = Bucketing(buckets.num_buckets, distance, buckets.bidirectional)
-            found.meant[name][f"{MADE_FOR} {distance}"] = some.in_buckets(other)
+            found.meant[name][f"{MADE_FOR} {distance}"] = sampled.in_buckets(other)
 
 
-def _continued(found: Fidelity, name: str, bias: RelativePositionBias, some: _Some) -> None:
+def _continued(found: Fidelity, name: str, bias: RelativePositionBias, sampled: _Sampled) -> None:
     buckets = bias.bucketing
-    table, rest = some.own[:, : buckets.num_buckets], some.own[:, buckets.num_buckets :]
+    table, rest = sampled.own[:, : buckets.num_buckets], sampled.own[:, buckets.num_buckets :]
     for start in range(buckets.num_exact // 2 + 1, buckets.per_direction):
         numbers = torch.cat([continued(table, start, buckets), rest], 1)
-        found.continued.setdefault(start, {})[name] = some(numbers)
+        found.continued.setdefault(start, {})[name] = sampled(numbers)
 
 
-def _try_heads(found: Fidelity, name: str, some: _Some) -> None:
-    heads = len(some.own)
-    swaps = torch.stack([some(some.own.roll(-shift, 0)) for shift in range(heads)], 1)  # (head, shift)
+def _try_heads(found: Fidelity, name: str, sampled: _Sampled) -> None:
+    heads = len(sampled.own)
+    swaps = torch.stack([sampled(sampled.own.roll(-shift, 0)) for shift in range(heads)], 1)  # (head, shift)
     column = (torch.arange(heads)[:, None] + torch.arange(heads)) % heads
     found.swaps[name] = torch.empty_like(swaps).scatter_(1, column, swaps)
 

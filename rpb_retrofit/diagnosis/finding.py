@@ -18,7 +18,7 @@ class Verdict(StrEnum):
     UNKNOWN = "can't tell"
 
 
-class Kind(IntEnum):
+class CauseKind(IntEnum):
     """What kind of cause a hypothesis names, the deepest first: a deeper one explains what the later ones see.
 
     ``RUNNING``: the model does not compute what its weights and its config say. ``NUMBERS``: it does, but the numbers
@@ -63,7 +63,7 @@ class Outcome:
     name: str
     cause: str
     predicts: str
-    kind: Kind
+    kind: CauseKind
     finding: Finding
 
     @property
@@ -76,7 +76,7 @@ class Outcome:
         """Whether it may be the first cause: the model runs wrongly, or its numbers are not as meant, or undoing it
         brings back a quarter of what was lost, as far as that can be told. Others contribute."""
         effect = self.finding.effect
-        return self.kind <= Kind.NUMBERS or effect is None or effect.at_least(QUARTER)
+        return self.kind <= CauseKind.NUMBERS or effect is None or effect.at_least(QUARTER)
 
 
 def ranked(outcomes: Sequence[Outcome]) -> list[Outcome]:
@@ -86,11 +86,21 @@ def ranked(outcomes: Sequence[Outcome]) -> list[Outcome]:
     return sorted((o for o in outcomes if o.confirmed), key=lambda outcome: (not outcome.explains, outcome.kind))
 
 
-def confirmed(because: str, remedy: str, **more: Any) -> Finding:
-    """The evidence names it."""
-    if (effect := more.get("effect")) is not None:
+def confirmed(
+    because: str, remedy: str, effect: Effect | None = None, undoing: str | None = None, **more: Any
+) -> Finding:
+    """The evidence names it. ``effect``: what undoing it brings, where that was tried; where ``undoing`` says how, as
+    `with_effect` takes it, it becomes a part of the evidence."""
+    if effect is not None:
         more.setdefault("gain", -effect.loss.mean)
-    return Finding(Verdict.CONFIRMED, because, remedy, **more)
+    if undoing is not None:
+        because = with_effect(because, effect, undoing)
+    return Finding(Verdict.CONFIRMED, because, remedy, effect=effect, **more)
+
+
+def with_effect(because: str, effect: Effect | None, undoing: str = "") -> str:
+    """The evidence, and behind it what undoing brought, where that is known. ``undoing`` says how: "fitted anew, "."""
+    return because if effect is None else f"{because}; {undoing}{effect}"
 
 
 def excluded(because: str, **more: Any) -> Finding:

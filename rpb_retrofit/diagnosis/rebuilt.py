@@ -76,11 +76,11 @@ def _outputs(model: nn.Module, window: Tensor) -> dict[str, Tensor]:
 KEPT = 65536
 
 
-def _keep(found: dict[str, Tensor], name: str, module: nn.Module, args: Any, output: Any) -> None:
+def _keep(kept: dict[str, Tensor], name: str, module: nn.Module, args: Any, output: Any) -> None:
     first = output[0] if isinstance(output, tuple) and output else output
-    if isinstance(first, Tensor) and first.is_floating_point() and name not in found:
+    if isinstance(first, Tensor) and first.is_floating_point() and name not in kept:
         flat = first.detach().flatten()
-        found[name] = flat[:: max(1, len(flat) // KEPT)].float().cpu()
+        kept[name] = flat[:: max(1, len(flat) // KEPT)].float().cpu()
 
 
 def _apart(a: Tensor, b: Tensor) -> float:

@@ -6,7 +6,7 @@ from copy import deepcopy
 from dataclasses import replace
 
 from rpb_retrofit.diagnosis.effect import Effect
-from rpb_retrofit.diagnosis.finding import Finding, Kind, Outcome
+from rpb_retrofit.diagnosis.finding import CauseKind, Finding, Outcome, confirmed
 from rpb_retrofit.diagnosis.measurements import Measurements
 from rpb_retrofit.diagnosis.rebuilt import anew
 from rpb_retrofit.diagnosis.settings import other_settings
@@ -22,18 +22,18 @@ def with_gains(measurements: Measurements, outcomes: list[Outcome]) -> list[Outc
     """
     if any(o.confirmed and o.name in HOPELESS for o in outcomes):
         return outcomes
-    wrong = [o for o in outcomes if o.confirmed and o.kind is Kind.RUNNING and o.finding.gain is None]
-    if not wrong or not measurements.causal:
+    wrong = [o for o in outcomes if o.confirmed and o.kind is CauseKind.RUNNING and o.finding.gain is None]
+    if not wrong or not measurements.arms.causal:
         return outcomes
     effect = measurements.attempt("what running as it should brings", lambda: _mended(measurements), None)
     if effect is None:
         return outcomes
-    return [replace(o, finding=_told(o, effect)) if o in wrong else o for o in outcomes]
+    return [replace(o, finding=_with_gain(o.finding, effect)) if o in wrong else o for o in outcomes]
 
 
-def _told(outcome: Outcome, effect: Effect) -> Finding:
-    said = f"{outcome.finding.because}; built anew with the source's settings, {effect}"
-    return replace(outcome.finding, because=said, gain=-effect.loss.mean, effect=effect)
+def _with_gain(finding: Finding, effect: Effect) -> Finding:
+    undoing = "built anew with the source's settings, "
+    return confirmed(finding.because, finding.remedy, effect=effect, undoing=undoing, figures=finding.figures)
 
 
 def _mended(measurements: Measurements) -> Effect:
@@ -42,4 +42,4 @@ def _mended(measurements: Measurements) -> Effect:
     if source is not None:
         for key in {name.partition(".")[0] for name in other_settings(measurements.arms)}:
             setattr(config, key, deepcopy(getattr(source.config, key, None)))
-    return measurements.replaced("built anew", anew(measurements.arms.retrofit, config))
+    return measurements.undoing.replaced("built anew", anew(measurements.arms.retrofit, config))

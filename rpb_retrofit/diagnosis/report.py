@@ -7,8 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rpb_retrofit.diagnosis.costs import retrofit_costs
 from rpb_retrofit.diagnosis.exhibits import exhibits
-from rpb_retrofit.diagnosis.summary import summary
+from rpb_retrofit.diagnosis.result import Diagnosis
+from rpb_retrofit.files.folder import whole_folder
+from rpb_retrofit.files.strict_json import json_text
+from rpb_retrofit.files.whole_file import write_whole
 from rpb_retrofit.pages.page import write
 from rpb_retrofit.pages.words import interval
 
@@ -48,10 +52,19 @@ SYMBOLS: Mapping[str, str] = {"confirmed": "●", "can't tell": "?", "excluded":
 """By verdict, those to be read first in front."""
 
 
+def write_folder(diagnosis: Diagnosis, folder: Path, command: str) -> None:
+    """Write report.html and report.json into a new folder, which appears whole or not at all. CheckpointError where it
+    exists, or cannot be written."""
+    result = diagnosis.to_dict()
+    with whole_folder(folder) as part:
+        write_report(result, command, part / "report.html")
+        write_whole(part / "report.json", json_text({"command": command, **result}))
+
+
 def write_report(result: Mapping[str, Any], command: str, file: Path) -> None:
     """Write a page about ``result``, what `Diagnosis.to_dict` says, to ``file``; ``command`` is what repeats it."""
     figures, found = result["figures"], list(exhibits(result["figures"]))
-    cost = _largest_cost((figures.get("loss") or {}).get("costs", []))
+    cost = _largest_cost(retrofit_costs(figures))
     shown = {exhibit.name: exhibit.title for exhibit in found}
     hypotheses = {hypothesis["name"]: hypothesis for hypothesis in result["hypotheses"]}
     write(
@@ -61,7 +74,7 @@ def write_report(result: Mapping[str, Any], command: str, file: Path) -> None:
         title=f"Diagnosis of {result['arms']['retrofit']}",
         contents={"repeat": "How to repeat it", "hypotheses": "The hypotheses", **shown},
         result=result,
-        summary=summary(result),
+        summary=result["summary"],
         command=command,
         exhibits=found,
         evidence={
@@ -85,15 +98,11 @@ def write_report(result: Mapping[str, Any], command: str, file: Path) -> None:
 
 
 def _largest_cost(costs: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """What the retrofit loses above the control, or else the source, where it is most; what is real goes first."""
-    for above in ("control", "source"):
-        own = [cost for cost in costs if cost["arm"] == "retrofit" and cost["above"] == above]
-        if own:
-            return {
-                **max(own, key=lambda cost: (cost["real"] and cost["mean"] > 0, cost["mean"])),
-                "lengths": len(own),
-            }
-    return None
+    """Of what the retrofit loses by length, the most; what is real goes first."""
+    if not costs:
+        return None
+    largest = max(costs, key=lambda cost: (cost["real"] and cost["mean"] > 0, cost["mean"]))
+    return {**largest, "lengths": len(costs)}
 
 
 def _cost_sentence(largest: Mapping[str, Any] | None) -> str:

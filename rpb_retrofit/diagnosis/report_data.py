@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from rpb_retrofit.diagnosis.arms import CONTROL, RETROFIT, SOURCE, UNTRAINED
+from rpb_retrofit.diagnosis.costs import Figures
 from rpb_retrofit.diagnosis.factorial import Crossing, factorial
 from rpb_retrofit.diagnosis.measurements import Measurements
 from rpb_retrofit.evaluation.retrieval import cells
@@ -16,16 +17,12 @@ from rpb_retrofit.evaluation.speed import SpeedResult
 from rpb_retrofit.evaluation.statistics import Difference, controlled, paired, proportions
 from rpb_retrofit.runtime.buckets import bucket_of
 
-Figures = dict[str, Any]
-
 
 def loss_figures(measurements: Measurements) -> Figures:
     """Mean loss by length and arm; what each arm costs above what it stands beside, all lengths controlled together."""
-    roles = [role for role, _ in measurements.arms]
+    roles, lengths = [role for role, _ in measurements.arms], measurements.text.lengths
     means = {
-        role: {
-            str(n): losses.mean for n in measurements.lengths if (losses := measurements.losses(role, n)) is not None
-        }
+        role: {str(n): losses.mean for n in lengths if (losses := measurements.losses(role, n)) is not None}
         for role in roles
     }
     pairs = [
@@ -42,8 +39,8 @@ def loss_figures(measurements: Measurements) -> Figures:
     found = [
         (role, above, n, cost)
         for role, above in pairs
-        for n in measurements.lengths
-        if (cost := measurements.cost(n, role, above)) is not None
+        for n in measurements.text.lengths
+        if (cost := measurements.losses.cost(n, role, above)) is not None
     ]
     sure = controlled([cost for *_, cost in found])
     costs = [
@@ -66,7 +63,7 @@ def _by_position(measurements: Measurements, roles: Sequence[str]) -> list[Figur
     """Loss by position with 95% bands, each in the shortest windows that hold it, of which there are most."""
     found = []
     for role in roles:
-        taken = [losses for n in measurements.lengths if (losses := measurements.losses(role, n)) is not None]
+        taken = [losses for n in measurements.text.lengths if (losses := measurements.losses(role, n)) is not None]
         first = 1
         while taken and first < taken[-1].length:
             losses = next(losses for losses in taken if losses.length > first)
@@ -85,22 +82,22 @@ def _by_position(measurements: Measurements, roles: Sequence[str]) -> list[Figur
 
 def _key(measurements: Measurements) -> Figures | None:
     """The cost on the tokens that the source predicts well only with far context."""
-    cost = measurements.key_cost() if measurements.arms.source is not None and len(measurements.lengths) > 1 else None
+    cost = measurements.losses.key_cost()
     if cost is None:
         return None
     return {
         **_difference(cost),
-        "tokens": len(measurements.key) if measurements.key is not None else 0,
-        "length": measurements.lengths[-1],
+        "tokens": len(measurements.losses.key) if measurements.losses.key is not None else 0,
+        "length": measurements.text.lengths[-1],
     }
 
 
 def retrieval_figures(measurements: Measurements) -> Figures:
     """Repeated spans by distance, local order, and questions by kind, length and depth; differences item by item."""
     roles = [role for role, _ in measurements.arms]
-    spans = {role: rows for role in roles if (rows := measurements.inductions(role))}
-    orders = {role: rows for role in roles if (rows := measurements.local_orders(role))}
-    questions = {role: rows for role in roles if (rows := measurements.questions(role))}
+    spans = {role: rows for role in roles if (rows := measurements.tasks.inductions(role))}
+    orders = {role: rows for role in roles if (rows := measurements.tasks.local_orders(role))}
+    questions = {role: rows for role in roles if (rows := measurements.tasks.questions(role))}
     found: Figures = {"induction": [], "local_order": [], "questions": [], "compared": []}
     for role, rows in spans.items():
         for distance in sorted({row["distance"] for row in rows}):
@@ -113,15 +110,15 @@ def retrieval_figures(measurements: Measurements) -> Figures:
     for role, rows in questions.items():
         found["questions"] += [{"arm": role, **asdict(cell)} for cell in cells(rows)]
     if SOURCE in questions and RETROFIT in questions:
-        theirs, own = questions[SOURCE], questions[RETROFIT]
+        source, own = questions[SOURCE], questions[RETROFIT]
         kinds = sorted({row["kind"] for row in own})
         right = [
-            proportions([r["correct"] for r in theirs if r["kind"] == k], [r["correct"] for r in own if r["kind"] == k])
+            proportions([r["correct"] for r in source if r["kind"] == k], [r["correct"] for r in own if r["kind"] == k])
             for k in kinds
         ]
         loss = [
             paired(
-                [b["nll"] - a["nll"] for a, b in zip(theirs, own, strict=True) if b["kind"] == k],
+                [b["nll"] - a["nll"] for a, b in zip(source, own, strict=True) if b["kind"] == k],
                 [row["number"] for row in own if row["kind"] == k],
             )
             for k in kinds
@@ -170,7 +167,7 @@ def coverage_figures(measurements: Measurements) -> Figures:
     if not biases:
         return {}
     bucketing = next(iter(biases.values())).bucketing
-    length = max(measurements.lengths)
+    length = max(measurements.text.lengths)
     offset = torch.arange(-length + 1 if bucketing.bidirectional else 0, length)
     pairs = (length - offset.abs()).double()
     share = torch.zeros(bucketing.num_buckets, dtype=torch.double).index_add(0, bucket_of(offset, bucketing), pairs)
@@ -249,7 +246,7 @@ def speed_figures(measurements: Measurements) -> list[Figures]:
 
 def all_figures(measurements: Measurements) -> Figures:
     """Everything that a report shows. What cannot be measured is noted in ``failed``, and the rest goes on."""
-    causal = measurements.causal
+    causal = measurements.arms.causal
     parts: dict[str, tuple[Callable[[], Any], Any]] = {
         "loss": (lambda: loss_figures(measurements) if causal else None, None),
         "retrieval": (lambda: retrieval_figures(measurements) if causal else None, None),

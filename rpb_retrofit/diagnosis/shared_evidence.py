@@ -11,11 +11,11 @@ from functools import partial
 from rpb_retrofit.diagnosis.consistency import Way
 from rpb_retrofit.diagnosis.effect import Effect
 from rpb_retrofit.diagnosis.fidelity import NOTABLE, Fidelity
-from rpb_retrofit.diagnosis.finding import QUARTER, Finding, confirmed, excluded, unknown
+from rpb_retrofit.diagnosis.finding import QUARTER, Finding, confirmed, excluded, unknown, with_effect
 from rpb_retrofit.diagnosis.intervention import bias_of, with_biases, with_reach, with_tables, with_weights
+from rpb_retrofit.diagnosis.layer_names import name_layers
 from rpb_retrofit.diagnosis.meanings import MADE_FOR, meanings_of
 from rpb_retrofit.diagnosis.measurements import Measurements
-from rpb_retrofit.diagnosis.words import some
 from rpb_retrofit.files.digest import digest_of
 from rpb_retrofit.runtime.attach import SCALING
 from rpb_retrofit.runtime.buckets import Bucketing
@@ -56,13 +56,8 @@ def meant_otherwise(measurements: Measurements, meaning: str, remedy: str) -> Fi
     to the source's. It is a cause where undoing it in the running model, on other text, brings back what was lost.
     """
     if known := altered(measurements, meaning):
-        effect = _effect(measurements, known, meaning)
-        return confirmed(
-            f"the tables of {some(known)} are {meaning}, by the checksums of what was written"
-            + (f"; {effect}" if effect is not None else ""),
-            remedy,
-            effect=effect,
-        )
+        said = f"the tables of {name_layers(known)} are {meaning}, by the checksums of what was written"
+        return confirmed(said, remedy, effect=_effect(measurements, known, meaning), undoing="")
     if measurements.alterations is not None:  # what was written was meant, and what became of the rest is known
         return None
     won = _suspected(measurements, meaning)
@@ -74,10 +69,10 @@ def meant_otherwise(measurements: Measurements, meaning: str, remedy: str) -> Fi
     kl = {name: measurements.fidelity.meant[name][meaning] for name in won}
     before = measurements.fidelity.mean({name: measurements.fidelity.own[name] for name in won})
     said = (
-        f"the tables of {some(won)} are {meaning}: by the source's attention undone, the mean KL falls from "
+        f"the tables of {name_layers(won)} are {meaning}: by the source's attention undone, the mean KL falls from "
         f"{before:.3f} to {measurements.fidelity.mean(kl):.3f}"
     )
-    return confirmed(said + (f"; {effect}" if effect is not None else ""), remedy, effect=effect)
+    return confirmed(said, remedy, effect=effect, undoing="")
 
 
 def _suspected(measurements: Measurements, meaning: str) -> dict[str, float]:
@@ -118,10 +113,10 @@ def _effect(measurements: Measurements, names: Sequence[str], meaning: str) -> E
         if meaning.startswith(MADE_FOR):
             return with_reach(measurements.arms, names, int(meaning.rpartition(" ")[2]))
         return with_tables(
-            biases, lambda name, bias: meanings_of(bias, bias.weight.detach().float(), measurements.width)[meaning]
+            biases, lambda name, bias: meanings_of(bias, bias.weight.detach().float(), measurements.arms.width)[meaning]
         )
 
-    return measurements.brings(of_all(meaning, names), undo)
+    return measurements.undoing.attempt(of_all(meaning, names), undo)
 
 
 def of_all(what: str, names: Sequence[str]) -> str:
@@ -139,9 +134,9 @@ def with_best(measurements: Measurements, names: Sequence[str]) -> Effect | None
             return None
         biases = {name: measurements.arms.biases[name] for name in names}
         undo = partial(with_tables, biases, lambda name, bias: fidelity.tables[name])
-        return measurements.undone(of_all("fitted-anew", names), undo)
+        return measurements.undoing.effect(of_all("fitted-anew", names), undo)
 
-    return measurements.attempt("what fitted tables would bring", measure, None) if measurements.causal else None
+    return measurements.attempt("what fitted tables would bring", measure, None) if measurements.arms.causal else None
 
 
 def weights_back(measurements: Measurements, names: Sequence[str]) -> Effect | None:
@@ -150,7 +145,7 @@ def weights_back(measurements: Measurements, names: Sequence[str]) -> Effect | N
     source = measurements.arms.source
     if source is None:
         return None
-    return measurements.brings(
+    return measurements.undoing.attempt(
         of_all("weights-back", names), partial(with_weights, measurements.arms.retrofit, source, names)
     )
 
@@ -158,34 +153,34 @@ def weights_back(measurements: Measurements, names: Sequence[str]) -> Effect | N
 def fed_otherwise(measurements: Measurements, ways: Sequence[str], remedy: str) -> Finding:
     """Whether the logits depend on these ways to feed a text, where those of the family itself do not."""
     allowed = measurements.ways.allowed
-    found = {way: measurements.ways.by_name[way] for way in ways if way in measurements.ways.by_name}
+    fed = {way: measurements.ways.by_name[way] for way in ways if way in measurements.ways.by_name}
     wrong, unable = {}, []
-    if found and all(way.error for way in found.values()):
-        return unknown(f"the model does not run: {next(iter(found.values())).error}")
-    for name, way in found.items():
+    if fed and all(way.error for way in fed.values()):
+        return unknown(f"the model does not run: {next(iter(fed.values())).error}")
+    for name, way in fed.items():
         if way.difference <= allowed and not way.error and not way.broken:
             continue
-        theirs = measurements.source_ways.by_name.get(name)
-        if theirs is not None and (
-            theirs.difference > max(allowed, measurements.source_ways.allowed) or theirs.error or theirs.broken
+        family = measurements.source_ways.by_name.get(name)
+        if family is not None and (
+            family.difference > max(allowed, measurements.source_ways.allowed) or family.error or family.broken
         ):
             unable.append(name)
         else:
             wrong[name] = way
-    figures = {name: way.difference for name, way in found.items()}
+    figures = {name: way.difference for name, way in fed.items()}
     if wrong:
-        said = ", ".join(f"{name}: {_said(way)}" for name, way in wrong.items())
+        said = ", ".join(f"{name}: {_difference_of(way)}" for name, way in wrong.items())
         return confirmed(
             f"{said}; the family itself shows no such difference",
             remedy,
             gain=max(way.far for way in wrong.values()),
             figures=figures,
         )
-    good = [name for name in found if name not in unable]
+    good = [name for name in fed if name not in unable]
     rest = f"; {', '.join(unable)}: the family itself cannot do that" if unable else ""
     if not good:
         return unknown(f"nothing to compare{rest}", figures=figures)
-    largest = max(found[name].difference for name in good)
+    largest = max(fed[name].difference for name in good)
     return excluded(
         f"{', '.join(good)}: the same logits, within {largest:.0e} of the largest one{rest}",
         figures={**figures, "noise": measurements.ways.noise, "allowed": allowed},
@@ -212,19 +207,16 @@ def coarse(measurements: Measurements, other: str, described: str, remedy: str) 
     brought = fidelity.mean({name: fidelity.zeros[name] for name in richer}) - refit
     if refit - best <= FINER or refit - best <= SHARE * brought:
         return excluded(said)
-    effect = _with_richer(measurements, other, list(richer))
-    if effect is None:
-        return confirmed(said, remedy)
-    said = f"{said}; fitted so, against the best of these buckets: {effect}"
-    if effect.sure:
-        return confirmed(said, remedy, effect=effect)
-    return excluded(said)
+    effect, undoing = _with_richer(measurements, other, list(richer)), "fitted so, against the best of these buckets: "
+    if effect is None or effect.sure:
+        return confirmed(said, remedy, effect=effect, undoing=undoing)
+    return excluded(with_effect(said, effect, undoing))
 
 
 def _with_richer(measurements: Measurements, other: str, names: Sequence[str]) -> Effect | None:
     """What the best tables of other buckets bring over the best of the same ones."""
     fidelity, arms = measurements.fidelity, measurements.arms
-    if not measurements.causal or fidelity is None:
+    if not measurements.arms.causal or fidelity is None:
         return None
     reach, biases = fidelity.richer_reach[other], {}
     for name in names:
@@ -236,7 +228,7 @@ def _with_richer(measurements: Measurements, other: str, names: Sequence[str]) -
     richer = partial(with_biases, arms, biases)
     return measurements.attempt(
         f"what {other} bring",
-        lambda: measurements.between((of_all("fitted-anew", names), same), (of_all(other, names), richer)),
+        lambda: measurements.undoing.between((of_all("fitted-anew", names), same), (of_all(other, names), richer)),
         None,
     )
 
@@ -246,16 +238,15 @@ def content_ratios(measurements: Measurements) -> dict[str, float]:
 
     Where a retrofit is unscaled on purpose, what its weights hold counts as a part of it.
     """
-    theirs = measurements.source_position_probe.probes
-    found = {}
+    source_probes, ratios = measurements.source_position_probe.probes, {}
     for name, probe in measurements.position_probe.probes.items():
-        other = theirs.get(name)
+        other = source_probes.get(name)
         if probe.scale is not None and other is not None and other.scale is not None:
             ratio = probe.scale / other.scale * scale_in_weights(measurements, name)
             worst = float(ratio[(ratio - 1).abs().argmax()])
             if math.isfinite(worst) and worst > 0:
-                found[name] = worst
-    return found
+                ratios[name] = worst
+    return ratios
 
 
 def scale_in_weights(measurements: Measurements, attention: str) -> float:
@@ -263,7 +254,7 @@ def scale_in_weights(measurements: Measurements, attention: str) -> float:
     return float(getattr(measurements.arms.attentions[attention], SCALING, 1.0))
 
 
-def _said(way: Way) -> str:
+def _difference_of(way: Way) -> str:
     if way.error:
         return way.error
     if way.broken:

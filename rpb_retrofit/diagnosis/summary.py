@@ -6,7 +6,8 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from rpb_retrofit.diagnosis.arms import CONTROL, RETROFIT, SOURCE
+from rpb_retrofit.diagnosis.arms import RETROFIT, SOURCE
+from rpb_retrofit.diagnosis.costs import retrofit_costs
 from rpb_retrofit.diagnosis.finding import QUARTER
 
 RUNS, LOST, CAUSE, NEXT = (
@@ -57,14 +58,11 @@ def _runs(result: Mapping[str, Any]) -> list[str]:
 
 def _lost(result: Mapping[str, Any]) -> list[str]:
     figures, said = result["figures"], []
-    costs = (figures.get("loss") or {}).get("costs", [])
-    costs = [cost for cost in costs if cost["arm"] == RETROFIT]
-    above = next((role for role in (CONTROL, SOURCE) if any(cost["above"] == role for cost in costs)), "")
-    if own := [cost for cost in costs if cost["above"] == above]:
+    if costs := retrofit_costs(figures):
         by_length = ", ".join(
-            f"{c['mean']:+.3f} at {c['length']:,} tokens{'' if c['real'] else ' (not sure)'}" for c in own
+            f"{c['mean']:+.3f} at {c['length']:,} tokens{'' if c['real'] else ' (not sure)'}" for c in costs
         )
-        said.append(f"Loss above the {above}, in nats a token: {by_length}.")
+        said.append(f"Loss above the {costs[0]['above']}, in nats a token: {by_length}.")
     retrieval = figures.get("retrieval") or {}
     gains = {(row["arm"], row["distance"]): row["mean"] for row in retrieval.get("induction", [])}
     spans = [

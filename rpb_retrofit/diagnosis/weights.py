@@ -13,32 +13,32 @@ from rpb_retrofit.runtime.families import is_own
 
 def collinear(model: PreTrainedModel, source: PreTrainedModel) -> dict[str, float]:
     """The weights that are the source's times a number, and the number; all others are left out."""
-    theirs, found = dict(source.named_parameters()), {}
+    source_weights, factors = dict(source.named_parameters()), {}
     for name, own in model.named_parameters():
-        other = theirs.get(name)
+        other = source_weights.get(name)
         if other is None or other.shape != own.shape or own.dim() < 2:
             continue
         a, b = own.detach().flatten().double(), other.detach().flatten().double().to(own.device)
         factor = (a @ b / (b @ b).clamp(min=1e-30)).item()
         if (a - factor * b).norm() < 0.02 * a.norm():
-            found[name] = factor
-    return found
+            factors[name] = factor
+    return factors
 
 
 def drift(model: PreTrainedModel, source: PreTrainedModel) -> dict[str, float | None]:
     """By how much of its size each of the source's weights moved; None where the model has none of its shape."""
-    own, found = dict(model.named_parameters()), dict[str, float | None]()
+    weights, moved = dict(model.named_parameters()), dict[str, float | None]()
     for name, other in source.named_parameters():
-        mine = own.get(name)
+        own = weights.get(name)
         if is_own(name):
             continue
-        if mine is None or mine.shape != other.shape:
-            found[name] = None
+        if own is None or own.shape != other.shape:
+            moved[name] = None
             continue
-        theirs = other.detach().to(mine.device, mine.dtype)  # a model that was only cast did not move
-        distance = (mine.detach().double() - theirs.double()).norm()
-        found[name] = (distance / other.detach().double().norm().clamp(min=1e-12)).item()
-    return found
+        before = other.detach().to(own.device, own.dtype)  # a model that was only cast did not move
+        distance = (own.detach().double() - before.double()).norm()
+        moved[name] = (distance / other.detach().double().norm().clamp(min=1e-12)).item()
+    return moved
 
 
 def kind_of(name: str) -> str:

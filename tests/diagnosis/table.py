@@ -9,10 +9,11 @@ import torch
 
 import rpb_retrofit as rpb
 from rpb_retrofit.diagnosis.arms import Arms
-from rpb_retrofit.diagnosis.run import diagnose
+from rpb_retrofit.diagnosis.measurements import Measurements
+from rpb_retrofit.diagnosis.run import run_diagnosis
+from tests.diagnosis.examined import HEALTHY, measurements_of
 from tests.diagnosis.faults import FAULTS
 from tests.diagnosis.small_model import retrofitted, trained
-from tests.diagnosis.test_diagnose import HEALTHY, examine
 
 
 def main() -> None:
@@ -25,7 +26,7 @@ def main() -> None:
         for fault in FAULTS:
             arms = Arms(rpb.load(folder).eval(), copy.deepcopy(source))
             arms = fault.plant(arms) or arms
-            names = [c.name for c in diagnose(examine(arms, fault.lengths, fault.text), figures=False).causes]
+            names = named(measurements_of(arms, fault.lengths, fault.text))
             right += names[:1] == [fault.cause]
             first = names[0] if names else "nothing"
             mark = "" if first == fault.cause else f" (wrong: {fault.cause})"
@@ -33,8 +34,13 @@ def main() -> None:
     print(f"\n{right} of {len(FAULTS)} named first.\n\n| healthy | named |\n|---|---|")
     for family, seed, settings in HEALTHY:
         model = source if (family, seed) == ("llama", 0) else trained(family, seed, first=0, then=60)
-        named = [c.name for c in diagnose(examine(Arms(retrofitted(model, **settings), model)), figures=False).causes]
-        print(f"| {family}, seed {seed}, {settings or 'tables only'} | {', '.join(named) or 'nothing'} |", flush=True)
+        names = named(measurements_of(Arms(retrofitted(model, **settings), model)))
+        print(f"| {family}, seed {seed}, {settings or 'tables only'} | {', '.join(names) or 'nothing'} |", flush=True)
+
+
+def named(measurements: Measurements) -> list[str]:
+    """The confirmed hypotheses, the first cause first."""
+    return [cause.name for cause in run_diagnosis(measurements, figures=False).causes]
 
 
 if __name__ == "__main__":

@@ -9,49 +9,30 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from rpb_retrofit.diagnosis import factorial, report_data
+from rpb_retrofit.diagnosis import factorial, loss_measurements, report_data, task_measurements
 from rpb_retrofit.diagnosis import measurements as measurements_module
 from rpb_retrofit.files.journal import SUFFIX, Journal
 from tests.support.command import rpb_command
-from tests.support.training_cases import PROSE, small_tokenizer, write_retrofit, write_source
+from tests.support.training_cases import small_tokenizer, write_source
 
 BUDGET = ("--lengths", "32,96", "--tokens", "768", "--probed", "192", "--items", "1", "--rounds", "1")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A source, its retrofit, a text, and a retrofit that is broken."""
-    folder = tmp_path_factory.mktemp("diagnose")
-    source = write_source(folder / "source")
-    (folder / "text.txt").write_text(PROSE[:8000])
-    retrofit = write_retrofit(source, folder / "retrofit", relative_attention_num_buckets=16)
-    for name, spoil in (("dropped", 0.0), ("nan", float("nan"))):
-        (folder / name).mkdir()
-        for file in retrofit.iterdir():
-            if file.is_file():
-                (folder / name / file.name).write_bytes(file.read_bytes())
-        for shard in (folder / name).glob("*.safetensors"):
-            tensors = load_file(shard)
-            for key in tensors:
-                if "relative_attention_bias" in key:
-                    tensors[key] = tensors[key] * spoil
-            save_file(tensors, shard, metadata={"format": "pt"})
-    return folder
-
-
-def diagnose(monkeypatch: pytest.MonkeyPatch, folder: Path, *options: object, retrofit: str = "retrofit") -> int:
-    return rpb_command(monkeypatch, "diagnose", folder / retrofit, "--data", folder / "text.txt", *BUDGET, *options)
+def diagnose(monkeypatch: pytest.MonkeyPatch, checkpoints: Path, *options: object, retrofit: str = "retrofit") -> int:
+    return rpb_command(
+        monkeypatch, "diagnose", checkpoints / retrofit, "--data", checkpoints / "text.txt", *BUDGET, *options
+    )
 
 
 def test_report(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, file = tmp_path / "out", tmp_path / "found.json"
-    assert diagnose(monkeypatch, folder, "--out", out, "--json", file) == 0
+    assert diagnose(monkeypatch, checkpoints, "--out", out, "--json", file) == 0
     printed = capsys.readouterr()
     found = json.loads((out / "report.json").read_text())
     assert found == json.loads(file.read_text())
-    assert found["arms"] == {"source": str(folder / "source"), "retrofit": str(folder / "retrofit")}
+    assert found["arms"] == {"source": str(checkpoints / "source"), "retrofit": str(checkpoints / "retrofit")}
     assert found["headline"] in " ".join(printed.out.split()) and "[1/" in printed.err
     assert found["command"].startswith("rpb diagnose") and not (tmp_path / "out.run").exists()
     assert "<h1" in (out / "report.html").read_text()
@@ -59,18 +40,17 @@ def test_report(
     assert {row["kind"] for row in found["figures"]["retrieval"]["questions"]} or found["skipped"]
 
 
-def test_goes_on_after_an_interruption(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+MEASURES = [
+    *((measurements_module, name) for name in ("position_probe", "consistency", "fidelity", "attention_patterns")),
+    *[(measurements_module, "speed"), (loss_measurements, "token_by_token"), (task_measurements, "measure")],
+]
+"""What takes a measurement, by the module that asks for it."""
+
+
+def test_goes_on_after_an_interruption(checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[str] = []
-    for name in (
-        "position_probe",
-        "consistency",
-        "fidelity",
-        "attention_patterns",
-        "token_by_token",
-        "measure",
-        "speed",
-    ):
-        real = getattr(measurements_module, name)
+    for module, name in MEASURES:
+        real = getattr(module, name)
 
         def counted(*args: Any, name: str = name, real: Any = real, **kwargs: Any) -> Any:
             if len(taken) == stop:
@@ -78,17 +58,17 @@ def test_goes_on_after_an_interruption(folder: Path, tmp_path: Path, monkeypatch
             taken.append(name)
             return real(*args, **kwargs)
 
-        monkeypatch.setattr(measurements_module, name, counted)
+        monkeypatch.setattr(module, name, counted)
     stop = -1
-    assert diagnose(monkeypatch, folder, "--out", tmp_path / "whole") == 0
+    assert diagnose(monkeypatch, checkpoints, "--out", tmp_path / "whole") == 0
     whole = list(taken)
     taken.clear()
     stop = len(whole) // 2
-    assert diagnose(monkeypatch, folder, "--out", tmp_path / "out") == 130
+    assert diagnose(monkeypatch, checkpoints, "--out", tmp_path / "out") == 130
     assert not (tmp_path / "out").exists() and (tmp_path / "out.run").is_dir()
     assert taken == whole[:stop]
     stop = -1
-    assert diagnose(monkeypatch, folder, "--out", tmp_path / "out") == 0
+    assert diagnose(monkeypatch, checkpoints, "--out", tmp_path / "out") == 0
     assert taken == whole, "nothing was measured twice"
     first, second = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("whole", "out"))
     assert first["hypotheses"] == second["hypotheses"]
@@ -96,20 +76,20 @@ def test_goes_on_after_an_interruption(folder: Path, tmp_path: Path, monkeypatch
 
 
 def test_another_examination_is_not_mixed_in(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with Journal.open(tmp_path / "out.run", {"arms": {"retrofit": "another"}}, "rpb diagnose", ()) as journal:
         journal("one", lambda: 1)
-    assert diagnose(monkeypatch, folder, "--out", tmp_path / "out") == 2
+    assert diagnose(monkeypatch, checkpoints, "--out", tmp_path / "out") == 2
     assert "holds an examination with other arms" in capsys.readouterr().err
     assert (tmp_path / "out.run" / f"one{SUFFIX}").exists()
 
 
-def interrupted(monkeypatch: pytest.MonkeyPatch, folder: Path, out: Path) -> Path:
+def interrupted(monkeypatch: pytest.MonkeyPatch, checkpoints: Path, out: Path) -> Path:
     """An examination that was interrupted before its report; its journal."""
     with monkeypatch.context() as patched:
         patched.setattr("rpb_retrofit.diagnosis.run.all_figures", _interrupt)
-        assert diagnose(patched, folder, "--out", out) == 130
+        assert diagnose(patched, checkpoints, "--out", out) == 130
     return out.with_name(f"{out.name}.run")
 
 
@@ -118,16 +98,16 @@ def _interrupt(measurements: Any) -> None:
 
 
 def test_a_retrofit_that_was_replaced_meanwhile(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its figures are not those that were measured of the one before."""
-    journal = interrupted(monkeypatch, folder, tmp_path / "out")
+    journal = interrupted(monkeypatch, checkpoints, tmp_path / "out")
     before = sorted(file.name for file in journal.iterdir())
-    kept = {shard: shard.read_bytes() for shard in (folder / "retrofit").glob("*.safetensors")}
+    kept = {shard: shard.read_bytes() for shard in (checkpoints / "retrofit").glob("*.safetensors")}
     for shard in kept:
         tensors = load_file(shard)
         save_file({n: t + ("bias.w" in n) for n, t in tensors.items()}, shard, metadata={"format": "pt"})
-    status = diagnose(monkeypatch, folder, "--out", tmp_path / "out")
+    status = diagnose(monkeypatch, checkpoints, "--out", tmp_path / "out")
     for shard, data in kept.items():
         shard.write_bytes(data)
     assert status == 2 and "holds an examination with other weights" in capsys.readouterr().err
@@ -135,16 +115,16 @@ def test_a_retrofit_that_was_replaced_meanwhile(
 
 
 def test_a_damaged_journal_is_measured_again(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And what comes out is what would have come out."""
-    assert diagnose(monkeypatch, folder, "--out", tmp_path / "whole") == 0
-    journal = interrupted(monkeypatch, folder, tmp_path / "out")
+    assert diagnose(monkeypatch, checkpoints, "--out", tmp_path / "whole") == 0
+    journal = interrupted(monkeypatch, checkpoints, tmp_path / "out")
     for file in journal.glob(f"*{SUFFIX}"):
         file.write_bytes(file.read_bytes()[:-20])
     (journal / "identity.json").write_text("{")
     capsys.readouterr()
-    assert diagnose(monkeypatch, folder, "--out", tmp_path / "out") == 0
+    assert diagnose(monkeypatch, checkpoints, "--out", tmp_path / "out") == 0
     said = capsys.readouterr().err
     assert "cut short or changed): measuring again" in said and "identity.json' is not JSON" in said
     first, second = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("whole", "out"))
@@ -152,7 +132,7 @@ def test_a_damaged_journal_is_measured_again(
 
 
 def test_a_probe_that_fails(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Is named first, in print and on the page, and is no success where CI asks."""
 
@@ -160,7 +140,7 @@ def test_a_probe_that_fails(
         raise ValueError("the probe\nbroke")
 
     monkeypatch.setattr(measurements_module, "consistency", broken)
-    assert diagnose(monkeypatch, folder, "--out", tmp_path / "plain") == 0
+    assert diagnose(monkeypatch, checkpoints, "--out", tmp_path / "plain") == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "measuring cached_decoding failed, so this says nothing of it: ValueError: the probe broke" in printed
     assert printed.index("measuring cached_decoding failed") < printed.index("hypothesis")
@@ -169,7 +149,7 @@ def test_a_probe_that_fails(
     page = (tmp_path / "plain" / "report.html").read_text()
     first_screen = page[: page.index('id="repeat"')]
     assert "Probes that failed" in first_screen and first_screen.count("ValueError: the probe broke") >= 1
-    status = diagnose(monkeypatch, folder, "--out", tmp_path / "asked", "--fail-on-regression", 1e3)
+    status = diagnose(monkeypatch, checkpoints, "--out", tmp_path / "asked", "--fail-on-regression", 1e3)
     assert status == 1 and "not measured: cached_decoding: ValueError" in capsys.readouterr().out
 
 
@@ -187,7 +167,7 @@ def test_figures_that_fail(
     name: str,
     what: str,
     status: int,
-    folder: Path,
+    checkpoints: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -198,7 +178,7 @@ def test_figures_that_fail(
         raise AttributeError("no such thing")
 
     monkeypatch.setattr(module, name, broken)
-    assert diagnose(monkeypatch, folder, "--out", tmp_path / "out", "--fail-on-regression", 1e3) == status
+    assert diagnose(monkeypatch, checkpoints, "--out", tmp_path / "out", "--fail-on-regression", 1e3) == status
     assert f"measuring {what} failed" in " ".join(capsys.readouterr().out.split())
     found = json.loads((tmp_path / "out" / "report.json").read_text())
     assert found["failed"][what] == "AttributeError: no such thing" and found["hypotheses"]
@@ -207,29 +187,31 @@ def test_figures_that_fail(
 
 
 def test_a_length_that_was_not_measured(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ("--lengths", "32,96,4096")
-    assert diagnose(monkeypatch, folder, "--out", tmp_path / "out", *options) == 0
-    status = diagnose(monkeypatch, folder, "--out", tmp_path / "asked", *options, "--fail-on-regression", 1e3)
+    assert diagnose(monkeypatch, checkpoints, "--out", tmp_path / "out", *options) == 0
+    status = diagnose(monkeypatch, checkpoints, "--out", tmp_path / "asked", *options, "--fail-on-regression", 1e3)
     said = capsys.readouterr().out
     assert status == 1 and "not measured: the loss above the source at 4096 tokens: the text's longest" in said
 
 
 @pytest.mark.parametrize(("retrofit", "cause"), [("dropped", "tables_not_loaded"), ("nan", "not_finite")])
 def test_broken_checkpoints(
-    retrofit: str, cause: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    retrofit: str, cause: str, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    status = diagnose(monkeypatch, folder, "--out", tmp_path / "out", "--fail-on-regression", 1e3, retrofit=retrofit)
+    status = diagnose(
+        monkeypatch, checkpoints, "--out", tmp_path / "out", "--fail-on-regression", 1e3, retrofit=retrofit
+    )
     found = json.loads((tmp_path / "out" / "report.json").read_text())
     assert found["causes"][0] == cause
     assert status == (1 if cause == "not_finite" else 0)
 
 
 def test_fail_on_regression(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert diagnose(monkeypatch, folder, "--out", tmp_path / "out", "--fail-on-regression", 1e-7) == 1
+    assert diagnose(monkeypatch, checkpoints, "--out", tmp_path / "out", "--fail-on-regression", 1e-7) == 1
     said = capsys.readouterr().out
     found = json.loads((tmp_path / "out" / "report.json").read_text())
     worse = [c for c in found["figures"]["loss"]["costs"] if c["mean"] > 1e-7]
@@ -237,16 +219,16 @@ def test_fail_on_regression(
     assert "could see differences of" in said
 
 
-def test_only(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only(checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "one.json"
     monkeypatch.chdir(tmp_path)
-    assert diagnose(monkeypatch, folder, "--only", "off_by_one, precision", "--json", file) == 0
+    assert diagnose(monkeypatch, checkpoints, "--only", "off_by_one, precision", "--json", file) == 0
     assert [h["name"] for h in json.loads(file.read_text())["hypotheses"]] == ["off_by_one", "precision"]
     assert not (tmp_path / "diagnosis").exists() and not (tmp_path / "diagnosis.run").exists()
 
 
 def test_wrong_input(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = write_source(tmp_path / "other")
     tokenizer = small_tokenizer()
@@ -260,12 +242,12 @@ def test_wrong_input(
         (("--bos", "maybe"), "--bos maybe"),
         (("--fail-on-regression", "-1"), "--fail-on-regression -1.0"),
         (("--fail-on-regression", "1", "--only", "precision"), "contradict each other: no loss would be measured"),
-        (("--source", folder / "retrofit"), "is a retrofit: give the plain model"),
+        (("--source", checkpoints / "retrofit"), "is a retrofit: give the plain model"),
         (("--source", other), "reads the text as other tokens"),
         (("--data", tmp_path / "short.txt"), "longest document has"),
         (("--out", tmp_path), "exists already"),
     ):
-        assert diagnose(monkeypatch, folder, "--out", tmp_path / "out", *options) == 2, options
+        assert diagnose(monkeypatch, checkpoints, "--out", tmp_path / "out", *options) == 2, options
         errors = capsys.readouterr().err.strip().splitlines()
         assert said in errors[-1], (options, errors[-1])
     assert not (tmp_path / "out").exists()

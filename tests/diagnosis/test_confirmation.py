@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import rpb_retrofit as rpb
-from rpb_retrofit.diagnosis import exactly
+from rpb_retrofit.diagnosis import full_precision
 from rpb_retrofit.diagnosis.arms import Arms
 from rpb_retrofit.diagnosis.effect import LIKELIEST, Effect, predictions, scores
-from rpb_retrofit.diagnosis.exactly import in_float32
 from rpb_retrofit.diagnosis.finding import Verdict
+from rpb_retrofit.diagnosis.full_precision import in_float32
 from rpb_retrofit.diagnosis.hypotheses import (
     foreign_tables,
     not_finite,
@@ -31,7 +31,8 @@ from rpb_retrofit.diagnosis.hypotheses import (
 )
 from rpb_retrofit.diagnosis.intervention import attending_as
 from rpb_retrofit.diagnosis.meanings import meanings_of
-from rpb_retrofit.diagnosis.measurements import DiagnosisPlan, Measurements
+from rpb_retrofit.diagnosis.measurements import Measurements
+from rpb_retrofit.diagnosis.plan import DiagnosisPlan
 from rpb_retrofit.diagnosis.provenance import HEADS, LAYERS, ROW, UNKNOWN, alterations
 from rpb_retrofit.diagnosis.shared_evidence import of_all
 from rpb_retrofit.diagnosis.weights import trained
@@ -113,7 +114,7 @@ def test_float32_for_a_while(source: PreTrainedModel, monkeypatch: pytest.Monkey
             assert torch.equal(model(ids).logits, want)
         assert torch.equal(model(ids).logits, rounded) and rounded.dtype == torch.bfloat16
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    monkeypatch.setattr(exactly, "SHARE", 0.0)
+    monkeypatch.setattr(full_precision, "SHARE", 0.0)
     with in_float32(model) as dtype:
         assert dtype == torch.bfloat16 and next(model.parameters()).dtype == torch.bfloat16
 

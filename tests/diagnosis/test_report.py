@@ -9,160 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from rpb_retrofit.cli.app import app
-from rpb_retrofit.diagnosis import pictures
+from rpb_retrofit.diagnosis import plots
 from rpb_retrofit.diagnosis.hypotheses import HYPOTHESES
 from rpb_retrofit.diagnosis.report import EVIDENCE, write_report
-from rpb_retrofit.diagnosis.summary import AGAIN, CAUSE, COMMANDS, LOST, NEXT, ROTARY, RUNS, summary
+from rpb_retrofit.diagnosis.summary import summary
 from rpb_retrofit.pages.drawing import as_data_uri
 from rpb_retrofit.pages.words import number
+from tests.diagnosis.report_cases import cost, figures, result, unbounded
 from tests.support.page import Page
 
 COMMAND = "rpb diagnose out --source org/model"
-ARMS = ("source", "control", "untrained", "retrofit")
-
-
-def difference(mean: float, spread: float = 0.02, real: bool = True) -> dict[str, Any]:
-    detectable = 1.5 * spread
-    low, high = mean - spread, mean + spread
-    return {
-        "mean": mean,
-        "low": low,
-        "high": high,
-        "p": 0.01 if real else 0.6,
-        "detectable": detectable,
-        "items": 9,
-        "clusters": 9,
-        "real": real,
-    }
-
-
-def unbounded(mean: float) -> dict[str, Any]:
-    return difference(mean, math.inf, real=False)
-
-
-def result(confirmed: tuple[str, ...] = (), costs: list[dict[str, Any]] | None = None, **more: Any) -> dict[str, Any]:
-    """A diagnosis as `Diagnosis.to_dict` makes it, with every figure, in which some hypotheses are confirmed."""
-    hypotheses = [
-        {
-            "name": h.name,
-            "cause": h.cause,
-            "predicts": h.predicts,
-            "kind": h.kind.name.lower(),
-            "confirmed": h.name in confirmed,
-            "explains": True,
-            "share": 0.6 if h.name in confirmed else None,
-            "finding": {
-                "verdict": "confirmed"
-                if h.name in confirmed
-                else "can't tell"
-                if h.name == "domain_drift"
-                else "excluded",
-                "because": f"evidence of {h.name}",
-                "remedy": f"remedy of {h.name}" if h.name in confirmed else "",
-                "gain": 0.321 if h.name in confirmed else None,
-                "figures": {"layers": ["a", "b"], "largest": math.inf} if h.name == "precision" else {},
-                "failed": False,
-            },
-        }
-        for h in HYPOTHESES
-    ]
-    causes = [h["cause"] for h in hypotheses if h["confirmed"]]
-    headline = f"First cause: {causes[0]}." if causes else "No cause of a regression found: 25 were excluded."
-    return {
-        "version": "0",
-        "headline": headline + (f" Also confirmed: {'; '.join(causes[1:])}." if causes[1:] else ""),
-        "causes": [h["name"] for h in hypotheses if h["confirmed"]],
-        "arms": {role: f"org/{role}" for role in ARMS},
-        "missing": {},
-        "text": "some text",
-        "plan": {"lengths": [64, 256], "items": 4},
-        "hypotheses": hypotheses,
-        "figures": figures(costs if costs is not None else [cost(64, 0.1), cost(256, 0.2)]),
-        "skipped": {},
-        "failed": {},
-        "mechanism": "rope",
-        "seconds": 3.0,
-        **more,
-    }
-
-
-def cost(length: int, mean: float, real: bool = True, above: str = "source") -> dict[str, Any]:
-    return {"arm": "retrofit", "above": above, "length": length, **difference(mean, real=real)}
-
-
-def figures(costs: list[dict[str, Any]]) -> dict[str, Any]:
-    names = [f"model.layers.{i}.self_attn" for i in range(2)]
-    table = {name: [[1.0, 0.0, -1.0], [0.5, 0.0, -0.5]] for name in names}
-    effects = {"gap": difference(0.3), "method": difference(0.2), "factor": difference(0.0, real=False)}
-    return {
-        "loss": {
-            "mean": {arm: {"64": 3.0, "256": 2.5} for arm in ARMS},
-            "costs": costs,
-            "by_position": [
-                {
-                    "arm": arm,
-                    "length": 256,
-                    "first": p,
-                    "last": 2 * p - 1,
-                    "nll": 3.0,
-                    "low": -math.inf,
-                    "high": math.inf,
-                }
-                for arm in ARMS
-                for p in (1, 2, 4)
-            ],
-            "key_tokens": {**difference(0.4), "tokens": 77, "length": 256},
-        },
-        "retrieval": {
-            "induction": [{"arm": arm, "distance": d, **difference(1 / d)} for arm in ARMS for d in (32, 128)],
-            "local_order": [{"arm": arm, **unbounded(0.5)} for arm in ARMS],
-            "questions": [
-                {"arm": arm, "kind": kind, "length": 256, "depth": depth, "items": 8, "correct": share, "nll": 1.0}
-                for arm in ARMS
-                for kind, depth, share in (("passkey", 0.1, 0.25), ("passkey", 0.9, 0.875), ("multi-value", None, 0.5))
-            ],
-            "compared": [{"kind": "passkey", "correct": difference(-0.25), "nll": unbounded(0.1)}],
-        },
-        "bias": {"offsets": [0, 1, 5], "retrofit": table, "source": {names[0]: table[names[0]]}},
-        "fidelity": {name: {"own": 0.2, "none": 1.0, "best": 0.1} for name in names},
-        "coverage": {"length": 256, "share": [0.5, 0.3, 0.2], "trained_pairs": [12345, 10, 0]},
-        "entropy": [
-            {"arm": arm, "keys": 8 * 2**n, "mean": 1.0 + n, "low": 0.5 + n, "high": 1.5 + n}
-            for arm in ARMS
-            for n in range(3)
-        ],
-        "factorial": [
-            {
-                "name": "score scale",
-                "about": "times 4",
-                "sentence": "sentence of the crossing",
-                "cells": {"source": 3.0, "source_with": 3.1, "retrofit": 3.2, "retrofit_with": 3.3},
-                **effects,
-                "both": unbounded(0.1),
-            }
-        ],
-        "speed": [
-            *(
-                {
-                    "arm": arm,
-                    "length": 256,
-                    "prefill_tokens_per_s": speed,
-                    "first_token_s": 0.1,
-                    "decode_tokens_per_s": speed,
-                }
-                | {"peak_bytes": None, "rounds": 3}
-                for arm, speed in (("source", 100.0), ("retrofit", 50.0))
-            ),
-            {"arm": "retrofit", "length": 4096, "skipped": "no memory for it"},
-        ],
-    }
 
 
 def render(found: dict[str, Any], folder: Path) -> tuple[Page, str]:
-    write_report(found, COMMAND, folder / "report.html")
+    write_report({**found, "summary": summary(found)}, COMMAND, folder / "report.html")
     source = (folder / "report.html").read_text()
     return Page(source), source
 
@@ -297,17 +158,17 @@ def test_the_numbers_of_the_pictures_are_in_tables(tmp_path: Path) -> None:
 
 
 def test_panels_of_the_bias_hold_the_difference_and_gaps_where_the_source_has_none() -> None:
-    panels = pictures.bias_panels({"retrofit": {"a": [[3.0, 1.0]], "b": [[1.0, 1.0]]}, "source": {"a": [[1.0, 4.0]]}})
+    panels = plots.bias_panels({"retrofit": {"a": [[3.0, 1.0]], "b": [[1.0, 1.0]]}, "source": {"a": [[1.0, 4.0]]}})
     assert panels["retrofit less source"][0].tolist() == [2.0, -3.0]
     assert all(math.isnan(value) for value in panels["retrofit less source"][1])
-    assert list(pictures.bias_panels({"retrofit": {"a": [[3.0]]}, "source": {}})) == ["retrofit"]
+    assert list(plots.bias_panels({"retrofit": {"a": [[3.0]]}, "source": {}})) == ["retrofit"]
 
 
 def test_heat_maps_grow_with_the_heads_and_stay_bounded() -> None:
     def height(layers: int, heads: int) -> float:
         tables = {"retrofit": {f"layers.{i}.attn": [[0.0, 1.0]] * heads for i in range(layers)}, "source": {}}
-        figure = pictures.bias([0, 1], tables)
-        pictures.plt.close(figure)
+        figure = plots.bias([0, 1], tables)
+        plots.plt.close(figure)
         return float(figure.get_size_inches()[1])
 
     assert height(2, 4) < height(30, 9) <= 11
@@ -315,40 +176,6 @@ def test_heat_maps_grow_with_the_heads_and_stay_bounded() -> None:
 
 def test_a_picture_is_the_same_bytes_for_the_same_numbers() -> None:
     rows = figures([])["entropy"]
-    first, again = (as_data_uri(lambda: pictures.entropy(rows)) for _ in range(2))
+    first, again = (as_data_uri(lambda: plots.entropy(rows)) for _ in range(2))
     assert first == again
     assert b"<svg" in base64.b64decode(first.partition(",")[2])
-
-
-def test_the_first_screen_answers_in_order() -> None:
-    """Does it run right; what was lost, where; the likely cause with its share; the command to type."""
-    said = summary(result(("wrong_scale", "heads_lost")))
-    assert list(said) == [RUNS, LOST, CAUSE, NEXT]
-    assert said[RUNS] == ["No: the bias is scaled, or the content is not."]
-    assert "+0.100 at 64 tokens, +0.200 at 256 tokens" in said[LOST][0] and "above the source" in said[LOST][0]
-    assert any("repeated span" in line for line in said[LOST])
-    assert said[CAUSE][0] == "The bias is scaled, or the content is not (60% of what was lost)."
-    assert said[NEXT] == ["rpb retrofit org/source org/retrofit-again --calibration TEXT"]
-    fine = summary(result())
-    assert fine[RUNS][0].startswith("Yes") and fine[CAUSE] == ["None was found."]
-    assert fine[NEXT] == ["rpb finetune org/retrofit org/retrofit-healed --data TEXT"]
-    told = result()
-    next(h for h in told["hypotheses"] if h["name"] == "precision")["finding"]["failed"] = True
-    failed = summary(told)
-    assert failed[NEXT] == ["rpb diagnose org/retrofit --source org/source --only precision"]
-
-
-def test_what_explains_little_is_not_the_cause() -> None:
-    told = result(("heads_lost",))
-    for hypothesis in told["hypotheses"]:
-        hypothesis |= {"explains": False, "share": 0.16 if hypothesis["confirmed"] else None}
-    (said,) = summary(told)[CAUSE]
-    assert said.startswith("No single one explains 25% of what was lost. Contributing: heads") and "(16% of" in said
-
-
-def test_every_command_is_one_that_there_is() -> None:
-    for name, command in [*COMMANDS.items(), ("again", AGAIN + ROTARY)]:
-        words = command.format(source="S", retrofit="R").split()
-        known = CliRunner().invoke(app, [words[1], "--help"]).output
-        assert name == "again" or name in {h.name for h in HYPOTHESES}
-        assert all(word in known for word in words if word.startswith("--")), command

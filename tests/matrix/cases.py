@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import rpb_retrofit as rpb
 from rpb_retrofit.diagnosis.arms import Arms
-from rpb_retrofit.diagnosis.finding import Kind
+from rpb_retrofit.diagnosis.finding import CauseKind
 from rpb_retrofit.diagnosis.hypotheses import HYPOTHESES
-from rpb_retrofit.diagnosis.measurements import DiagnosisPlan, Measurements
-from rpb_retrofit.diagnosis.run import diagnose
+from rpb_retrofit.diagnosis.measurements import Measurements
+from rpb_retrofit.diagnosis.plan import DiagnosisPlan
+from rpb_retrofit.diagnosis.run import run_diagnosis
 from rpb_retrofit.runtime.anatomy import submodels
 from rpb_retrofit.tables.checksums import KEY
 from rpb_retrofit.text import tokenise
@@ -118,8 +119,8 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
     known = _KNOWN.setdefault((case.dtype, examined), {})
     measurements.journal.held |= known  # the source is the same in all
     start = time.perf_counter()
-    deepest = Kind.NUMBERS if case.fault is None else _kind(case.fault.cause)
-    found = diagnose(measurements, hypotheses=[h for h in HYPOTHESES if h.kind <= deepest], figures=False)
+    deepest = CauseKind.NUMBERS if case.fault is None else _kind(case.fault.cause)
+    found = run_diagnosis(measurements, hypotheses=[h for h in HYPOTHESES if h.kind <= deepest], figures=False)
     ways = {} if found.failed else {name: way.difference for name, way in measurements.ways.by_name.items()}
     known |= {
         name: found
@@ -142,5 +143,5 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
     }
 
 
-def _kind(cause: str) -> Kind:
+def _kind(cause: str) -> CauseKind:
     return next(h.kind for h in HYPOTHESES if h.name == cause)

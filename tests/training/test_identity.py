@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import rpb_retrofit as rpb
-from rpb_retrofit.diagnosis.opening import identity
+from rpb_retrofit.diagnosis.open_models import identity
 from rpb_retrofit.errors import CheckpointError
 from rpb_retrofit.files.digest import digest, digest_of
 from rpb_retrofit.text import CalibrationText, read_rows, read_text

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import rpb_retrofit as rpb
-from rpb_retrofit.diagnosis.opening import trained_pairs
+from rpb_retrofit.diagnosis.open_models import trained_pairs
 from rpb_retrofit.errors import CheckpointError, ConfigError, DataError, NotRetrofittedError, TrainingError
 from rpb_retrofit.training import step as step_module
 from rpb_retrofit.training.checkpoints import Checkpoints

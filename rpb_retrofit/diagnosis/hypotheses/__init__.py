@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 
-from rpb_retrofit.diagnosis.finding import Finding, Kind, Outcome, unknown
+from rpb_retrofit.diagnosis.finding import CauseKind, Finding, Outcome, unknown
 from rpb_retrofit.diagnosis.hypotheses import (
     attention_spreads,
     bias_dropped,
@@ -42,6 +42,7 @@ from rpb_retrofit.diagnosis.hypotheses import (
     wrong_scale,
 )
 from rpb_retrofit.diagnosis.measurements import Measurements
+from rpb_retrofit.errors import ConfigError
 from rpb_retrofit.files.printable import message_of
 
 
@@ -52,7 +53,7 @@ class Hypothesis:
     name: str
     cause: str
     predicts: str
-    kind: Kind
+    kind: CauseKind
     examine: Callable[[Measurements], Finding]
 
     def __call__(self, measurements: Measurements) -> Outcome:
@@ -106,3 +107,12 @@ HYPOTHESES = [
         other_temperature,
     )
 ]
+
+
+def hypotheses_named(names: Sequence[str]) -> list[Hypothesis]:
+    """The hypotheses of these names, all where there are none. ConfigError for another name."""
+    by_name = {hypothesis.name: hypothesis for hypothesis in HYPOTHESES}
+    for name in names:
+        if name not in by_name:
+            raise ConfigError(f"--only {name}: no such hypothesis; choose from {', '.join(by_name)}")
+    return [by_name[name] for name in names or by_name]

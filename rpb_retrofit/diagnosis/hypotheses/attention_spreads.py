@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from rpb_retrofit.diagnosis.arms import RETROFIT, SOURCE
-from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
-from rpb_retrofit.diagnosis.intervention import Change, changed
+from rpb_retrofit.diagnosis.finding import CauseKind, Finding, confirmed, excluded, unknown, with_effect
+from rpb_retrofit.diagnosis.intervention import Change
 from rpb_retrofit.diagnosis.measurements import Measurements
 
 CAUSE = "attention spreads with length"
@@ -14,7 +12,7 @@ PREDICTS = (
     "the entropy of attention grows faster with the number of keys than the source's; and the loss of long texts falls "
     "when the content grows with log n"
 )
-KIND = Kind.BEHAVIOUR
+KIND = CauseKind.BEHAVIOUR
 REMEDY = (
     "train at the lengths that you use; or give the scores a factor that grows with log n beyond the trained length"
 )
@@ -27,20 +25,22 @@ FASTER = 0.1
 
 
 def examine(measurements: Measurements) -> Finding:
-    """Compare the growth of entropy, and try the factor."""
-    own, theirs = measurements.attention_patterns(RETROFIT), measurements.attention_patterns(SOURCE)
-    if own is None or not measurements.arms.family.uses_interface or not measurements.causal:
+    """Compare the growth of entropy, and where it is faster than the source's, try the factor."""
+    own, source = measurements.attention_patterns(RETROFIT), measurements.attention_patterns(SOURCE)
+    if own is None or not measurements.arms.family.uses_interface or not measurements.arms.causal:
         return unknown("this family keeps its queries to itself: no factor can be tried")
-    longest = max(measurements.lengths)
-    grows = own.slopes().mean().item()
-    said = f"entropy grows by {grows:.2f} nats as the keys double"
-    if theirs is not None:
-        said += f", the source's by {theirs.slopes().mean().item():.2f}"
-    trained = min(measurements.trained or longest, longest // 2)
+    growth = own.slopes().mean().item()
+    said = f"entropy grows by {growth:.2f} nats as the keys double"
+    if source is not None:
+        source_growth = source.slopes().mean().item()
+        said += f", the source's by {source_growth:.2f}"
+        if not growth > source_growth + FASTER:
+            return excluded(said)
+    longest = max(measurements.text.lengths)
+    trained = min(measurements.arms.trained_context or longest, longest // 2)
     change = Change(trained=max(trained // 2, 8))
-    undone = measurements.undone("length-factor", partial(changed, measurements.arms.anatomy, change), longest)
-    said += f"; a factor that grows with log n from {change.trained} keys on: at {longest} tokens {undone}"
-    faster = theirs is None or grows > theirs.slopes().mean().item() + FASTER
-    if undone.sure and undone.loss.mean < -NOTABLE and faster:
-        return confirmed(said, REMEDY, effect=undone)
-    return excluded(said)
+    effect = measurements.undoing.effect("length-factor", measurements.undoing.with_change(change), longest)
+    undoing = f"a factor that grows with log n from {change.trained} keys on: at {longest} tokens "
+    if effect.sure and effect.loss.mean < -NOTABLE:
+        return confirmed(said, REMEDY, effect=effect, undoing=undoing)
+    return excluded(with_effect(said, effect, undoing))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from rpb_retrofit.diagnosis.finding import Finding, Kind
+from rpb_retrofit.diagnosis.finding import CauseKind, Finding
 from rpb_retrofit.diagnosis.measurements import Measurements
 from rpb_retrofit.diagnosis.shared_evidence import fed_otherwise
 
 CAUSE = "cached decoding differs from the full pass"
 PREDICTS = "the logits of a text depend on whether it is fed at once or token by token with a cache"
-KIND = Kind.RUNNING
+KIND = CauseKind.RUNNING
 
 
 def examine(measurements: Measurements) -> Finding:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from rpb_retrofit.diagnosis.arms import CONTROL
-from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
+from rpb_retrofit.diagnosis.finding import CauseKind, Finding, confirmed, excluded, unknown
 from rpb_retrofit.diagnosis.measurements import Measurements
 
 CAUSE = "domain drift, not positions"
 PREDICTS = "the control, the source after the same training, lost as much of the retrofit's loss, or most of it"
-KIND = Kind.BEHAVIOUR
+KIND = CauseKind.BEHAVIOUR
 REMEDY = "train on text like what you care about, or on a mixture with the source's; the positions are not at fault"
 
 NOTABLE, MOST = 0.03, 0.5
@@ -19,11 +19,11 @@ def examine(measurements: Measurements) -> Finding:
     """Subtract what the control lost."""
     if measurements.arms.control is None or measurements.arms.source is None:
         return unknown("only the control tells the text from the positions; give --source and --control")
-    length = measurements.middle
+    length = measurements.text.middle
     whole, drift, rest = (
-        measurements.cost(length),
-        measurements.cost(length, CONTROL),
-        measurements.cost(length, above=CONTROL),
+        measurements.losses.cost(length),
+        measurements.losses.cost(length, CONTROL),
+        measurements.losses.cost(length, above=CONTROL),
     )
     if whole is None or drift is None or rest is None:
         return unknown(f"not all arms could be measured at {length} tokens")

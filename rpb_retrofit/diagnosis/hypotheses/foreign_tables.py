@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from rpb_retrofit.diagnosis.fidelity import Fidelity
-from rpb_retrofit.diagnosis.finding import QUARTER, Finding, Kind, confirmed, excluded, unknown
+from rpb_retrofit.diagnosis.finding import QUARTER, CauseKind, Finding, confirmed, excluded, unknown, with_effect
 from rpb_retrofit.diagnosis.intervention import with_tables
+from rpb_retrofit.diagnosis.layer_names import name_layers
 from rpb_retrofit.diagnosis.measurements import Measurements
 from rpb_retrofit.diagnosis.provenance import ROW, UNKNOWN
 from rpb_retrofit.diagnosis.shared_evidence import NOTABLE, altered, explains, with_best
-from rpb_retrofit.diagnosis.words import some
 from rpb_retrofit.runtime.bias import RelativePositionBias
 from rpb_retrofit.tables import CALIBRATED, INITIALISATIONS
 
@@ -24,7 +24,7 @@ PREDICTS = (
     "the tables are not what was written; or the source's attention is nearer without any table than with these, and "
     "the loss falls when they are fitted anew"
 )
-KIND = Kind.NUMBERS
+KIND = CauseKind.NUMBERS
 REMEDY = "fit them to this source: rpb retrofit --init calibrated, with text like yours; or restore them"
 
 LOST = 0.5
@@ -43,9 +43,8 @@ def examine(measurements: Measurements) -> Finding:
     if changed := altered(measurements, UNKNOWN):
         return _changed(measurements, changed)
     if rows := altered(measurements, ROW):
-        effect = with_best(measurements, rows)
-        said = f"in {some(rows)} the row of one head is not what was written, by the checksums"
-        return confirmed(f"{said}; fitted anew, {effect}" if effect else said, REMEDY, effect=effect)
+        said = f"in {name_layers(rows)} the row of one head is not what was written, by the checksums"
+        return confirmed(said, REMEDY, effect=with_best(measurements, rows), undoing="fitted anew, ")
     if measurements.alterations is not None:
         return excluded("what became of the tables since they were written is known, and another hypothesis'")
     if (fidelity := measurements.fidelity) is None:
@@ -61,10 +60,11 @@ def examine(measurements: Measurements) -> Finding:
     if not poor:
         return _spoiled(measurements, fidelity, said)
     effect = with_best(measurements, poor)
-    said = f"{said}; they miss most of what tables can bring in {some(poor)}"
+    said = f"{said}; they miss most of what tables can bring in {name_layers(poor)}"
+    undoing = "with the best ones, "
     if effect is not None and not explains(measurements, effect, poor):
-        return excluded(f"{said}; with the best ones, {effect}: they are other ones, and no worse")
-    return confirmed(f"{said}; with the best ones, {effect}" if effect is not None else said, REMEDY, effect=effect)
+        return excluded(f"{with_effect(said, effect, undoing)}: they are other ones, and no worse")
+    return confirmed(said, REMEDY, effect=effect, undoing=undoing)
 
 
 def _spoiled(measurements: Measurements, fidelity: Fidelity, said: str) -> Finding:
@@ -80,20 +80,20 @@ def _spoiled(measurements: Measurements, fidelity: Fidelity, said: str) -> Findi
             worse[name][:, None].to(bias.weight.device), fidelity.tables[name].to(bias.weight), bias.weight
         )
 
-    effect = measurements.brings("fitted-rows", partial(with_tables, biases, fitted))
+    effect = measurements.undoing.attempt("fitted-rows", partial(with_tables, biases, fitted))
     said = f"{said}; far worse than none are the rows of {rows}"
     part = sum(int(heads.sum()) for heads in worse.values()) / sum(len(own) for own in fidelity.own.values())
+    undoing = "with fitted ones, "
     if effect is None or not (effect.sure and effect.at_least(QUARTER * part)):
-        return excluded(f"{said}; with fitted ones, {effect}" if effect is not None else said)
-    return confirmed(f"{said}; with fitted ones, {effect}", REMEDY, effect=effect)
+        return excluded(with_effect(said, effect, undoing))
+    return confirmed(said, REMEDY, effect=effect, undoing=undoing)
 
 
 def _changed(measurements: Measurements, names: list[str]) -> Finding:
     """Of tables that something changed in no way that is known: training may have, and wrote no checksums."""
-    said = f"the numbers of {some(names)} changed since they were written, in no way that is known"
+    said = f"the numbers of {name_layers(names)} changed since they were written, in no way that is known"
     effect, fidelity = with_best(measurements, names), measurements.fidelity
-    if effect is not None:
-        said = f"{said}; fitted anew, {effect}"
+    said = with_effect(said, effect, "fitted anew, ")
     if effect is not None and explains(measurements, effect, names):
         return confirmed(said, REMEDY, effect=effect)
     if fidelity is not None and (rows := _rows(_worse(fidelity), names)):
@@ -121,7 +121,7 @@ def _spoiled_rows(measurements: Measurements, fidelity: Fidelity) -> str:
     be such a one, and there is no loss that tells it from a spoiled one.
     """
     source, settings = measurements.arms.source, measurements.arms.settings
-    if source is None or not measurements.causal:
+    if source is None or not measurements.arms.causal:
         return ""
     if settings.get("init") != CALIBRATED or settings.get("shared") or settings.get("polish"):
         return ""
@@ -145,6 +145,6 @@ def _worse(fidelity: Fidelity) -> dict[str, Tensor]:
 
 def _rows(worse: Mapping[str, Tensor], names: list[str]) -> str:
     """Those of these attentions, in words; empty where there are none."""
-    heads = {some([name]): worse[name].nonzero().flatten().tolist() for name in names}
+    heads = {name_layers([name]): worse[name].nonzero().flatten().tolist() for name in names}
     named = [f"{layer}: {', '.join(map(str, which))}" for layer, which in heads.items() if which]
     return "heads " + "; ".join(named) if named else ""

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from rpb_retrofit.diagnosis.arms import RETROFIT, SOURCE
 from rpb_retrofit.diagnosis.effect import Effect
-from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
+from rpb_retrofit.diagnosis.finding import CauseKind, Finding, confirmed, excluded, unknown
 from rpb_retrofit.diagnosis.intervention import attending_as
+from rpb_retrofit.diagnosis.layer_names import name_layers
 from rpb_retrofit.diagnosis.measurements import Measurements
-from rpb_retrofit.diagnosis.words import some
 
 CAUSE = "heads that did the source's positional work no longer do"
 PREDICTS = "a head that looked at the token before, or at what followed the same token, looks elsewhere"
-KIND = Kind.BEHAVIOUR
+KIND = CauseKind.BEHAVIOUR
 REMEDY = (
     "calibrate again (--calibrate tables+content, --keep-frequencies auto help such heads most), then heal by "
     "distilling with attention relations"
@@ -28,15 +28,15 @@ WORKING, LOST = 0.3, 0.4
 
 def examine(measurements: Measurements) -> Finding:
     """Compare where each head looks."""
-    own, theirs = measurements.attention_patterns(RETROFIT), measurements.attention_patterns(SOURCE)
-    if theirs is None or own is None:
+    own, source = measurements.attention_patterns(RETROFIT), measurements.attention_patterns(SOURCE)
+    if source is None or own is None:
         return unknown("only the source tells which heads did it; give --source")
     lost: dict[str, list[str]] = {}
     which: dict[str, Tensor] = {}
     count, said = 0, []
     for kind, before, after in (
-        ("previous-token", theirs.previous, own.previous),
-        ("induction", theirs.induction, own.induction),
+        ("previous-token", source.previous, own.previous),
+        ("induction", source.induction, own.induction),
     ):
         names = list(before)
         first, then = (torch.stack([weights[name] for name in names]) for weights in (before, after))
@@ -61,7 +61,7 @@ def examine(measurements: Measurements) -> Finding:
     gone_count = sum(map(len, lost.values()))
     if gone_count:
         effect = _given_back(measurements, which)
-        return confirmed(text + (f"; looking where the source's do, {effect}" if effect else ""), REMEDY, effect=effect)
+        return confirmed(text, REMEDY, effect=effect, undoing="looking where the source's do, ")
     return excluded(f"all {count} previous-token and induction heads of the source still do it")
 
 
@@ -70,8 +70,8 @@ def _given_back(measurements: Measurements, heads: dict[str, Tensor]) -> Effect 
     source = measurements.arms.source_anatomy
     if source is None or not measurements.arms.family.uses_interface:
         return None
-    return measurements.brings("heads-given-back", partial(attending_as, measurements.arms, source, heads))
+    return measurements.undoing.attempt("heads-given-back", partial(attending_as, measurements.arms, source, heads))
 
 
 def _heads(names: list[str], gone: Tensor) -> list[str]:
-    return [f"{some([names[layer]])} head {head}" for layer, head in gone.nonzero().tolist()]
+    return [f"{name_layers([names[layer]])} head {head}" for layer, head in gone.nonzero().tolist()]

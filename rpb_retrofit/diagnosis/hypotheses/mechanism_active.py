@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
+from rpb_retrofit.diagnosis.finding import CauseKind, Finding, confirmed, excluded, unknown
+from rpb_retrofit.diagnosis.layer_names import name_layers
 from rpb_retrofit.diagnosis.measurements import Measurements
-from rpb_retrofit.diagnosis.words import some
 from rpb_retrofit.errors import UnsupportedModelError
 from rpb_retrofit.runtime.anatomy import Anatomy
 
@@ -16,7 +16,7 @@ PREDICTS = (
     "shown one hidden state at every position, an attention makes queries or keys that differ by position; or the "
     "embeddings of one token do"
 )
-KIND = Kind.RUNNING
+KIND = CauseKind.RUNNING
 REMEDY = "load the retrofit with rpb_retrofit.load, which neutralises the mechanism, and leave its modules as they are"
 
 MOVED = 0.05
@@ -25,19 +25,20 @@ MOVED = 0.05
 
 def examine(measurements: Measurements) -> Finding:
     """Look at what differs between positions where nothing else does."""
-    life, family = measurements.position_probe, measurements.arms.family
-    if life.embedded > MOVED:
+    probe, family = measurements.position_probe, measurements.arms.family
+    if probe.embedded > MOVED:
         return confirmed(
-            f"the embeddings of one and the same token differ by {life.embedded:.2f} of their size between positions, "
+            f"the embeddings of one and the same token differ by {probe.embedded:.2f} of their size between positions, "
             "before any attention: the source's position vectors are added",
             REMEDY,
         )
     if family.mechanism == "alibi":
         sloped = [n for n, c in measurements.bias_checks.items() if c.kind == "with slopes of the offset added"]
         if sloped:
-            return confirmed(f"the bias that acts is the table's plus slopes of the offset in {some(sloped)}", REMEDY)
+            said = f"the bias that acts is the table's plus slopes of the offset in {name_layers(sloped)}"
+            return confirmed(said, REMEDY)
         return excluded("no slopes of the offset are added to the tables' bias")
-    turning = {n: p.turning for n, p in life.probes.items() if p.turning is not None}
+    turning = {n: p.turning for n, p in probe.probes.items() if p.turning is not None}
     if not turning:
         return unknown("this family keeps its queries to itself; its embeddings do not differ by position")
     still = ~_meant_to_rotate(measurements, len(next(iter(turning.values()))))
@@ -46,7 +47,7 @@ def examine(measurements: Measurements) -> Finding:
     if moving:
         return confirmed(
             f"with one hidden state at every position, queries and keys differ by up to {max(moving.values()):.2f} "
-            f"of their size in {len(moving)} of {len(moved)} layers ({some(moving)})",
+            f"of their size in {len(moving)} of {len(moved)} layers ({name_layers(moving)})",
             REMEDY,
             figures={"layers": list(moving)},
         )

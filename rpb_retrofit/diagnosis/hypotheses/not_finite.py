@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded
+from rpb_retrofit.diagnosis.finding import CauseKind, Finding, confirmed, excluded
 from rpb_retrofit.diagnosis.measurements import Measurements
 
 CAUSE = "weights or logits are no numbers"
 PREDICTS = "a weight, or a logit of a text that is padded, packed or cached, is NaN or infinite"
-KIND = Kind.RUNNING
+KIND = CauseKind.RUNNING
 
 
 def examine(measurements: Measurements) -> Finding:
@@ -22,8 +22,8 @@ def examine(measurements: Measurements) -> Finding:
             f"{len(broken)} weights hold NaN or infinity: {', '.join(broken[:3])}{', ...' if len(broken) > 3 else ''}",
             "restore these weights from a checkpoint of before",
         )
-    own = measurements.half_precision_ways if measurements.causal else None
-    wrong = measurements.ways.broken | (own.broken if own is not None else {}) if measurements.causal else {}
+    own = measurements.half_precision_ways if measurements.arms.causal else None
+    wrong = measurements.ways.broken | (own.broken if own is not None else {}) if measurements.arms.causal else {}
     if wrong:
         return confirmed(
             f"logits are no numbers with {', '.join(f'{name} ({count})' for name, count in wrong.items())}",

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded
+from rpb_retrofit.diagnosis.finding import CauseKind, Finding, confirmed, excluded
+from rpb_retrofit.diagnosis.layer_names import name_layers
 from rpb_retrofit.diagnosis.measurements import Measurements
 from rpb_retrofit.diagnosis.shared_evidence import meant_otherwise, of_kind
-from rpb_retrofit.diagnosis.words import some
 
 CAUSE = "the sign of the offset is reversed"
 PREDICTS = (
     "what acts at an offset is what the table says of its negative: in a causal model one number for all keys; or the "
     "source's attention is nearer under a table whose two directions are exchanged"
 )
-KIND = Kind.RUNNING
+KIND = CauseKind.RUNNING
 REMEDY = "count offsets as query minus key; Transformers' T5 counts the other way: convert its tables by --init from:"
 
 MEANINGS = ("before and after exchanged", "far and near exchanged")
@@ -23,7 +23,7 @@ def examine(measurements: Measurements) -> Finding:
     reversed_ = of_kind(measurements, "reversed")
     if reversed_:
         return confirmed(
-            f"the bias that acts is the table's at the negative of each offset in {some(reversed_)}",
+            f"the bias that acts is the table's at the negative of each offset in {name_layers(reversed_)}",
             REMEDY,
         )
     for meaning in MEANINGS:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from rpb_retrofit.diagnosis.finding import Finding, Kind, excluded, unknown
+from rpb_retrofit.diagnosis.finding import CauseKind, Finding, excluded, unknown
 from rpb_retrofit.diagnosis.meanings import MADE_FOR
 from rpb_retrofit.diagnosis.measurements import Measurements
 from rpb_retrofit.diagnosis.shared_evidence import meant_otherwise
 
 CAUSE = "the tables were made for other buckets"
 PREDICTS = "the source's attention is nearer when the same numbers are spread to another maximum distance"
-KIND = Kind.NUMBERS
+KIND = CauseKind.NUMBERS
 REMEDY = (
     "set relative_attention_max_distance in config.json to what the tables were made for, or convert them: rpb "
     "retrofit SOURCE OUT --init from:CHECKPOINT --max-distance N"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from rpb_retrofit.diagnosis.arms import RETROFIT, SOURCE
-from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
+from rpb_retrofit.diagnosis.finding import CauseKind, Finding, confirmed, excluded, unknown
 from rpb_retrofit.diagnosis.measurements import Measurements
 from rpb_retrofit.evaluation.statistics import paired
 
 CAUSE = "loss rises outside the trained length"
 PREDICTS = "tokens at positions beyond the trained context lose more than those inside it, in the same windows"
-KIND = Kind.BEHAVIOUR
+KIND = CauseKind.BEHAVIOUR
 REMEDY = (
     "calibrate and train at the lengths that you use (--calibration-length, lengths in the recipe); if the highest "
     "frequencies were kept, keep fewer; or stay inside"
@@ -21,7 +21,7 @@ RISE = 0.1
 
 def examine(measurements: Measurements) -> Finding:
     """Compare the loss beyond the trained context with that of its last half."""
-    trained, longest = measurements.trained, max(measurements.lengths)
+    trained, longest = measurements.arms.trained_context, max(measurements.text.lengths)
     if trained is None:
         return unknown("nothing says how long the source's context was")
     if longest <= trained:

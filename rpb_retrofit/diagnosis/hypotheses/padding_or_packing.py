@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from rpb_retrofit.diagnosis.finding import Finding, Kind
+from rpb_retrofit.diagnosis.finding import CauseKind, Finding
 from rpb_retrofit.diagnosis.measurements import Measurements
 from rpb_retrofit.diagnosis.shared_evidence import fed_otherwise
 
 CAUSE = "padding or packing changes results"
 PREDICTS = "the logits of a text depend on the padding beside it, or on another document in its row"
-KIND = Kind.RUNNING
+KIND = CauseKind.RUNNING
 
 
 def examine(measurements: Measurements) -> Finding:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded
+from rpb_retrofit.diagnosis.finding import CauseKind, Finding, confirmed, excluded
+from rpb_retrofit.diagnosis.layer_names import name_layers
 from rpb_retrofit.diagnosis.measurements import Measurements
 from rpb_retrofit.diagnosis.settings import other_settings
-from rpb_retrofit.diagnosis.words import some
 
 CAUSE = "scaling of positions was left in"
 PREDICTS = (
     "a query grows with its position though nothing rotates (as Llama 4 scales them), and the source's does not; or "
     "config.json has another RoPE base or scaling than the source's"
 )
-KIND = Kind.RUNNING
+KIND = CauseKind.RUNNING
 REMEDY = (
     "set rope_parameters and every scale by position to the source's values: YaRN multiplies queries and keys even "
     "where nothing rotates, and kept frequencies turn at the base that is set"
@@ -24,13 +24,13 @@ GROWN = 0.05
 
 def examine(measurements: Measurements) -> Finding:
     """Look at how long queries are by position, and at what the config says of positions."""
-    theirs = measurements.source_position_probe.probes
+    source_probes = measurements.source_position_probe.probes
     grown = {n: p.growth for n, p in measurements.position_probe.probes.items() if p.growth > 1 + GROWN}
-    new = {n: growth for n, growth in grown.items() if n not in theirs or theirs[n].growth < 1 + GROWN}
+    new = {n: growth for n, growth in grown.items() if n not in source_probes or source_probes[n].growth < 1 + GROWN}
     if new:
         return confirmed(
             f"queries of one hidden state are up to {max(new.values()):.2f} times as long at one position as at "
-            f"another in {some(new)}; the source's are not",
+            f"another in {name_layers(new)}; the source's are not",
             REMEDY,
         )
     by_design = f"; queries grow by the source's own design, {max(grown.values()):.2f} times" if grown else ""

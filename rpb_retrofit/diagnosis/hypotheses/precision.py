@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded
+from rpb_retrofit.diagnosis.finding import CauseKind, Finding, confirmed, excluded
+from rpb_retrofit.diagnosis.layer_names import name_layers
 from rpb_retrofit.diagnosis.measurements import Measurements
 from rpb_retrofit.diagnosis.shared_evidence import with_best
-from rpb_retrofit.diagnosis.words import some
 
 CAUSE = "the tables lost precision"
 PREDICTS = "tables are in half precision or hold only numbers that it can express"
-KIND = Kind.RUNNING
+KIND = CauseKind.RUNNING
 REMEDY = (
     "keep the tables in float32, as rpb_retrofit.load and save_pretrained do, and train them as float32 masters; "
     "restore rounded ones from a checkpoint of before"
@@ -25,7 +25,7 @@ def examine(measurements: Measurements) -> Finding:
     if half:
         kinds = {str(tables[name].dtype).removeprefix("torch.") for name in half}
         return confirmed(
-            f"the tables of {some(half)} are {' and '.join(sorted(kinds))}, not float32",
+            f"the tables of {name_layers(half)} are {' and '.join(sorted(kinds))}, not float32",
             REMEDY,
         )
     if measurements.as_written:
@@ -42,8 +42,8 @@ def examine(measurements: Measurements) -> Finding:
             size = max(float(tables[name].abs().max()) for name in rounded)
             step = torch.finfo(dtype).eps * size / 2
             return confirmed(
-                f"every number in the tables of {some(rounded)} is one that {str(dtype).removeprefix('torch.')} can "
-                f"express: they were rounded, by up to {step:.3f} nats",
+                f"every number in the tables of {name_layers(rounded)} is one that {str(dtype).removeprefix('torch.')} "
+                f"can express: they were rounded, by up to {step:.3f} nats",
                 REMEDY,
                 effect=with_best(measurements, rounded),
             )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from rpb_retrofit.diagnosis.arms import RETROFIT, SOURCE
-from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
+from rpb_retrofit.diagnosis.finding import CauseKind, Finding, confirmed, excluded, unknown
 from rpb_retrofit.diagnosis.measurements import Measurements
 from rpb_retrofit.evaluation.statistics import controlled, paired
 
 CAUSE = "retrieval is lost while perplexity holds"
 PREDICTS = "a repeated span is predicted worse than by the source, at some distance, though text is predicted as well"
-KIND = Kind.BEHAVIOUR
+KIND = CauseKind.BEHAVIOUR
 REMEDY = (
     "fine-tune on text with far repetitions, at lengths that reach your distances; calibrate with a farther reach or "
     "keep high frequencies, which previous-token heads live on"
@@ -21,19 +21,19 @@ LOST, HOLDS = 0.25, 0.1
 
 def examine(measurements: Measurements) -> Finding:
     """Compare the gain of repetition by distance, item by item, with the cost of text."""
-    own, theirs = measurements.inductions(RETROFIT), measurements.inductions(SOURCE)
-    if theirs is None:
+    own, source = measurements.tasks.inductions(RETROFIT), measurements.tasks.inductions(SOURCE)
+    if source is None:
         return unknown("only the source tells what it could find; give --source")
-    if not own or not theirs:
+    if not own or not source:
         return unknown("the text is too short for repeated spans")
     distances = sorted({row["distance"] for row in own})
     changes, gains = [], []
     for distance in distances:
-        pairs = [(a["gain"], b["gain"]) for a, b in zip(theirs, own, strict=True) if a["distance"] == distance]
+        pairs = [(a["gain"], b["gain"]) for a, b in zip(source, own, strict=True) if a["distance"] == distance]
         changes.append(paired([b - a for a, b in pairs], list(range(len(pairs)))))
         gains.append(sum(a for a, _ in pairs) / len(pairs))
     changes = controlled(changes)
-    cost = measurements.cost(measurements.middle)
+    cost = measurements.losses.cost(measurements.text.middle)
     said = "induction gain against the source: " + ", ".join(
         f"{change.mean:+.2f} of {gain:.2f} nats at distance {distance}"
         for distance, change, gain in zip(distances, changes, gains, strict=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from rpb_retrofit.diagnosis.finding import Finding, Kind
+from rpb_retrofit.diagnosis.finding import CauseKind, Finding
 from rpb_retrofit.diagnosis.measurements import Measurements
 from rpb_retrofit.diagnosis.shared_evidence import fed_otherwise
 
 CAUSE = "a token sees later ones"
 PREDICTS = "another last token changes the logits of those before it"
-KIND = Kind.RUNNING
+KIND = CauseKind.RUNNING
 
 
 def examine(measurements: Measurements) -> Finding:

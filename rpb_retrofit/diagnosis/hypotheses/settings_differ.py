@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded
+from rpb_retrofit.diagnosis.finding import CauseKind, Finding, confirmed, excluded
 from rpb_retrofit.diagnosis.measurements import Measurements
 from rpb_retrofit.diagnosis.settings import other_settings
 from rpb_retrofit.runtime.anatomy import Anatomy
@@ -13,7 +13,7 @@ from rpb_retrofit.swap.stored_settings import kept_frequencies
 
 CAUSE = "settings are not the source's"
 PREDICTS = "config.json has settings that the source's has not; or a module has others than its config gives it"
-KIND = Kind.RUNNING
+KIND = CauseKind.RUNNING
 REMEDY = "set them to the source's values in config.json, and load the checkpoint anew"
 
 

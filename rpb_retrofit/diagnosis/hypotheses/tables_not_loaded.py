@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded
+from rpb_retrofit.diagnosis.finding import CauseKind, Finding, confirmed, excluded
+from rpb_retrofit.diagnosis.layer_names import name_layers
 from rpb_retrofit.diagnosis.measurements import Measurements
 from rpb_retrofit.diagnosis.provenance import is_written
 from rpb_retrofit.diagnosis.shared_evidence import with_best
-from rpb_retrofit.diagnosis.words import some
 
 CAUSE = "the tables were not loaded, or say nothing"
 PREDICTS = "tables are zero, hold one number, or are alike in all heads, though they were made to be otherwise"
-KIND = Kind.NUMBERS
+KIND = CauseKind.NUMBERS
 REMEDY = (
     "load the checkpoint with rpb_retrofit.load, which refuses one without its tables; if they were never fitted, "
     "retrofit again with --init calibrated"
@@ -28,7 +28,7 @@ def examine(measurements: Measurements) -> Finding:
     tables = {name: bias.weight.detach().float() for name, bias in biases.items()}
     broken = [name for name, table in tables.items() if not bool(table.isfinite().all())]
     if broken:
-        return confirmed(f"tables hold numbers that are none (NaN or infinite) in {some(broken)}", REMEDY)
+        return confirmed(f"tables hold numbers that are none (NaN or infinite) in {name_layers(broken)}", REMEDY)
     if measurements.as_written:
         return excluded(f"all {len(tables)} tables are what was written, number for number (init='{init}')")
     flat = [name for name, table in tables.items() if float((table.amax(1) - table.amin(1)).max()) < FLAT]
@@ -36,7 +36,7 @@ def examine(measurements: Measurements) -> Finding:
         zero = all(not bool(tables[name].any()) for name in flat)
         said = (
             f"{len(flat)} of {len(tables)} tables {'are zero' if zero else 'hold one number a head'} (init='{init}'): "
-            f"{some(flat)}"
+            f"{name_layers(flat)}"
         )
         if zero and init == "zeros" and all(is_written(measurements.arms, name, tables[name]) for name in flat):
             return excluded(f"{said}, as init='zeros' asks")
@@ -47,7 +47,8 @@ def examine(measurements: Measurements) -> Finding:
         if len(table) > 1 and float((_centred(table) - _centred(table)[:1]).abs().max()) < FLAT
     ]
     if alike:
-        return confirmed(f"all heads have the same row in {some(alike)}", REMEDY, effect=with_best(measurements, alike))
+        said = f"all heads have the same row in {name_layers(alike)}"
+        return confirmed(said, REMEDY, effect=with_best(measurements, alike))
     return excluded(f"all {len(tables)} tables are finite, differ by head and by bucket")
 
 

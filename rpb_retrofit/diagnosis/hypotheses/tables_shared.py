@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded
+from rpb_retrofit.diagnosis.finding import CauseKind, Finding, confirmed, excluded
+from rpb_retrofit.diagnosis.layer_names import name_layers
 from rpb_retrofit.diagnosis.measurements import Measurements
 from rpb_retrofit.diagnosis.shared_evidence import with_best
-from rpb_retrofit.diagnosis.words import some
 
 CAUSE = "the tables are shared by layers that should have their own"
 PREDICTS = "two layers hold the same numbers, though the settings say shared=False"
-KIND = Kind.NUMBERS
+KIND = CauseKind.NUMBERS
 REMEDY = "restore each layer's own table from the checkpoint, or set shared=True if that is what was meant"
 
 
@@ -44,7 +44,7 @@ def examine(measurements: Measurements) -> Finding:
     if twins:
         names = [name for group in twins.values() for name in group]
         return confirmed(
-            f"{len(names)} of {len(biases)} layers hold the numbers of another: {some(names)}",
+            f"{len(names)} of {len(biases)} layers hold the numbers of another: {name_layers(names)}",
             REMEDY,
             effect=with_best(measurements, names),
         )

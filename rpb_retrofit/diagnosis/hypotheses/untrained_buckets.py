@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
+from rpb_retrofit.diagnosis.finding import CauseKind, Finding, confirmed, excluded, unknown, with_effect
 from rpb_retrofit.diagnosis.intervention import with_tables
 from rpb_retrofit.diagnosis.meanings import continued
 from rpb_retrofit.diagnosis.measurements import Measurements
@@ -20,7 +20,7 @@ PREDICTS = (
     "from some bucket on the numbers are as they were before training, or the source's attention is nearer when they "
     "continue the last bucket before; and the loss falls then"
 )
-KIND = Kind.NUMBERS
+KIND = CauseKind.NUMBERS
 REMEDY = (
     "train at lengths that reach them (lengths: {...} in the recipe), or calibrate again on windows as long as your "
     "texts; until then let them continue the last trained bucket"
@@ -43,19 +43,19 @@ def examine(measurements: Measurements) -> Finding:
     said = (
         f"buckets {start} to {bias.bucketing.per_direction - 1} (distances from {distance} on) hold numbers that {how}"
     )
-    if not measurements.causal:
+    if not measurements.arms.causal:
         return confirmed(said, REMEDY)
-    longest = max(measurements.lengths)
+    longest = max(measurements.text.lengths)
     if distance >= longest:
         return excluded(f"{said}, but no text that was measured ({longest} tokens) reaches them")
-    undone = measurements.undone(
+    effect = measurements.undoing.effect(
         f"continued-{start}", partial(with_tables, measurements.arms.biases, partial(_continued, start)), longest
     )
-    said = f"{said}; continuing bucket {start - 1} instead: {undone}"
+    undoing = f"continuing bucket {start - 1} instead: "
     far = 1 - start / bias.bucketing.per_direction
-    if undone.loss.mean < 0 and explains(measurements, undone, list(measurements.arms.biases), far):
-        return confirmed(said, REMEDY, effect=undone)
-    return excluded(said)
+    if effect.loss.mean < 0 and explains(measurements, effect, list(measurements.arms.biases), far):
+        return confirmed(said, REMEDY, effect=effect, undoing=undoing)
+    return excluded(with_effect(said, effect, undoing))
 
 
 def _continued(start: int, name: str, bias: RelativePositionBias) -> Tensor:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from statistics import median
 
-from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
+from rpb_retrofit.diagnosis.finding import CauseKind, Finding, confirmed, excluded, unknown
 from rpb_retrofit.diagnosis.measurements import Measurements
 from rpb_retrofit.diagnosis.shared_evidence import weights_back
 from rpb_retrofit.diagnosis.weights import trained
 
 CAUSE = "weights differ from the source's beyond what the retrofit changes"
 PREDICTS = "before training, a weight differs at all; after it, some moved very much farther than the others"
-KIND = Kind.NUMBERS
+KIND = CauseKind.NUMBERS
 REMEDY = "restore these weights from the source or from the checkpoint of before"
 
 FOREIGN = 0.7
@@ -68,5 +68,4 @@ def _others(tuned: set[str]) -> str:
 def _damaged(measurements: Measurements, odd: dict[str, float], said: str) -> Finding:
     worst = sorted(odd, key=lambda name: -odd[name])
     said = f"{said}: {', '.join(worst[:3])} (by {odd[worst[0]]:.1%} of its size)"
-    effect = weights_back(measurements, worst)
-    return confirmed(f"{said}; {effect}" if effect is not None else said, REMEDY, effect=effect)
+    return confirmed(said, REMEDY, effect=weights_back(measurements, worst), undoing="")

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from rpb_retrofit.diagnosis.fidelity import best_order
-from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
+from rpb_retrofit.diagnosis.finding import CauseKind, Finding, confirmed, excluded, unknown
 from rpb_retrofit.diagnosis.intervention import with_tables
+from rpb_retrofit.diagnosis.layer_names import name_layers
 from rpb_retrofit.diagnosis.measurements import Measurements
 from rpb_retrofit.diagnosis.provenance import HEADS, LAYERS, is_written
 from rpb_retrofit.diagnosis.shared_evidence import LEFT, NOTABLE, WON_BACK, altered, explains, of_kind, with_best
-from rpb_retrofit.diagnosis.words import some
 
 CAUSE = "the tables are in the wrong order of heads or layers"
 PREDICTS = "the source's attention is nearer when heads exchange their rows, or layers their tables"
-KIND = Kind.NUMBERS
+KIND = CauseKind.NUMBERS
 REMEDY = (
     "put the tables back in their order, or calibrate again; after a change of head order, permute the tables as well"
 )
@@ -30,13 +30,17 @@ def examine(measurements: Measurements) -> Finding:
     acting = of_kind(measurements, "with its heads in another order") + of_kind(measurements, "another layer's")
     if acting:
         return confirmed(
-            f"the bias that acts is another head's or layer's than the table's in {some(acting)}",
+            f"the bias that acts is another head's or layer's than the table's in {name_layers(acting)}",
             REMEDY,
         )
     if known := [*altered(measurements, HEADS), *altered(measurements, LAYERS)]:
-        effect = with_best(measurements, known)
-        said = f"by the checksums of what was written, {some(known)} hold their rows in another order, or other layers'"
-        return confirmed(f"{said}; fitted anew: {effect}" if effect else said, REMEDY, effect=effect)
+        return confirmed(
+            f"by the checksums of what was written, {name_layers(known)} hold their rows in another order, or other "
+            "layers'",
+            REMEDY,
+            effect=with_best(measurements, known),
+            undoing="fitted anew: ",
+        )
     if measurements.as_written:
         return excluded("every table is what a retrofit or a training wrote, number for number")
     if measurements.fidelity is None:
@@ -58,11 +62,9 @@ def examine(measurements: Measurements) -> Finding:
 def _confirm(measurements: Measurements, name: str, said: str, tables: Mapping[str, Tensor]) -> Finding:
     """Whether it is borne out by the running model with these tables."""
     biases = {name: measurements.arms.biases[name] for name in tables}
-    effect = measurements.brings(name, partial(with_tables, biases, lambda n, b: tables[n]))
-    if effect is None:
-        return confirmed(said, REMEDY)
-    if explains(measurements, effect, list(tables)) or measurements.alterations is not None:
-        return confirmed(f"{said}; {effect}", REMEDY, effect=effect)
+    effect = measurements.undoing.attempt(name, partial(with_tables, biases, lambda n, b: tables[n]))
+    if effect is None or measurements.alterations is not None or explains(measurements, effect, list(tables)):
+        return confirmed(said, REMEDY, effect=effect, undoing="")
     return excluded(f"{said}, but {effect}")
 
 
@@ -91,7 +93,7 @@ def _moved(order: list[int]) -> list[int]:
 def _said(heads: Mapping[str, tuple[list[int], float]]) -> str:
     moved = {name: _moved(order) for name, (order, _) in heads.items()}
     brought = sum(gain for _, gain in heads.values()) / sum(map(len, moved.values()))
-    which = ", ".join(f"{some([n])}: heads {', '.join(map(str, heads))}" for n, heads in list(moved.items())[:4])
+    which = ", ".join(f"{name_layers([n])}: heads {', '.join(map(str, heads))}" for n, heads in list(moved.items())[:4])
     more = f" and {len(moved) - 4} more layers" if len(moved) > 4 else ""
     return (
         f"the source's attention is nearer by {brought:.3f} nats of mean KL when heads exchange their rows "
@@ -124,8 +126,8 @@ def _layers(measurements: Measurements) -> _Layers | None:
         return None
     heads = len(next(iter(fidelity.own.values())))
     return _Layers(
-        f"the source's attention says that the tables of {some(moved)} are one another's: exchanged, their mean KL "
-        f"falls by {(now - best) / len(moved):.3f} nats",
+        f"the source's attention says that the tables of {name_layers(moved)} are one another's: exchanged, their mean "
+        f"KL falls by {(now - best) / len(moved):.3f} nats",
         (now - best) * heads,
         {name: names[other] for name, other in zip(names, order, strict=True) if name != names[other]},
     )

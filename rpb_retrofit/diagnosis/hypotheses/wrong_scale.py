@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager
-from functools import partial
 
 from rpb_retrofit.diagnosis.effect import Effect
-from rpb_retrofit.diagnosis.finding import Finding, Kind, confirmed, excluded, unknown
-from rpb_retrofit.diagnosis.intervention import Change, changed
+from rpb_retrofit.diagnosis.finding import CauseKind, Finding, confirmed, excluded, unknown
+from rpb_retrofit.diagnosis.intervention import Change
+from rpb_retrofit.diagnosis.layer_names import name_layers
 from rpb_retrofit.diagnosis.measurements import Measurements
 from rpb_retrofit.diagnosis.shared_evidence import content_ratios, meant_otherwise, scale_in_weights, weights_back
 from rpb_retrofit.diagnosis.weights import collinear
-from rpb_retrofit.diagnosis.words import some
 
 CAUSE = "the bias is scaled, or the content is not"
 PREDICTS = (
     "the bias that acts is the table's times a number; or what multiplies query and key is not what it is in the source"
 )
-KIND = Kind.RUNNING
+KIND = CauseKind.RUNNING
 REMEDY = (
     "the content term keeps the source's scale (mostly 1/sqrt(d)) and the bias is added after it, unscaled; a table "
     "made for the other convention is multiplied once, when it is loaded"
@@ -37,12 +35,12 @@ def examine(measurements: Measurements) -> Finding:
     """Compare both scales with what they should be, and try whether others would do better."""
     scaled = {n: c for n, c in measurements.bias_checks.items() if c.kind.startswith("scaled") or c.kind == "negated"}
     if scaled:
-        kind = next(iter(scaled.values()))
+        check = next(iter(scaled.values()))
         return confirmed(
-            f"the bias that acts is the table's {kind.kind} (times {kind.detail:.4g}) in {some(scaled)}",
+            f"the bias that acts is the table's {check.kind} (times {check.detail:.4g}) in {name_layers(scaled)}",
             REMEDY,
         )
-    root = math.sqrt(measurements.width)
+    root = math.sqrt(measurements.arms.width)
     ratios = content_ratios(measurements)
     wrong = {name: ratio for name, ratio in ratios.items() if abs(ratio - 1) > APART}
     if wrong:
@@ -50,13 +48,14 @@ def examine(measurements: Measurements) -> Finding:
         known = f", which is {'sqrt(d)' if ratio > 1 else '1/sqrt(d)'}" if _near(ratio, root) else ""
         return confirmed(
             f"the product of query and key is multiplied by {ratio:.3g} times what the {_meant(measurements)} "
-            f"multiplies it by{known}, in {some(wrong)}",
+            f"multiplies it by{known}, in {name_layers(wrong)}",
             REMEDY,
         )
     if measurements.arms.source is not None:
         if unfolded := _unfolded(measurements):
             return confirmed(
-                f"the config says that the scale is in the weights, but those of {some(unfolded)} are the source's",
+                f"the config says that the scale is in the weights, but those of {name_layers(unfolded)} are the "
+                "source's",
                 "retrofit again with --scale unscaled, or set scale in the config to 'source'",
                 effect=_effect(measurements, scale_in_weights(measurements, unfolded[0])),
             )
@@ -79,12 +78,8 @@ def examine(measurements: Measurements) -> Finding:
     )
 
 
-def _with(measurements: Measurements, factor: float) -> AbstractContextManager[None]:
-    return changed(measurements.arms.anatomy, Change(scale=factor))
-
-
 def _effect(measurements: Measurements, factor: float) -> Effect | None:
-    return measurements.brings(f"content-{factor:.3f}", partial(_with, measurements, factor))
+    return measurements.undoing.attempt(f"content-{factor:.3f}", measurements.undoing.with_change(Change(scale=factor)))
 
 
 def _stretched(measurements: Measurements) -> dict[str, float]:

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 from numpy.typing import NDArray
 
-from rpb_retrofit.diagnosis.words import some
+from rpb_retrofit.diagnosis.layer_names import name_layers
 from rpb_retrofit.pages.drawing import COLOURS, LOOKS, OTHER, SIZE, Look, Row, arms_of, bands, listed, points
 from rpb_retrofit.pages.labels import name_ends
 
@@ -80,7 +80,7 @@ def bias(offsets: Sequence[int], tables: Mapping[str, Mapping[str, Any]]) -> Any
     """The bias by offset, a row for each layer and head: the retrofit's, and where it is known the source's and what
     the one has above the other, all in the same colours."""
     panels = bias_panels(tables)
-    layers = [some([name]) for name in tables["retrofit"]]
+    layers = [name_layers([name]) for name in tables["retrofit"]]
     edges = np.cumsum([0, *(len(heads) for heads in tables["retrofit"].values())])
     rows = int(edges[-1])
     figure, drawn = plt.subplots(

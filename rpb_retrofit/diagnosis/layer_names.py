@@ -9,7 +9,7 @@ SHOWN = 6
 """Names that a sentence lists before it says how many more there are."""
 
 
-def some(names: Iterable[str]) -> str:
+def name_layers(names: Iterable[str]) -> str:
     """Module names as their layers' numbers, runs joined, and not too many: ``layers 0-3, 7``."""
     numbers = []
     for name in names:
