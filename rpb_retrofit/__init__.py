@@ -9,15 +9,33 @@ from rpb_retrofit.version import __version__
 
 if TYPE_CHECKING:
     from rpb_retrofit.checkpoint.load import load
+    from rpb_retrofit.comparison.compare import compare
+    from rpb_retrofit.comparison.result import ComparisonResult
     from rpb_retrofit.config import RetrofitConfig
+    from rpb_retrofit.evaluation.evaluate import EvaluationResult, evaluate
     from rpb_retrofit.swap.inplace import retrofit, revert
     from rpb_retrofit.swap.report import RetrofitReport
 
-__all__ = ["RetrofitConfig", "RetrofitReport", "__version__", "load", "retrofit", "revert"]
+__all__ = [
+    "ComparisonResult",
+    "EvaluationResult",
+    "RetrofitConfig",
+    "RetrofitReport",
+    "__version__",
+    "compare",
+    "evaluate",
+    "load",
+    "retrofit",
+    "revert",
+]
 
 _HOME = {
+    "ComparisonResult": "rpb_retrofit.comparison.result",
+    "EvaluationResult": "rpb_retrofit.evaluation.evaluate",
     "RetrofitConfig": "rpb_retrofit.config",
     "RetrofitReport": "rpb_retrofit.swap.report",
+    "compare": "rpb_retrofit.comparison.compare",
+    "evaluate": "rpb_retrofit.evaluation.evaluate",
     "load": "rpb_retrofit.checkpoint.load",
     "retrofit": "rpb_retrofit.swap.inplace",
     "revert": "rpb_retrofit.swap.inplace",

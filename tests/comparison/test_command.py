@@ -226,7 +226,7 @@ def test_a_journal_that_cannot_be_gone_on_with(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("rpb_retrofit.comparison.result.result", interrupt)
+        patched.setattr("rpb_retrofit.comparison.result.ComparisonResult.of", interrupt)
         assert compare(patched, folder, tmp_path / "out", *arms) == 130
     files = sorted((tmp_path / "out.run").glob(f"*{SUFFIX}"))
     assert len(files) == 5, "two are made and measured, and both are timed"
