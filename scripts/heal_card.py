@@ -13,7 +13,7 @@ from matplotlib import pyplot as plt
 from rpb_retrofit.errors import DataError
 from rpb_retrofit.evaluation.plots import STYLE, log2_positions
 from rpb_retrofit.evaluation.statistics import Difference, paired
-from rpb_retrofit.pages.drawing import LOOKS, SIZE, End
+from rpb_retrofit.pages.drawing import LINE_STYLES, SIZE, Label
 from rpb_retrofit.pages.labels import name_ends
 
 SOURCE = "source"
@@ -50,11 +50,11 @@ def picture(parts: dict[str, Any]) -> Any:
     """Loss at the end of ever longer windows, a line for each arm."""
     figure, axes = plt.subplots(figsize=SIZE)
     ends = []
-    for arm, look in zip(parts, LOOKS, strict=False):
+    for arm, style in zip(parts, LINE_STYLES, strict=False):
         places = [(n, one["nll"]) for n, one in _lengths(parts, arm, "beyond").items() if "nll" in one]
         if places:
-            axes.plot(*zip(*places, strict=True), color=look.colour, ls=look.dash, marker=look.marker, ms=4)
-            ends.append(End(arm, *places[-1], look))
+            axes.plot(*zip(*places, strict=True), color=style.colour, ls=style.dash, marker=style.marker, ms=4)
+            ends.append(Label(arm, *places[-1], style))
     log2_positions(axes)
     axes.set_xlabel("tokens of the window")
     axes.set_ylabel("loss at its end (nats a token)")

@@ -58,7 +58,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Probes:
+class Benchmark:
     """The text and the questions, the same for every arm. ``bos`` begins every window."""
 
     plan: ComparisonPlan
@@ -70,7 +70,7 @@ class Probes:
     @classmethod
     def make(
         cls, plan: ComparisonPlan, documents: Sequence[Tensor], bos: int | None, tokenizer: Any, skipped: dict[str, str]
-    ) -> Probes:
+    ) -> Benchmark:
         """All of them; a question that does not fit its length is noted in ``skipped``. Without a tokenizer none."""
         questions: list[Item] = []
         for kind in plan.kinds if plan.items and tokenizer is not None else ():

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from rpb_retrofit.cli.options import count
 from rpb_retrofit.comparison import run as comparing
-from rpb_retrofit.comparison.measures import Probes
+from rpb_retrofit.comparison.measures import Benchmark
 from rpb_retrofit.errors import ConfigError
 from rpb_retrofit.files.journal import SUFFIX
 from rpb_retrofit.training.batches import Rows
@@ -114,9 +114,9 @@ def test_every_arm_is_trained_on_the_same_tokens(folder: Path, tmp_path: Path, m
 def test_goes_on_after_an_interruption(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Arm by arm: what was measured is not measured again, and the result is the same."""
     done: list[str] = []
-    measure, timed = Probes.measure, comparing.speed
+    measure, timed = Benchmark.measure, comparing.speed
 
-    def measured(self: Probes, model: Any, label: str) -> Any:
+    def measured(self: Benchmark, model: Any, label: str) -> Any:
         if len(done) == stop:
             raise KeyboardInterrupt
         done.append(label)
@@ -126,7 +126,7 @@ def test_goes_on_after_an_interruption(folder: Path, tmp_path: Path, monkeypatch
         done.append("speed")
         return timed(*args)
 
-    monkeypatch.setattr(Probes, "measure", measured)
+    monkeypatch.setattr(Benchmark, "measure", measured)
     monkeypatch.setattr(comparing, "speed", once)
     arms = ("--arms", "ntk,t5-content,none", *TIMED)
     stop = -1
