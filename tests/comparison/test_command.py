@@ -11,6 +11,8 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import rpb_retrofit as rpb
+from rpb_retrofit.checkpoint.load import open_causal_lm
 from rpb_retrofit.cli.options import count
 from rpb_retrofit.comparison import run as comparing
 from rpb_retrofit.comparison.measures import Benchmark
@@ -69,6 +71,26 @@ def test_report(
         assert row["id"] in printed.out
     assert "<h1" in (out / "report.html").read_text() and not (tmp_path / "out.run").exists()
     assert found["headline"] in (tmp_path / "card.md").read_text()
+
+
+def test_a_model_in_memory_has_the_figures_of_the_command(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert compare(monkeypatch, folder, tmp_path / "out", "--arms", "yarn,t5", "--rounds", "0") == 0
+    model, tokenizer = open_causal_lm(str(folder / "source"))
+    result = rpb.compare(
+        model,
+        tokenizer=tokenizer,
+        data=[(folder / "scored.txt").read_text()],
+        calibration=[(folder / "fitted.txt").read_text()],
+        arms=["yarn", "t5"],
+        **{"target_length": 512, "lengths": [64, 256], "tokens": 1024, "items": 1, "asked": [128, 256], "rounds": 0},
+        **{"calibration_tokens": 512, "calibration_length": 128},
+    )
+    document = json.loads((tmp_path / "out" / "report.json").read_text())
+    for row in (*document["rows"], *result.rows):
+        assert row["cost"].pop("calibration_s") >= 0
+    assert json.loads(result.as_json())["rows"] == document["rows"] and result.headline == document["headline"]
 
 
 def test_every_arm_is_trained_on_the_same_tokens(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
