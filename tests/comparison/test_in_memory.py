@@ -63,12 +63,13 @@ def test_an_interrupted_comparison_of_a_model_in_memory_goes_on_with_that_model_
         with pytest.raises(KeyboardInterrupt):
             rpb.compare(model, tokenizer=tokenizer, **texts, **settings)
     assert len([*(tmp_path / "out.run").glob(f"*{SUFFIX}")]) == 4, "two are made and measured"
+    before = model.lm_head.weight.detach().clone()
     with torch.no_grad():
         model.lm_head.weight[0, 0] += 1
     with pytest.raises(ConfigError, match="holds an examination with other weights"):
         rpb.compare(model, tokenizer=tokenizer, **texts, **settings)
     with torch.no_grad():
-        model.lm_head.weight[0, 0] -= 1
+        model.lm_head.weight.copy_(before)
     result = rpb.compare(model, tokenizer=tokenizer, **texts, **settings)
     assert (tmp_path / "out" / "report.json").read_text() == result.as_json() and not (tmp_path / "out.run").exists()
 
