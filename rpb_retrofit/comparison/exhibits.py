@@ -128,12 +128,12 @@ def _inside(ranking: Ranking) -> Iterator[Exhibit]:
 def _lengths(ranking: Ranking) -> Iterator[Exhibit]:
     def drawn(row: Row) -> list[Row]:
         """Means with the intervals of their differences from the reference, which has none."""
-        found: list[Row] = []
+        drawn_rows: list[Row] = []
         for loss in row["losses"]:
             above, mean = loss["above"] or {"mean": 0.0, "low": 0.0, "high": 0.0, "real": True}, loss["mean"]
             reach = {key: mean + above[key] - above["mean"] for key in ("low", "high")}
-            found.append({"length": loss["length"], "mean": mean, **reach, "real": above["real"]})
-        return found
+            drawn_rows.append({"length": loss["length"], "mean": mean, **reach, "real": above["real"]})
+        return drawn_rows
 
     panels = _panels(ranking, drawn)
     if not panels:
@@ -282,8 +282,8 @@ def _times(timed: Row, source: Row | None) -> list[str]:
 
 def _panels(ranking: Ranking, drawn: Callable[[Row], Sequence[Row]]) -> dict[str, Series]:
     """Rows' measurements as they are ``drawn``, by budget of training; only what there is."""
-    found = {
+    panels = {
         budget: {name: own for name in names if (own := drawn(ranking.rows[name]))}
         for budget, names in ranking.budgets.items()
     }
-    return {budget: series for budget, series in found.items() if series}
+    return {budget: series for budget, series in panels.items() if series}

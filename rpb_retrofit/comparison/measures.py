@@ -104,11 +104,11 @@ class Benchmark:
         losses = {}
         for length in self.plan.lengths:
             score = partial(token_by_token, model, self.documents, length, self.plan.tokens, self.bos, f"{label}, ")
-            found = tried(str(length), score)
-            if found is not None and not found.losses.isfinite().all():
-                failed[str(length)] = f"{int((~found.losses.isfinite()).sum())} losses are not finite"
-            elif found is not None:
-                losses[length] = found
+            scored = tried(str(length), score)
+            if scored is not None and not scored.losses.isfinite().all():
+                failed[str(length)] = f"{int((~scored.losses.isfinite()).sum())} losses are not finite"
+            elif scored is not None:
+                losses[length] = scored
         questions = tried("questions", lambda: measure(model, self.questions)) if self.questions else []
         spans = tried("repeated spans", lambda: measure(model, self.spans)) if self.spans else []
         return Measured(losses, questions or [], spans or [], failed)

@@ -91,11 +91,11 @@ def _limit(axes: Any, at: float, what: str = "limit {:g}", side: str = "center")
 
 def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Those that no other one is below in both numbers, the lowest of the first number in front."""
-    found: list[tuple[float, float]] = []
+    front: list[tuple[float, float]] = []
     for first, second in sorted(points):
-        if not found or second < found[-1][1]:
-            found.append((first, second))
-    return found
+        if not front or second < front[-1][1]:
+            front.append((first, second))
+    return front
 
 
 def ranking(plotted: Sequence[PlottedRow], label: str, limit: float | None = None, form: str = ".3f") -> Any:

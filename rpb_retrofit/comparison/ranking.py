@@ -38,8 +38,8 @@ class Ranking:
     @cached_property
     def ranked(self) -> list[Candidate]:
         """Who has a loss at the target, the lowest first."""
-        found = {candidate.name: candidate for candidate in self.figures.candidates}
-        return [found[name] for name in self.rows if math.isfinite(found[name].loss)]
+        by_name = {candidate.name: candidate for candidate in self.figures.candidates}
+        return [by_name[name] for name in self.rows if math.isfinite(by_name[name].loss)]
 
     @property
     def choice(self) -> str | None:
@@ -91,7 +91,7 @@ class Ranking:
     @cached_property
     def budgets(self) -> Mapping[str, list[str]]:
         """Names of rows by how much they were trained."""
-        found: dict[int, list[str]] = {}
+        by_tokens: dict[int, list[str]] = {}
         for name, row in self.rows.items():
-            found.setdefault(row["tokens"], []).append(name)
-        return {f"trained on {n:,} tokens" if n else "untrained": found[n] for n in sorted(found)}
+            by_tokens.setdefault(row["tokens"], []).append(name)
+        return {f"trained on {n:,} tokens" if n else "untrained": by_tokens[n] for n in sorted(by_tokens)}

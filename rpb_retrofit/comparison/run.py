@@ -101,7 +101,7 @@ class Compare:
         is too short for the target."""
         context = self.situation.context  # named here where nothing says what it is
         benchmark = Benchmark.make(self.plan, documents, bos, tokenizer, self.skipped)
-        made = {name: found for name in self.arms if (found := self._made(name)) is not None}
+        made = {name: one for name in self.arms if (one := self._made(name)) is not None}
         timed = self.timed(list(made))
         rows: list[Row] = []
         for number, name in enumerate(made, 1):
@@ -173,8 +173,8 @@ class Compare:
                     trained, healed = healing.heal(copied, rate, seed, name, self.say)
                     return benchmark.measure(trained, f"{name} healed"), healed
 
-                found, healed = self.journal(f"healed-{name}-{seed}", take)
-                measured.append(found)
+                figures, healed = self.journal(f"healed-{name}-{seed}", take)
+                measured.append(figures)
                 seconds += healed.seconds / healing.seeds
         except InterruptedRunError:
             raise
@@ -188,7 +188,7 @@ class Compare:
         """The rate with the lowest held-out loss, and the seconds of the search."""
         if len(healing.rates) == 1:
             return healing.rates[0], 0.0
-        found = []
+        tries = []
         for rate in healing.rates:
 
             def take(rate: float = rate) -> tuple[float, float]:
@@ -197,10 +197,10 @@ class Compare:
                 loss = healing.search(twin(self.model(name), shared=False), rate, name, self.say)
                 return loss, time.perf_counter() - start
 
-            found.append(self.journal(f"rate-{name}-{rate:g}", take))
-        (loss, _), rate = min(zip(found, healing.rates, strict=True), key=lambda tried: tried[0][0])
+            tries.append(self.journal(f"rate-{name}-{rate:g}", take))
+        (loss, _), rate = min(zip(tries, healing.rates, strict=True), key=lambda tried: tried[0][0])
         if loss == float("inf"):
             raise ConfigError(
                 f"it diverges at every rate ({', '.join(f'{r:g}' for r in healing.rates)}): give lower --rates"
             )
-        return rate, sum(seconds for _, seconds in found)
+        return rate, sum(seconds for _, seconds in tries)

@@ -127,13 +127,13 @@ def _inked(axes: Any, scale: float) -> list[Box]:
     paths = [line.get_transform().transform_path(line.get_path()) for line in axes.lines]
     for bars in axes.collections:
         paths += [bars.get_transform().transform_path(path) for path in bars.get_paths()]
-    found = []
+    boxes = []
     for path in paths:
         corners = scale * path.vertices[np.isfinite(path.vertices).all(-1)]
         for start, end in pairwise(corners):
             steps = max(1, int(np.abs(end - start).max() / 3))
-            found += [_around(start + step / steps * (end - start), 1) for step in range(steps + 1)]
-    return found
+            boxes += [_around(start + step / steps * (end - start), 1) for step in range(steps + 1)]
+    return boxes
 
 
 def _around(point: Box, reach: float) -> Box:
