@@ -8,7 +8,7 @@ from statistics import fmean
 
 from rpb_retrofit.demo import pictures
 from rpb_retrofit.demo.result import Demo
-from rpb_retrofit.pages.drawing import as_data_uri
+from rpb_retrofit.pages.drawing import LineStyles, as_data_uri
 from rpb_retrofit.pages.page import SHARED, Exhibit, Table, write
 from rpb_retrofit.pages.words import EFFECT, effect
 from rpb_retrofit.version import __version__
@@ -16,7 +16,14 @@ from rpb_retrofit.version import __version__
 
 def write_report(demo: Demo, bias_pictures: Mapping[str, str], file: Path) -> None:
     """Write the page to ``file``. ``bias_pictures``: the tables of each retrofit drawn, as addresses, by its name."""
-    shown = [*_losses(demo), *_tables(demo, bias_pictures), _continuations(demo), _next(demo)]
+    shown = [
+        _lengths(demo),
+        _positions(demo),
+        _spans(demo),
+        *_tables(demo, bias_pictures),
+        _continuations(demo),
+        _next(demo),
+    ]
     calibration = next(arm.report.calibration for arm in demo.arms if arm.report is not None)
     untrained = "untrained: fitted to what the source's heads attend to and hand on"
     windows = f", on {calibration.windows} windows of up to {calibration.length} tokens" if calibration else ""
@@ -39,14 +46,17 @@ def write_report(demo: Demo, bias_pictures: Mapping[str, str], file: Path) -> No
     )
 
 
-def _losses(demo: Demo) -> Iterator[Exhibit]:
-    """By length, by position, and what a repeated span gains."""
-    source, styles = demo.arms[0], pictures.styles_of([arm.name for arm in demo.arms])
+def _styles(demo: Demo) -> LineStyles:
+    return pictures.styles_of([arm.name for arm in demo.arms])
+
+
+def _lengths(demo: Demo) -> Exhibit:
+    source = demo.arms[0]
     rows = [
         [f"{length.length:,}", f"{length.nll:.3f}", *(f"{costs[number]:+.3f}" for costs in demo.costs.values())]
         for number, length in enumerate(source.results)
     ]
-    yield Exhibit(
+    return Exhibit(
         "lengths",
         "Loss by context length",
         f"Nats a token, the same text at every length: {demo.text}. Its first half is scored, the second was for "
@@ -61,7 +71,10 @@ def _losses(demo: Demo) -> Iterator[Exhibit]:
             )
         ],
     )
-    yield Exhibit(
+
+
+def _positions(demo: Demo) -> Exhibit:
+    return Exhibit(
         "positions",
         "What is lost by position",
         "Loss above the source's by position in the window, each bin from the shortest windows that reach it. A filled "
@@ -73,12 +86,15 @@ def _losses(demo: Demo) -> Iterator[Exhibit]:
                 [[r["arm"], f"{r['first']}-{r['last']}", f"{r['length']:,}", *effect(r)] for r in demo.by_position],
             )
         ],
-        as_data_uri(lambda: pictures.above_source(demo.by_position, styles)),
+        as_data_uri(lambda: pictures.above_source(demo.by_position, _styles(demo))),
         "Loss above the source's by position, a line for each retrofit; numbers in the table below.",
         least_width=_LINES,
     )
+
+
+def _spans(demo: Demo) -> Exhibit:
     gains = {arm.name: arm.gains for arm in demo.arms}
-    yield Exhibit(
+    return Exhibit(
         "spans",
         "What a repeated span gains",
         "By how much a span of random tokens is predicted better for having stood in the context before, by the "
@@ -97,7 +113,7 @@ def _losses(demo: Demo) -> Iterator[Exhibit]:
                 ],
             )
         ],
-        as_data_uri(lambda: pictures.span_gains(gains, styles)),
+        as_data_uri(lambda: pictures.span_gains(gains, _styles(demo))),
         "Gain from a repeated span by distance, a line for each model; numbers in the table below.",
         least_width=_LINES,
     )

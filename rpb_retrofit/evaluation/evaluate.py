@@ -80,20 +80,19 @@ def evaluate(
             lengths and ``depths`` (0 to 1).
         rounds: of timing at each length; 0: none.
 
-    Raises ConfigError for settings that mean nothing, DataError for text or a model that cannot be scored,
-    CheckpointError for what cannot be opened; each in one line.
+    Raises ConfigError for settings that mean nothing, DataError for what cannot be scored, CheckpointError for what
+    cannot be opened; each in one line.
     """
     wanted = check_lengths(lengths)
     _check(tokens, stride, min(wanted), bos, retrieval, items, rounds)
     text = given_text(data)
-    opened = open_given(model, tokenizer)
-    with opened.evaluating() as network:
+    with (opened := open_given(model, tokenizer)).evaluating() as network:
         documents, first = tokenise(opened.tokenizer, text.documents), bos_policy(opened.tokenizer, bos)
         check_ids(network, documents)
         asked = [
             item
             for kind in dict.fromkeys(retrieval)
-            for item in make_items(kind, opened.tokenizer, documents, wanted, sorted(set(depths)), items)
+            for item in make_items(kind, opened.tokenizer, documents, wanted, sorted({*depths}), items)
         ]
         results = [
             nll_at_length(network, documents, Windows(length, stride or length - (first is not None), first), tokens)
@@ -101,10 +100,14 @@ def evaluate(
         ]
         answers = measure(network, asked)
         timed = speed({"model": network}, wanted, rounds=rounds)["model"] if rounds else []
-    policy = "no BOS" if first is None else f"BOS ({opened.tokenizer.bos_token!r}) first in every window"
-    chat = getattr(opened.tokenizer, "chat_template", None) is not None
+    chat, policy = opened.tokenizer.chat_template is not None, _policy(first, opened.tokenizer)
     about = (opened.name, text.name, stride or None, policy, tokens, chat)
     return EvaluationResult(*about, results, cells(answers), answers, timed)
+
+
+def _policy(first: int | None, tokenizer: Any) -> str:
+    """How windows begin, in words."""
+    return "no BOS" if first is None else f"BOS ({tokenizer.bos_token!r}) first in every window"
 
 
 def _check(tokens: int, stride: int, shortest: int, bos: str, kinds: Sequence[str], items: int, rounds: int) -> None:
