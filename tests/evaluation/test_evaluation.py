@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import rpb_retrofit as rpb
 from rpb_retrofit.checkpoint.load import open_causal_lm
 from rpb_retrofit.errors import DataError
+from rpb_retrofit.evaluation.losses import token_by_token
 from rpb_retrofit.evaluation.nll import Windows, nll_at_length
 from rpb_retrofit.text import bos_policy, read_text
 from tests.checkpoint.test_checkpoint import rpb_command
@@ -72,6 +73,18 @@ def test_the_mean_is_over_tokens() -> None:
         losses = [loss for i, loss in by_hand if b.first <= i <= b.last]
         assert (b.tokens, b.nll) == (len(losses), pytest.approx(sum(losses) / len(losses), abs=1e-6))
     assert [(b.first, b.last) for b in result.by_position] == [(1, 1), (2, 3), (4, 7)]
+
+
+@pytest.mark.parametrize("bos", [None, 1])
+def test_losses_token_by_token_have_the_same_means(bos: int | None) -> None:
+    model, documents = rpb_model(), [tokens(1, 30, seed=s)[0] for s in (1, 2)]
+    expected = nll_at_length(model, documents, Windows(12, 12 - (bos is not None), bos), budget=45)
+    measured = token_by_token(model, documents, 12, 45, bos).by_length()
+    assert (measured.length, measured.tokens, measured.windows) == (12, expected.tokens, expected.windows)
+    assert measured.nll == pytest.approx(expected.nll, abs=1e-9)
+    for bin_, other in zip(measured.by_position, expected.by_position, strict=True):
+        assert (bin_.first, bin_.last, bin_.tokens) == (other.first, other.last, other.tokens)
+        assert bin_.nll == pytest.approx(other.nll, abs=1e-9)
 
 
 def rpb_model() -> torch.nn.Module:
