@@ -135,3 +135,11 @@ def parse_count(text: str, thousand: int = 1000) -> int | None:
         return None
     whole = value * thousand**power
     return int(whole) if whole < 2**63 and whole == int(whole) else None
+
+
+def written_count(number: int) -> str:
+    """A count as people write it, the inverse of `parse_count`: ``5M``, ``32k`` or ``4096``; ``k`` is 1,000."""
+    for letter, power in (("G", 3), ("M", 2), ("k", 1)):
+        if number and number % 1000**power == 0:
+            return f"{number // 1000**power}{letter}"
+    return str(number)

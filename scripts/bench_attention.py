@@ -37,9 +37,9 @@ def peak_megabytes(case: Case, threads: int) -> float:
     run = prepare(case)
     if case.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        allocated = torch.cuda.memory_allocated()
         run()
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
+        return (torch.cuda.max_memory_allocated() - allocated) / 1e6
     forget_peak()
     before = kilobytes("/proc/self/status", "VmRSS")
     run()

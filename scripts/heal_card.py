@@ -13,7 +13,7 @@ from matplotlib import pyplot as plt
 from rpb_retrofit.errors import DataError
 from rpb_retrofit.evaluation.plots import STYLE, log2_positions
 from rpb_retrofit.evaluation.statistics import Difference, paired
-from rpb_retrofit.pages.drawing import LOOKS, SIZE, End
+from rpb_retrofit.pages.drawing import LINE_STYLES, SIZE, Label
 from rpb_retrofit.pages.labels import name_ends
 
 SOURCE = "source"
@@ -23,18 +23,18 @@ FLAT, AIMS = 0.05, {"kept": 0.05, "full": 0.15}
 
 
 def write_card(out: Path, file: Path, about: Mapping[str, str]) -> None:
-    """A Markdown card of all arms that were found in ``out``, as far as they came, and its picture beside it.
+    """A Markdown card of all arms that have results in ``out``, as far as they came, and its picture beside it.
 
-    ``about``: the arms in their order, the source first, and what each is. DataError where nothing was found.
+    ``about``: the arms in their order, the source first, and what each is. DataError where there is none.
     """
-    found = {}
+    results = {}
     for arm in about:
-        if (result := out / arm / "result.json").exists():
-            found[arm] = json.loads(result.read_text())
-    if not found:
+        if (stored := out / arm / "result.json").exists():
+            results[arm] = json.loads(stored.read_text())
+    if not results:
         raise DataError(f"'{out}' holds no result: run some arms first")
-    plan = next(iter(found.values()))["plan"]
-    parts = {arm: one["parts"] for arm, one in found.items()}
+    plan = next(iter(results.values()))["plan"]
+    parts = {arm: one["parts"] for arm, one in results.items()}
     drawn = file.with_suffix(".svg")
     with plt.rc_context({**STYLE, "svg.hashsalt": "rpb_retrofit"}):
         figure = picture(parts)
@@ -47,14 +47,14 @@ def write_card(out: Path, file: Path, about: Mapping[str, str]) -> None:
 
 
 def picture(parts: dict[str, Any]) -> Any:
-    """Loss at the end of ever longer windows, a line for each arm that was found."""
+    """Loss at the end of ever longer windows, a line for each arm."""
     figure, axes = plt.subplots(figsize=SIZE)
     ends = []
-    for arm, look in zip(parts, LOOKS, strict=False):
+    for arm, style in zip(parts, LINE_STYLES, strict=False):
         places = [(n, one["nll"]) for n, one in _lengths(parts, arm, "beyond").items() if "nll" in one]
         if places:
-            axes.plot(*zip(*places, strict=True), color=look.colour, ls=look.dash, marker=look.marker, ms=4)
-            ends.append(End(arm, *places[-1], look))
+            axes.plot(*zip(*places, strict=True), color=style.colour, ls=style.dash, marker=style.marker, ms=4)
+            ends.append(Label(arm, *places[-1], style))
     log2_positions(axes)
     axes.set_xlabel("tokens of the window")
     axes.set_ylabel("loss at its end (nats a token)")
@@ -86,10 +86,10 @@ def _lengths(parts: dict[str, Any], arm: str, part: str) -> dict[int, dict[str, 
 
 def _lost_at(parts: dict[str, Any], arm: str) -> dict[int, Difference]:
     """By length, what the last tokens lose to the same ones at the end of a window of the context."""
-    found = {n: one for n, one in _lengths(parts, arm, "beyond").items() if "windows" in one}
-    if not found or (first := min(found)) == max(found):
+    scored = {n: one for n, one in _lengths(parts, arm, "beyond").items() if "windows" in one}
+    if not scored or (first := min(scored)) == max(scored):
         return {}
-    return {n: apart(found[first]["windows"], one["windows"]) for n, one in found.items() if n != first}
+    return {n: apart(scored[first]["windows"], one["windows"]) for n, one in scored.items() if n != first}
 
 
 def _head(plan: dict[str, Any]) -> str:
@@ -145,10 +145,10 @@ def _beyond(parts: dict[str, Any]) -> str:
         return "Beyond the context nothing was measured."
     rows = []
     for arm in parts:
-        found, lost = _lengths(parts, arm, "beyond"), _lost_at(parts, arm)
+        by_length, lost = _lengths(parts, arm, "beyond"), _lost_at(parts, arm)
         row = [arm]
         for length in lengths:
-            one = found.get(length, {})
+            one = by_length.get(length, {})
             told = f"{one['nll']:.4f}" if "nll" in one else str(one.get("failed", ""))[:13]
             row.append(f"{told}; {lost[length].interval}" if length in lost else told)
         rows.append(row)
@@ -161,9 +161,9 @@ def _beyond(parts: dict[str, Any]) -> str:
 def _questions(parts: dict[str, Any]) -> str:
     rows = []
     for arm in parts:
-        found = _lengths(parts, arm, "questions").values()
-        by_kind: dict[str, list[str]] = {row["kind"]: [] for one in found for row in one.get("rows", [])}
-        for one in found:
+        measured = _lengths(parts, arm, "questions").values()
+        by_kind: dict[str, list[str]] = {row["kind"]: [] for one in measured for row in one.get("rows", [])}
+        for one in measured:
             for kind in by_kind:
                 asked = [row for row in one.get("rows", []) if row["kind"] == kind]
                 right = sum(row["correct"] for row in asked)
@@ -183,8 +183,8 @@ def _spans(parts: dict[str, Any]) -> str:
         return "No repeated spans were measured."
     rows = []
     for arm in parts:
-        found = _lengths(parts, arm, "spans")
-        row = [found.get(length, {}) for length in lengths]
+        by_length = _lengths(parts, arm, "spans")
+        row = [by_length.get(length, {}) for length in lengths]
         rows.append([arm, *(f"{one['gain']:+.2f}" if "gain" in one else one.get("failed", "")[:13] for one in row)])
     head = ["arm", *(f"{n:,}" for n in lengths)]
     return "What a span of random tokens gains from having come before, in nats a token, by length:\n\n" + table(

@@ -14,212 +14,26 @@ Each seed has its own base. What is finished is not repeated, arm by arm: the sa
 from __future__ import annotations
 
 import argparse
-import json
-import random
-import sys
-import sysconfig
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from heapq import heappop, heappush
+from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
-from string import ascii_lowercase
 from typing import TYPE_CHECKING, Any
+
+from study_models import SIZES, Size, new_model, parameters, recipe_of, say, train_base, trained
+from study_text import prepare_text, tokenizer_of
 
 if TYPE_CHECKING:
     from rpb_retrofit.comparison.healing import Healing
-    from rpb_retrofit.comparison.measures import Probes
+    from rpb_retrofit.comparison.measures import Benchmark
     from rpb_retrofit.comparison.run import Compare, Comparison, Row
-    from rpb_retrofit.training.recipe import Recipe
 
 ARMS = ("source", "yarn", "alibi", "none-log-n", "t5-content", "t5-kept-log")
 SCRATCH = "t5-scratch"
 TITLE = "Six positional choices for one small model, at up to 16 times its context"
-
-
-@dataclass(frozen=True)
-class Size:
-    """The model, and the tokens of training: on ``copies``, on ``text``, and to heal. ``context`` is the base's; the
-    longest text is 16 times that."""
-
-    hidden: int
-    layers: int
-    heads: int
-    context: int
-    copies_tokens: int
-    text_tokens: int
-    heal_tokens: int
-    batch_tokens: int
-    base_rate: float
-    rates: tuple[float, ...]
-    scored_tokens: int
-    precision: str = "no"
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """1 to 16 times the context."""
-        return tuple(self.context * 2**power for power in range(5))
-
-
-SIZES = {
-    "cpu": Size(192, 2, 6, 128, 1_000_000, 1_500_000, 250_000, 2048, 2e-3, (5e-4, 2e-3), 65_536),
-    "gpu": Size(512, 10, 8, 512, 50_000_000, 500_000_000, 30_000_000, 65_536, 1e-3, (1e-4, 3e-4), 262_144, "bf16"),
-}
-
-
-# --- the text --------------------------------------------------------------------------------------------------------
-
-
-def sources() -> Iterator[str]:
-    """The modules of the standard library, in the order of their names, without its tests."""
-    library = Path(sysconfig.get_paths()["stdlib"])
-    for file in sorted(library.rglob("*.py")):
-        parts = file.relative_to(library).parts
-        if not {"test", "tests", "site-packages", "dist-packages", "idlelib", "__pycache__"} & {*parts}:
-            text = file.read_text(encoding="utf-8", errors="replace")
-            if len(text) > 4000:
-                yield text
-
-
-ALPHABET = "abcdefghijklmnopqrstuvwxyz 0_.,:=()#'\n"
-"""All characters of the text, and tokens of the models: with fewer of them so small a model learns sooner to copy."""
-
-AS = {**dict.fromkeys("0123456789", "0"), **dict.fromkeys("([{", "("), **dict.fromkeys(")]}", ")"), '"': "'"}
-"""What stands for characters that are not in it; all others are full stops."""
-
-
-def spelled(text: str) -> str:
-    """The text in the alphabet."""
-    return "".join(letter if letter in ALPHABET else AS.get(letter, ".") for letter in text.lower())
-
-
-def planted(text: str, rng: random.Random) -> str:
-    """The text with lines of random letters in it, each of which comes a second time 26 to 2,000 characters later."""
-    due: list[tuple[float, str]] = []
-    lines, at = list[str](), 0
-
-    def put(line: str) -> None:
-        nonlocal at
-        lines.append(line)
-        at += len(line) + 1
-
-    for line in text.splitlines():
-        put(line)
-        while due and due[0][0] <= at:
-            put(heappop(due)[1])
-        if rng.random() < 0.35:
-            secret = "# " + "".join(rng.choices(ascii_lowercase, k=24))
-            heappush(due, (at + 26 * (2000 / 26) ** rng.random(), secret))
-            put(secret)
-    return "\n".join(lines)
-
-
-def copies(rng: random.Random) -> str:
-    """A short string of random characters, again and again, to 64 in all."""
-    return ("".join(rng.choices(ALPHABET, k=rng.randint(8, 21))) * 8)[:64]
-
-
-def prepare_text(folder: Path, size: Size) -> None:
-    """Text to score, to choose rates by and to train on, different modules each; strings to copy; a tokenizer of
-    single letters."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    rng = random.Random(0)
-    documents = [planted(spelled(text), rng) for text in sources()]
-    rng.shuffle(documents)
-    eighth = len(documents) // 8
-    parts = {
-        "scored": documents[:eighth],
-        "held_out": documents[eighth : 2 * eighth],
-        "train": documents[2 * eighth :],
-        "copies": [copies(rng) for _ in range(size.copies_tokens // 64)],
-    }
-    for name, texts in parts.items():
-        rows = (json.dumps({"text": text}) + "\n" for text in texts)
-        (folder / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
-    tokenizer = Tokenizer(models.WordLevel({letter: number for number, letter in enumerate(ALPHABET)}, unk_token="."))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder / "tokenizer")
-
-
-# --- the models ------------------------------------------------------------------------------------------------------
-
-
-def parameters(size: Size) -> int:
-    """Of a base."""
-    return sum(parameter.numel() for parameter in new_model(size, 0).parameters())
-
-
-def new_model(size: Size, seed: int) -> Any:
-    """A Llama with RoPE, drawn by a seed."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(ALPHABET),
-        hidden_size=size.hidden,
-        intermediate_size=round(size.hidden * 8 / 3 / 32) * 32,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        max_position_embeddings=size.context,
-        initializer_range=0.05,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return LlamaForCausalLM(config)
-
-
-def recipe_of(size: Size, folder: Path, tokens: int, rate: float, seed: int, copying: bool = False) -> Recipe:
-    """Next tokens at the context of the base, a fifth of them strings to copy, or nothing else: that is learned
-    suddenly, so there the rate stays high."""
-    from rpb_retrofit.training.recipe import Data, Recipe, Stage
-
-    decay = "constant" if copying else "cosine"
-    copies, text = Data(name=str(folder / "copies.jsonl")), Data(name=str(folder / "train.jsonl"), weight=4)
-    return Recipe(
-        stages=[Stage(tokens=tokens, rate=rate, lengths={size.context: 1.0}, decay=decay)],
-        data=[copies] if copying else [text, copies],
-        held_out=str(folder / "held_out.jsonl"),
-        objective="next-token",
-        batch_tokens=size.batch_tokens,
-        weight_decay=0.01,
-        precision=size.precision,
-        seed=seed,
-        save_every=10**9,
-        evaluate_every=10**9,
-        trackers=[],
-    )
-
-
-def train_base(folder: Path, size: Size, seed: int) -> None:
-    """The base of a seed, saved."""
-    from rpb_retrofit.files.folder import whole_folder
-
-    if (place := folder / f"base-{seed}").exists():
-        return
-    model, _ = trained(new_model(size, seed), folder, size, size.text_tokens, seed, f"base {seed}")
-    with whole_folder(place) as whole:
-        model.save_pretrained(whole)
-        tokenizer_of(folder).save_pretrained(whole)
-
-
-def trained(model: Any, folder: Path, size: Size, tokens: int, seed: int, label: str) -> tuple[Any, float]:
-    """The model after it has learned to copy, and then on so many tokens of text; and the seconds."""
-    from rpb_retrofit.comparison.healing import heal
-
-    seconds = 0.0
-    for copying, budget in ((True, size.copies_tokens), (False, tokens)):
-        recipe = recipe_of(size, folder, budget, size.base_rate, seed, copying)
-        model, healed = heal(model, tokenizer_of(folder), recipe, label, say)
-        seconds += healed.seconds
-        say(f"{label}, {'copying' if copying else 'text'}: {healed}")
-    return model, seconds
 
 
 def train_scratch(folder: Path, size: Size, seed: int) -> Row:
@@ -233,10 +47,11 @@ def train_scratch(folder: Path, size: Size, seed: int) -> Row:
 
     def train() -> Row:
         model = new_model(size, seed)
-        start = {"relative_attention_max_distance": tail_begins(size.context)}  # as the arms with a tail
-        rpb.retrofit(model, rpb.RetrofitConfig(init="normal", tail="log", seed=seed, **start))
+        begins = tail_begins(size.context)  # as in the arms with a tail
+        config = rpb.RetrofitConfig(init="normal", tail="log", seed=seed, relative_attention_max_distance=begins)
+        rpb.retrofit(model, config)
         model, seconds = trained(model, folder, size, tokens, seed, f"{SCRATCH} {seed}")
-        measured = probes_of(folder, size).measure(model, SCRATCH)
+        measured = benchmark_of(folder, size).measure(model, SCRATCH)
         return Row(SCRATCH, about, Made("train it", 0.0), [measured], tokens, size.base_rate, seconds)
 
     kinds = (Row, *MEASURED)
@@ -247,19 +62,24 @@ def train_scratch(folder: Path, size: Size, seed: int) -> Row:
 # --- the arms --------------------------------------------------------------------------------------------------------
 
 
-def probes_of(folder: Path, size: Size) -> Probes:
+def benchmark_of(folder: Path, size: Size) -> Benchmark:
     """Every arm of every seed reads the same text: modules that fill the longest window."""
-    from rpb_retrofit.comparison.measures import ComparisonPlan, Probes
+    from rpb_retrofit.comparison.measures import Benchmark, ComparisonPlan
     from rpb_retrofit.text import read_text, tokenise
 
     tokenizer = tokenizer_of(folder)
     documents = tokenise(tokenizer, read_text(str(folder / "scored.jsonl")).documents)
-    four_times = {"beyond": 4 * size.context}
     plan = ComparisonPlan(
-        size.lengths[-1], size.lengths, size.scored_tokens, asked=size.lengths, kinds=(), items=8, **four_times
+        target=size.lengths[-1],
+        lengths=size.lengths,
+        tokens=size.scored_tokens,
+        beyond=4 * size.context,
+        asked=size.lengths,
+        kinds=(),
+        items=8,
     )
     long = [ids[: size.lengths[-1]] for ids in documents if len(ids) >= size.lengths[-1]]
-    return Probes.make(plan, long, None, tokenizer, {})
+    return Benchmark.make(plan, long, None, tokenizer, {})
 
 
 def compare_of(folder: Path, size: Size, seed: int, task: str) -> tuple[Compare, Healing]:
@@ -274,7 +94,7 @@ def compare_of(folder: Path, size: Size, seed: int, task: str) -> tuple[Compare,
     text = CalibrationText(read_text(str(folder / "train.jsonl")), 16_384, size.context)
     place = folder / f"arms-{seed}-{task.replace(':', '-')}"
     journal = Journal.open(place, {"size": repr(size)}, "scripts/study.py", MEASURED, say)
-    plan = probes_of(folder, size).plan
+    plan = benchmark_of(folder, size).plan
     recipe = recipe_of(size, folder, size.heal_tokens, 1.0, 1000 + seed)
     compare = Compare(model, ARMS, plan, text.windows(tokenizer, size.context), journal, say)
     return compare, Healing(recipe, size.rates, 1, tokenizer)
@@ -284,7 +104,7 @@ def measure_arm(folder: Path, size: Size, seed: int, arm: str) -> list[Row]:
     """The rows of one arm on one base: as it is, and healed."""
     compare, healing = compare_of(folder, size, seed, arm)
     with compare.journal:
-        return compare.measure(arm, probes_of(folder, size), healing)
+        return compare.measure(arm, benchmark_of(folder, size), healing)
 
 
 def time_arms(folder: Path, size: Size) -> Any:
@@ -293,12 +113,6 @@ def time_arms(folder: Path, size: Size) -> Any:
     compare.plan = replace(compare.plan, timed=(size.lengths[-1],), rounds=9)
     with compare.journal:
         return compare.timed(ARMS)
-
-
-def tokenizer_of(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder / "tokenizer")
 
 
 # --- the whole -------------------------------------------------------------------------------------------------------
@@ -318,7 +132,7 @@ def study(folder: Path, size: Size, seeds: int, workers: int) -> Comparison:
 
     if not (folder / "tokenizer").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        prepare_text(folder, size)
+        prepare_text(folder, size.copies_tokens)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         bases = [pool.submit(alone, train_base, folder, size, seed) for seed in range(seeds)]
         scratches = [pool.submit(alone, train_scratch, folder, size, seed) for seed in range(seeds)]
@@ -332,7 +146,7 @@ def study(folder: Path, size: Size, seeds: int, workers: int) -> Comparison:
     rows = [over_bases(each) for arm in by_arm for each in zip(*arm, strict=True)] + [over_bases(ceiling)]
     rows.sort(key=lambda row: bool(row.tokens))
     timed = alone(time_arms, folder, size)
-    return Comparison(probes_of(folder, size).plan, size.context, rows, timed)
+    return Comparison(benchmark_of(folder, size).plan, size.context, rows, timed)
 
 
 def over_bases(rows: Sequence[Row]) -> Row:
@@ -343,14 +157,14 @@ def over_bases(rows: Sequence[Row]) -> Row:
     return replace(first, made=made, measured=measured, seconds=mean(row.seconds for row in rows))
 
 
-def aims(found: dict[str, Any]) -> str:
+def aims(document: Mapping[str, Any]) -> str:
     """What was aimed at, and what came of it, for the T5 arms after healing."""
-    rows = {row["id"]: row for row in found["rows"]}
-    healed = [row for row in found["rows"] if row["arm"] in ARMS and row["tokens"]]
+    rows = {row["id"]: row for row in document["rows"]}
+    healed = [row for row in document["rows"] if row["arm"] in ARMS and row["tokens"]]
     t5 = [row for row in healed if row["arm"].startswith("t5")]
     others = [row for row in healed if row not in t5]
     best, rival = (min(group, key=lambda row: row["beyond"]["mean"]) for group in (t5, others))
-    gap = next(p for p in found["pairs"] if p["at"] == "target" and {p["a"], p["b"]} == {best["id"], rival["id"]})
+    gap = next(p for p in document["pairs"] if p["at"] == "target" and {p["a"], p["b"]} == {best["id"], rival["id"]})
     behind = best["beyond"]["mean"] - rival["beyond"]["mean"]
     first = "first" if behind < 0 else "not first" if gap["real"] else "tied for the first place"
     kept = ", ".join(f"{row['id']} {row['inside']['above']['mean']:+.3f}" for row in t5)
@@ -375,10 +189,6 @@ def aims(found: dict[str, Any]) -> str:
     )
 
 
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="a folder, which is made or gone on with")
@@ -388,9 +198,7 @@ def main() -> None:
     parser.add_argument("--card", type=Path, help="a Markdown file for the result, with pictures beside it")
     options = parser.parse_args()
     from rpb_retrofit.comparison.candidates import Constraints
-    from rpb_retrofit.comparison.card import write_card
-    from rpb_retrofit.comparison.page import write_page
-    from rpb_retrofit.comparison.result import result
+    from rpb_retrofit.comparison.result import ComparisonResult
 
     start, size = time.perf_counter(), SIZES[options.size]
     trained_on = size.copies_tokens + size.text_tokens
@@ -403,15 +211,13 @@ def main() -> None:
         "plan": {**asdict(size), "seeds": options.seeds},
         "seconds": time.perf_counter() - start,
     }
-    found = result(comparison, Constraints(), about)
-    from rpb_retrofit.files.strict_json import json_text
-
-    (options.out / "study.json").write_text(json_text(found))
-    write_page(found, options.out / "study.html")
+    result = ComparisonResult.of(comparison, Constraints(), about)
+    (options.out / "study.json").write_text(result.as_json())
+    result.write_page(options.out / "study.html")
     if options.card:
-        about = (__doc__ or "").partition("\n\n    python")[0]
-        write_card(found, options.card, TITLE, f"{aims(found)}\n\n{about}")
-    print(found["headline"])
+        introduction = (__doc__ or "").partition("\n\n    python")[0]
+        result.write_card(options.card, TITLE, f"{aims(result.document)}\n\n{introduction}")
+    print(result.headline)
 
 
 if __name__ == "__main__":

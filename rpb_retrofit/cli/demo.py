@@ -20,7 +20,7 @@ def command(
     json: Json = None,
 ) -> None:
     """Fetch a small real model, retrofit it, and report what that cost."""
-    from rpb_retrofit.demo.run import BEGINNINGS, run_demo
+    from rpb_retrofit.demo.run import run_demo
 
     check_outputs({"--json": json}, folder=out)
     check_scratch()
@@ -35,7 +35,7 @@ def command(
     for arm in retrofits:
         lines += [f"{arm.name}: {arm.report}", ""]
     lines += [table(["window", f"{source.name}: loss", *(f"{arm.name}: cost" for arm in retrofits)], rows), ""]
-    for number, beginning in enumerate(BEGINNINGS):
+    for number, beginning in enumerate(demo.beginnings):
         lines.append(beginning)
         lines += [f"  {arm.name}: {' '.join(arm.continuations[number].split())}" for arm in demo.arms]
     lines += ["", f"{sum(demo.seconds.values()):.0f} s. The report: {out / 'report.html'}"]

@@ -3,109 +3,109 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rpb_retrofit.cli.options import Bos, Json, check_bos, count, unused
+from rpb_retrofit.cli.options import Bos, Json, count, unused
 from rpb_retrofit.cli.outputs import PICTURES, check_outputs, check_scratch, show, table
 from rpb_retrofit.config import parse_count
 from rpb_retrofit.errors import ConfigError
 from rpb_retrofit.files.printable import one_line
 
 if TYPE_CHECKING:
+    from rpb_retrofit.evaluation.evaluate import EvaluationResult
+    from rpb_retrofit.evaluation.nll import LengthResult
     from rpb_retrofit.evaluation.retrieval import Cell
     from rpb_retrofit.evaluation.speed import Skipped, SpeedResult
 
 
+Model = Annotated[str, typer.Argument(help="A retrofit, any causal model's folder or hub id, or a GGUF file.")]
+Data = Annotated[
+    str | None, typer.Option(metavar="FILE", help="Text, JSONL or Parquet (column 'text'). Default: Python's help.")
+]
+Lengths = Annotated[str, typer.Option(help="Context lengths, separated by commas.")]
+Tokens = Annotated[str, typer.Option(metavar="N", help="Tokens of text, the same ones at every length.")]
+Stride = Annotated[
+    str,
+    typer.Option(
+        metavar="N", help="Tokens from one window to the next; 0: the length, so that windows do not overlap."
+    ),
+]
+Retrieval = Annotated[
+    str, typer.Option(metavar="KINDS", help="Ask about long contexts: kinds separated by commas, or all.")
+]
+Depths = Annotated[str, typer.Option(help="Where in the context the answer stands, 0 to 1.")]
+Items = Annotated[int, typer.Option(min=1, help="Questions of each kind, length and depth.")]
+Rounds = Annotated[int, typer.Option("--speed", metavar="ROUNDS", min=0, help="Time it so often at each length.")]
+Plot = Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the loss by position.")]
+
+
 def command(
     given: typer.Context,
-    model: Annotated[str, typer.Argument(help="A retrofit, any causal model's folder or hub id, or a GGUF file.")],
-    data: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Text, JSONL or Parquet (column 'text'). Default: Python's help.")
-    ] = None,
-    lengths: Annotated[str, typer.Option(help="Context lengths, separated by commas.")] = "512,2048",
-    tokens: Annotated[str, typer.Option(metavar="N", help="Tokens of text, the same ones at every length.")] = "8192",
-    stride: Annotated[
-        str,
-        typer.Option(
-            metavar="N", help="Tokens from one window to the next; 0: the length, so that windows do not overlap."
-        ),
-    ] = "0",
+    model: Model,
+    data: Data = None,
+    lengths: Lengths = "512,2048",
+    tokens: Tokens = "8192",
+    stride: Stride = "0",
     bos: Bos = "auto",
-    retrieval: Annotated[
-        str, typer.Option(metavar="KINDS", help="Ask about long contexts: kinds separated by commas, or all.")
-    ] = "",
-    depths: Annotated[str, typer.Option(help="Where in the context the answer stands, 0 to 1.")] = "0,0.5,1",
-    items: Annotated[int, typer.Option(min=1, help="Questions of each kind, length and depth.")] = 10,
-    rounds: Annotated[
-        int, typer.Option("--speed", metavar="ROUNDS", min=0, help="Time it so often at each length.")
-    ] = 0,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the loss by position.")] = None,
+    retrieval: Retrieval = "",
+    depths: Depths = "0,0.5,1",
+    items: Items = 10,
+    rounds: Rounds = 0,
+    plot: Plot = None,
     json: Json = None,
 ) -> None:
     """Mean loss by context length and by position, what the model finds in a long context, and how fast it is."""
-    from rpb_retrofit.checkpoint.load import open_causal_lm
-    from rpb_retrofit.evaluation.nll import Windows, check_ids, nll_at_length
-    from rpb_retrofit.evaluation.retrieval import cells, make_items, measure
-    from rpb_retrofit.evaluation.speed import speed
-    from rpb_retrofit.text import bos_policy, read_text, tokenise
+    from rpb_retrofit.evaluation.evaluate import evaluate
 
-    wanted, kinds, places = parse_lengths(lengths), parse_kinds(retrieval), parse_depths(depths)
-    check_bos(bos)
-    budget, every = count("--tokens", tokens, least=2), count("--stride", stride, thousand=1024, least=0)
-    if every > min(wanted):
-        raise ConfigError(f"--stride {stride}: it must lie between 1 and the shortest length, {min(wanted)}")
+    kinds = parse_kinds(retrieval)
+    settings: dict[str, Any] = {
+        "lengths": parse_lengths(lengths),
+        "depths": parse_depths(depths),
+        "tokens": count("--tokens", tokens, least=0),
+        "stride": count("--stride", stride, thousand=1024, least=0),
+    }
     if not kinds:
         unused(given, ["depths", "items"], "they belong to --retrieval, and nothing is asked")
     check_outputs({"--plot": plot, "--json": json}, [model, data], {"--plot": PICTURES})
     check_scratch()
-    text = read_text(data)
-    network, tokenizer = open_causal_lm(model)
-    documents, first = tokenise(tokenizer, text.documents), bos_policy(tokenizer, bos)
-    check_ids(network, documents)
-    asked = [item for kind in kinds for item in make_items(kind, tokenizer, documents, wanted, places, items)]
-    results = [
-        nll_at_length(network, documents, Windows(length, every or length - (first is not None), first), budget)
-        for length in wanted
-    ]
-    answers = measure(network, asked)
+    result = evaluate(model, data=data, bos=bos, retrieval=kinds, items=items, rounds=rounds, **settings)
     if plot:
         from rpb_retrofit.evaluation.plots import loss_by_position, save
 
-        save(loss_by_position({Path(model).name: results}), plot)
-    policy = "no BOS" if first is None else f"BOS ({tokenizer.bos_token!r}) first in every window"
-    cut = f"stride {every}" if every else "windows do not overlap"
-    lines = [
-        one_line(model),
-        f"text: {one_line(text.name)}; {cut}; {policy}; loss in nats a token, each token counting the same",
-        "",
-    ]
-    rows = [[str(r.length), f"{r.nll:.4f}", str(r.tokens), str(r.windows)] for r in results]
-    lines += [table(["length", "loss", "tokens", "windows"], rows), "", "by position in the window:"]
+        save(loss_by_position({Path(model).name: result.lengths}), plot)
+    show(in_words(result, items, rounds), result.as_json(), json)
+
+
+def in_words(result: EvaluationResult, items: int, rounds: int) -> str:
+    """All tables, for the terminal."""
+    cut = f"stride {result.stride}" if result.stride else "windows do not overlap"
+    text = f"text: {one_line(result.data)}; {cut}; {result.bos}; loss in nats a token, each token counting the same"
+    rows = [[str(r.length), f"{r.nll:.4f}", str(r.tokens), str(r.windows)] for r in result.lengths]
+    lines = [one_line(result.model), text, "", table(["length", "loss", "tokens", "windows"], rows)]
+    lines += ["", "by position in the window:", position_table(result.lengths)]
+    if result.answers:
+        prompts = "chat prompts" if result.chat else "plain prompts"
+        lines += ["", f"retrieval, {items} {prompts} each; correct: share answered to the letter; loss of the answer:"]
+        lines.append(cell_table(result.retrieval))
+    if result.speed:
+        lines += ["", f"medians of {rounds} rounds; memory is what a run holds beside the weights:"]
+        lines.append(speed_table(result.speed))
+    return "\n".join(lines)
+
+
+def position_table(results: Sequence[LengthResult]) -> str:
+    """Loss by position in the window, a column for each length."""
     edges = [f"{b.first}-{b.last}" for b in max(results, key=lambda r: r.length).by_position]
     by_edge = [{f"{b.first}-{b.last}": f"{b.nll:.3f}" for b in r.by_position} for r in results]
-    lines.append(
-        table(["position", *(str(r.length) for r in results)], [[e, *(b.get(e, "") for b in by_edge)] for e in edges])
-    )
-    found = cells(answers)
-    if kinds:
-        prompts = "plain prompts" if tokenizer.chat_template is None else "chat prompts"
-        lines += ["", f"retrieval, {items} {prompts} each; correct: share answered to the letter; loss of the answer:"]
-        lines.append(cell_table(found))
-    timed = speed({"model": network}, wanted, rounds=rounds)["model"] if rounds else []
-    if timed:
-        lines += ["", f"medians of {rounds} rounds; memory is what a run holds beside the weights:", speed_table(timed)]
-    settings = {"model": model, "data": text.name, "stride": every or "length", "bos": policy, "tokens": budget}
-    measured = {"lengths": [asdict(r) for r in results], "retrieval": [asdict(c) for c in found], "answers": answers}
-    measured["speed"] = [asdict(result) for result in timed]
-    show("\n".join(lines), {**settings, **measured}, json)
+    rows = [[edge, *(losses.get(edge, "") for losses in by_edge)] for edge in edges]
+    return table(["position", *(str(r.length) for r in results)], rows)
 
 
 def cell_table(cells: Sequence[Cell]) -> str:
-    """What was found of each kind, at each length and depth."""
+    """Answers of each kind, at each length and depth."""
     rows = [
         [c.kind, str(c.length), "all" if c.depth is None else f"{c.depth:g}", f"{c.correct:.0%}", f"{c.nll:.4f}"]
         for c in cells
@@ -130,13 +130,13 @@ def speed_table(results: Sequence[SpeedResult | Skipped]) -> str:
 
 def parse_lengths(lengths: str, option: str = "--lengths") -> list[int]:
     """``512,2k`` as numbers, ascending. ConfigError names what is no length."""
-    found = set()
+    parsed = set()
     for item in lengths.split(","):
         length = parse_count(item, thousand=1024)
         if length is None or length < 2:
             raise ConfigError(f"{option} {lengths}: '{item}' is not a length of at least 2 tokens")
-        found.add(length)
-    return sorted(found)
+        parsed.add(length)
+    return sorted(parsed)
 
 
 def parse_kinds(kinds: str) -> list[str]:
@@ -146,15 +146,15 @@ def parse_kinds(kinds: str) -> list[str]:
 
     if kinds.strip() == "all":
         return list(KINDS)
-    found = [kind.strip() for kind in kinds.split(",")] if kinds else []
-    for kind in found:
-        check_kind(kind)
-    return list(dict.fromkeys(found))
+    names = [kind.strip() for kind in kinds.split(",")] if kinds else []
+    for name in names:
+        check_kind(name)
+    return list(dict.fromkeys(names))
 
 
 def parse_depths(depths: str) -> list[float]:
     """``0,0.5,1`` as numbers, ascending. ConfigError names what is no depth."""
-    found = []
+    parsed = []
     for item in depths.split(","):
         try:
             depth = float(item)
@@ -162,5 +162,5 @@ def parse_depths(depths: str) -> list[float]:
             depth = -1.0
         if not 0 <= depth <= 1:
             raise ConfigError(f"--depths {depths}: '{item}' is not a depth between 0, the context's beginning, and 1")
-        found.append(depth)
-    return sorted(set(found))
+        parsed.append(depth)
+    return sorted(set(parsed))

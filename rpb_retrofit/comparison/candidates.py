@@ -56,10 +56,10 @@ class Figures:
 
     def difference(self, a: Candidate, b: Candidate) -> Difference:
         """How much more ``b`` loses than ``a`` at the target, in nats a token."""
-        if (found := self.differences.get((a.name, b.name))) is not None:
-            return found
-        found = self.differences[b.name, a.name]
-        return replace(found, mean=-found.mean, low=-found.high, high=-found.low)
+        if (difference := self.differences.get((a.name, b.name))) is not None:
+            return difference
+        difference = self.differences[b.name, a.name]
+        return replace(difference, mean=-difference.mean, low=-difference.high, high=-difference.low)
 
     def beats(self, a: Candidate, b: Candidate) -> bool:
         """Whether ``a`` really loses less than ``b`` at the target."""

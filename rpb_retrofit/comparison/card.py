@@ -66,19 +66,19 @@ def where_t5_loses(result: Mapping[str, Any]) -> Iterator[str]:
         if not t5 or not others:
             continue
         for at, part in (("target", "beyond"), ("inside", "inside")):
-            ours, theirs = (_lowest(group, part) for group in (t5, others))
-            if ours is None or theirs is None or theirs[part]["mean"] >= ours[part]["mean"]:
+            best, rival = (_lowest(group, part) for group in (t5, others))
+            if best is None or rival is None or rival[part]["mean"] >= best[part]["mean"]:
                 continue
-            found = pairs.get((at, theirs["id"], ours["id"]))
-            sign = 1 if found else -1
-            found = found or pairs[at, ours["id"], theirs["id"]]
-            low, high = sorted((sign * found["low"], sign * found["high"]))
-            sure = "" if found["real"] else ", no sure difference"
-            inside = f"inside ({ours['inside']['length']:,} tokens)" if ours["inside"] else ""
+            pair = pairs.get((at, rival["id"], best["id"]))
+            sign = 1 if pair else -1
+            pair = pair or pairs[at, best["id"], rival["id"]]
+            low, high = sorted((sign * pair["low"], sign * pair["high"]))
+            sure = "" if pair["real"] else ", no sure difference"
+            inside = f"inside ({best['inside']['length']:,} tokens)" if best["inside"] else ""
             place = f"at {result['target']:,} tokens" if at == "target" else inside
             yield (
-                f"{budget}, {place}: {ours['id']}, the best T5 arm, loses {sign * found['mean']:+.3f} "
-                f"({low:+.3f} to {high:+.3f}) nats a token more than {theirs['id']}{sure}"
+                f"{budget}, {place}: {best['id']}, the best T5 arm, loses {sign * pair['mean']:+.3f} "
+                f"({low:+.3f} to {high:+.3f}) nats a token more than {rival['id']}{sure}"
             )
         yield from _spans(t5, others, budget)
         if not trained:
@@ -96,9 +96,9 @@ def _lowest(rows: Sequence[Row], part: str) -> Row | None:
 
 def _spans(t5: Sequence[Row], others: Sequence[Row], budget: str) -> Iterator[str]:
     """The distances at which a repeated span brings more without T5's bias."""
-    ours, theirs = _gains(t5), _gains(others)
-    for distance in sorted(ours.keys() & theirs.keys()):
-        (own, name), (other, better) = max(ours[distance]), max(theirs[distance])
+    with_t5, without = _gains(t5), _gains(others)
+    for distance in sorted(with_t5.keys() & without.keys()):
+        (own, name), (other, better) = max(with_t5[distance]), max(without[distance])
         if other > own:
             yield (
                 f"{budget}, a span repeated after {distance:,} tokens: brings {own:+.2f} nats a token with {name}, "
@@ -108,23 +108,24 @@ def _spans(t5: Sequence[Row], others: Sequence[Row], budget: str) -> Iterator[st
 
 def _gains(rows: Sequence[Row]) -> dict[int, list[tuple[float, str]]]:
     """What a repeated span brings to each arm, by its distance."""
-    found: dict[int, list[tuple[float, str]]] = {}
+    gains: dict[int, list[tuple[float, str]]] = {}
     for row in rows:
         for span in row["induction"]:
-            found.setdefault(span["distance"], []).append((span["mean"], row["id"]))
-    return found
+            gains.setdefault(span["distance"], []).append((span["mean"], row["id"]))
+    return gains
 
 
 def _slower(t5: Sequence[Row], others: Sequence[Row]) -> Iterator[str]:
     """How much more time the fastest T5 arm takes than the fastest other."""
     for what, key in (("reading a prompt", "prefill_s"), ("a token", "decode_s")):
-        ours, theirs = (
+        fastest, rival = (
             min(((row["speed"][-1][key], row["id"]) for row in group if _timed(row)), default=None)
             for group in (t5, others)
         )
-        if ours and theirs and ours[0] > theirs[0]:
+        if fastest and rival and fastest[0] > rival[0]:
             yield (
-                f"{what}: {ours[1]}, the fastest T5 arm, takes {ours[0] / theirs[0]:.2f} times as long as {theirs[1]}"
+                f"{what}: {fastest[1]}, the fastest T5 arm, takes {fastest[0] / rival[0]:.2f} times as long as "
+                f"{rival[1]}"
             )
 
 
@@ -132,17 +133,17 @@ def _timed(row: Row) -> bool:
     return bool(row["speed"]) and "skipped" not in row["speed"][-1]
 
 
-def loss(found: Mapping[str, Any] | None) -> str:
+def loss(mean_loss: Mapping[str, Any] | None) -> str:
     """A mean loss."""
-    return "not measured" if found is None else f"{found['mean']:.3f}"
+    return "not measured" if mean_loss is None else f"{mean_loss['mean']:.3f}"
 
 
-def gap(found: Mapping[str, Any] | None) -> str:
+def gap(mean_loss: Mapping[str, Any] | None) -> str:
     """What it is above the reference, with its interval; in bold where that is real."""
-    if found is None or (above := found["above"]) is None:
+    if mean_loss is None or (above := mean_loss["above"]) is None:
         return ""
-    said = as_difference(above).interval
-    return f"**{said}**" if above["real"] else said
+    interval = as_difference(above).interval
+    return f"**{interval}**" if above["real"] else interval
 
 
 def times(row: Row) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from rpb_retrofit.comparison import pictures
 from rpb_retrofit.comparison.candidates import Candidate
-from rpb_retrofit.comparison.pictures import Series, Spot
+from rpb_retrofit.comparison.pictures import PlottedRow, Series
 from rpb_retrofit.comparison.ranking import Ranking
 from rpb_retrofit.pages.drawing import as_data_uri
 from rpb_retrofit.pages.page import Exhibit, Table
@@ -37,16 +37,16 @@ def exhibits(ranking: Ranking) -> Iterator[Exhibit]:
 
 
 def _quality(ranking: Ranking) -> Iterator[Exhibit]:
-    spots = [_spot(ranking, candidate) for candidate in ranking.ranked]
-    if not spots or ranking.anchor is None:
+    plotted = [_plotted(ranking, candidate) for candidate in ranking.ranked]
+    if not plotted or ranking.anchor is None:
         return
     markers = MARKERS.format(anchor=ranking.anchor.name)
     untimed = [c.name for c in ranking.ranked if c.slowdown is None]
-    timed = [spot for spot, candidate in zip(spots, ranking.ranked, strict=True) if candidate.slowdown is not None]
+    timed = [point for point, candidate in zip(plotted, ranking.ranked, strict=True) if candidate.slowdown is not None]
     rows = []
-    for spot, candidate in zip(spots, ranking.ranked, strict=True):
-        bounds = ["", ""] if ranking.behind(candidate) is None else [number(spot.low), number(spot.high)]
-        rows.append([spot.name, number(spot.loss), *bounds, number(candidate.slowdown, ".2f")])
+    for point, candidate in zip(plotted, ranking.ranked, strict=True):
+        bounds = ["", ""] if ranking.behind(candidate) is None else [number(point.low), number(point.high)]
+        rows.append([point.name, number(point.loss), *bounds, number(candidate.slowdown, ".2f")])
     numbers = Table("Loss at the target in nats a token", ("arm", "loss", "low (95%)", "high (95%)", "time"), rows)
     crossed = " A cross is a row that cannot be taken; why stands at the top of the page." if ranking.rejected else ""
     if not timed:
@@ -55,7 +55,7 @@ def _quality(ranking: Ranking) -> Iterator[Exhibit]:
             "Loss at the target",
             f"The lowest first; times were not measured. {markers}{crossed}",
             [numbers],
-            as_data_uri(lambda: pictures.ranking(spots, "loss at the target (nats a token)")),
+            as_data_uri(lambda: pictures.ranking(plotted, "loss at the target (nats a token)")),
             "Loss at the target by arm, the lowest first; numbers in the table below.",
             least_width=30,
         )
@@ -77,19 +77,19 @@ def _quality(ranking: Ranking) -> Iterator[Exhibit]:
     )
 
 
-def _spot(ranking: Ranking, candidate: Candidate) -> Spot:
+def _plotted(ranking: Ranking, candidate: Candidate) -> PlottedRow:
     """A row at the target; its interval is that of its difference from the anchor."""
     name, gap = candidate.name, ranking.behind(candidate)
-    look = ranking.looks[name]
+    style = ranking.styles[name]
     budget = next(budget for budget, names in ranking.budgets.items() if name in names)
     low, high = (0.0, 0.0) if gap is None else (gap.low - gap.mean, gap.high - gap.mean)
-    return Spot(
+    return PlottedRow(
         ranking.titled(name),
         candidate.loss,
         candidate.loss + low,
         candidate.loss + high,
         gap is None or gap.real,
-        replace(look, marker="x") if name in ranking.rejected else look,
+        replace(style, marker="x") if name in ranking.rejected else style,
         budget,
         math.nan if candidate.slowdown is None else candidate.slowdown,
         candidate.fault is None,
@@ -102,10 +102,10 @@ def _inside(ranking: Ranking) -> Iterator[Exhibit]:
         return
     rows.sort(key=lambda row: row["inside"]["above"]["mean"])
     length, keep = rows[0]["inside"]["length"], ranking.result["constraints"]["must_keep"]
-    spots = []
+    plotted = []
     for row in rows:
         mean, low, high, real = (row["inside"]["above"][key] for key in ("mean", "low", "high", "real"))
-        spots.append(Spot(ranking.titled(row["id"]), mean, low, high, real, ranking.looks[row["id"]]))
+        plotted.append(PlottedRow(ranking.titled(row["id"]), mean, low, high, real, ranking.styles[row["id"]]))
     trained = " Trained rows are held against the source trained likewise." if len(ranking.budgets) > 1 else ""
     yield Exhibit(
         "inside",
@@ -119,7 +119,7 @@ def _inside(ranking: Ranking) -> Iterator[Exhibit]:
                 [[row["id"], number(row["inside"]["mean"]), *effect(row["inside"]["above"])] for row in rows],
             )
         ],
-        as_data_uri(lambda: pictures.ranking(spots, "above the source (nats a token)", keep, "+.3f")),
+        as_data_uri(lambda: pictures.ranking(plotted, "above the source (nats a token)", keep, "+.3f")),
         "Loss above the source inside the context by arm, the lowest first; numbers in the table below.",
         least_width=30,
     )
@@ -128,12 +128,12 @@ def _inside(ranking: Ranking) -> Iterator[Exhibit]:
 def _lengths(ranking: Ranking) -> Iterator[Exhibit]:
     def drawn(row: Row) -> list[Row]:
         """Means with the intervals of their differences from the reference, which has none."""
-        found: list[Row] = []
+        drawn_rows: list[Row] = []
         for loss in row["losses"]:
             above, mean = loss["above"] or {"mean": 0.0, "low": 0.0, "high": 0.0, "real": True}, loss["mean"]
             reach = {key: mean + above[key] - above["mean"] for key in ("low", "high")}
-            found.append({"length": loss["length"], "mean": mean, **reach, "real": above["real"]})
-        return found
+            drawn_rows.append({"length": loss["length"], "mean": mean, **reach, "real": above["real"]})
+        return drawn_rows
 
     panels = _panels(ranking, drawn)
     if not panels:
@@ -149,7 +149,7 @@ def _lengths(ranking: Ranking) -> Iterator[Exhibit]:
         f"All positions of the windows count. {_BOLD} A filled marker really differs from the source, a hollow one "
         "does not; bars are 95% intervals of the difference. The scale is stretched towards the lowest loss.",
         [Table("Losses in nats a token, and above the source's", ("arm", "tokens", "loss", *EFFECT), rows)],
-        as_data_uri(lambda: pictures.by_length(panels, ranking.looks)),
+        as_data_uri(lambda: pictures.by_length(panels, ranking.styles)),
         "Loss by length of the window, a line for each arm; numbers in the table below.",
         least_width=_LINES,
     )
@@ -180,7 +180,7 @@ def _positions(ranking: Ranking) -> Iterator[Exhibit]:
         "differences, as all arms read the same text. The scale is stretched towards the lowest loss."
         f"{' The line stands where the context ends that the source was trained for.' if beyond else ''}",
         [Table("Losses in nats a token", ("arm", "positions", "loss", "low (95%)", "high (95%)"), rows)],
-        as_data_uri(lambda: pictures.by_position(panels, ranking.looks, context if beyond else None)),
+        as_data_uri(lambda: pictures.by_position(panels, ranking.styles, context if beyond else None)),
         "Loss by position in the window, a line for each arm; numbers in the table below.",
         least_width=_LINES,
     )
@@ -222,7 +222,7 @@ def _induction(ranking: Ranking) -> Iterator[Exhibit]:
         "A repeated span",
         f"{SPANS} {_BOLD}",
         [Table("Gain in nats a token", ("arm", "distance", *EFFECT), rows)],
-        as_data_uri(lambda: pictures.induction(panels, ranking.looks)),
+        as_data_uri(lambda: pictures.induction(panels, ranking.styles)),
         "Gain from a repeated span by distance, a line for each arm; numbers in the table below.",
         least_width=_LINES,
     )
@@ -256,7 +256,7 @@ def _speed(ranking: Ranking) -> Iterator[Exhibit]:
         "All arms in turns in one run, medians of the rounds; compare the ratios, not the numbers of other machines. "
         f"Memory is without the weights; training changes neither. {_BOLD if panels else ''}",
         [Table("Speed and memory", head, lines)],
-        as_data_uri(lambda: pictures.speed(panels, ranking.looks, limit)) if panels else None,
+        as_data_uri(lambda: pictures.speed(panels, ranking.styles, limit)) if panels else None,
         "Time of prefill and of decoding over the source's by length of the prompt, a line for each arm; numbers in "
         "the table below.",
         least_width=_LINES,
@@ -282,8 +282,8 @@ def _times(timed: Row, source: Row | None) -> list[str]:
 
 def _panels(ranking: Ranking, drawn: Callable[[Row], Sequence[Row]]) -> dict[str, Series]:
     """Rows' measurements as they are ``drawn``, by budget of training; only what there is."""
-    found = {
+    panels = {
         budget: {name: own for name in names if (own := drawn(ranking.rows[name]))}
         for budget, names in ranking.budgets.items()
     }
-    return {budget: series for budget, series in found.items() if series}
+    return {budget: series for budget, series in panels.items() if series}

@@ -44,9 +44,9 @@ class _Figures:
         lengths: list[Part] = [(n, 1, n - 1) for n in self.plan.lengths]
         parts = {*lengths, self.beyond, *([self.inside] if self.inside else [])}
         asked = [(row, part) for part in sorted(parts) for row in rows if self._reference(row) is not None]
-        found = [(row, part, gap) for row, part in asked if (gap := self._gap(self._reference(row), row, part))]
-        sure = controlled([gap for *_, gap in found])
-        above = {(row.name, part): gap for (row, part, _), gap in zip(found, sure, strict=True)}
+        gaps = [(row, part, gap) for row, part in asked if (gap := self._gap(self._reference(row), row, part))]
+        adjusted = controlled([gap for *_, gap in gaps])
+        above = {(row.name, part): gap for (row, part, _), gap in zip(gaps, adjusted, strict=True)}
         return {
             "context": self.context,
             "target": self.plan.target,
@@ -61,9 +61,9 @@ class _Figures:
 
     def _gap(self, a: Row | None, b: Row, part: Part) -> Difference | None:
         """How much more ``b`` loses than ``a``; None where one was not measured."""
-        theirs = [] if a is None else _losses(a.measured, part)
+        reference = [] if a is None else _losses(a.measured, part)
         own = _losses(b.measured, part)
-        return over_seeds(theirs, own) if theirs and own else None
+        return over_seeds(reference, own) if reference and own else None
 
     def _row(self, row: Row, lengths: Sequence[Part], above: Mapping[tuple[str, Part], Difference]) -> JSON:
         def at(part: Part) -> JSON | None:
@@ -72,7 +72,7 @@ class _Figures:
                 return None
             return {
                 "length": part[0],
-                "mean": fmean(found.mean for found in losses),
+                "mean": fmean(one.mean for one in losses),
                 "above": None if gap is None else as_json(gap),
             }
 
@@ -85,7 +85,7 @@ class _Figures:
             "tokens": row.tokens,
             "rate": row.rate,
             "seeds": len(row.measured),
-            "losses": [found for part in lengths if (found := at(part)) is not None],
+            "losses": [loss for part in lengths if (loss := at(part)) is not None],
             "inside": None if self.inside is None else at(self.inside),
             "beyond": None if beyond is None else {**beyond, "first": self.beyond[1]},
             "by_position": self._by_position(row),
@@ -109,35 +109,35 @@ class _Figures:
     def _by_position(self, row: Row) -> list[JSON]:
         """Loss by position at the target, in bins of powers of two, with 95% bands over stretches of text."""
         losses = [m.losses[self.plan.target] for m in row.measured if self.plan.target in m.losses]
-        found, first = [], 1
+        bins, first = [], 1
         while losses and first < self.plan.target:
             last = min(2 * first - 1, self.plan.target - 1)
             parts = [one.at(first, last) for one in losses]
             mean = torch.stack([part.losses.double() for part in parts]).mean(0)
             band = paired(mean.flatten().tolist(), parts[0].clusters().flatten().tolist())
-            found.append(
+            bins.append(
                 {
                     **{"length": self.plan.target, "first": first, "last": last},
                     **{"nll": band.mean, "low": band.low, "high": band.high},
                 }
             )
             first *= 2
-        return found
+        return bins
 
     def _speed(self, arm: str) -> list[JSON]:
         """An arm's times, and over the source's, round by round."""
-        found: list[JSON] = []
-        theirs = {result.length: result for result in self.comparison.timed.get(SOURCE, ())}
+        rows: list[JSON] = []
+        of_source = {result.length: result for result in self.comparison.timed.get(SOURCE, ())}
         for result in self.comparison.timed.get(arm, ()):
-            source = theirs.get(result.length)
+            source = of_source.get(result.length)
             if not isinstance(result, SpeedResult):
-                found.append({"length": result.length, "skipped": result.reason})
+                rows.append({"length": result.length, "skipped": result.reason})
                 continue
             prefill = decode = None
             if isinstance(source, SpeedResult):
                 prefill = result.prefill_s.over(source.prefill_s)
                 decode = result.decode_s_per_token.over(source.decode_s_per_token)
-            found.append(
+            rows.append(
                 {
                     "length": result.length,
                     "prefill_s": result.prefill_s.median,
@@ -148,17 +148,17 @@ class _Figures:
                     "peak_bytes": result.peak_bytes,
                 }
             )
-        return found
+        return rows
 
     def _pairs(self) -> list[JSON]:
         """Every pair of rows, at the target and inside."""
-        found = []
+        gaps = []
         for at, part in (("target", self.beyond), ("inside", self.inside)):
             for a, b in combinations(self.comparison.rows, 2):
                 if part is not None and (gap := self._gap(a, b, part)) is not None:
-                    found.append((a.name, b.name, at, gap))
-        sure = controlled([gap for *_, gap in found])
-        return [{"a": a, "b": b, "at": at, **as_json(gap)} for (a, b, at, _), gap in zip(found, sure, strict=True)]
+                    gaps.append((a.name, b.name, at, gap))
+        adjusted = controlled([gap for *_, gap in gaps])
+        return [{"a": a, "b": b, "at": at, **as_json(gap)} for (a, b, at, _), gap in zip(gaps, adjusted, strict=True)]
 
 
 def table(result: Mapping[str, Any]) -> Figures:
@@ -197,16 +197,16 @@ def as_json(difference: Difference) -> JSON:
     return {**asdict(difference), "real": difference.real}
 
 
-def as_difference(found: Mapping[str, Any]) -> Difference:
+def as_difference(numbers: Mapping[str, Any]) -> Difference:
     """The inverse of `as_json`."""
-    return Difference(**{name: found[name] for name in Difference.__dataclass_fields__})
+    return Difference(**{name: numbers[name] for name in Difference.__dataclass_fields__})
 
 
 def _losses(measured: Sequence[Measured], part: Part) -> list[Losses]:
     """The losses of every seed at the positions of a part; none where a seed has none."""
     length, first, last = part
-    found = [m.losses[length].at(first, last) for m in measured if length in m.losses]
-    return found if len(found) == len(measured) else []
+    losses = [m.losses[length].at(first, last) for m in measured if length in m.losses]
+    return losses if len(losses) == len(measured) else []
 
 
 def over_seeds(a: Sequence[Losses], b: Sequence[Losses]) -> Difference:
@@ -221,7 +221,7 @@ def over_seeds(a: Sequence[Losses], b: Sequence[Losses]) -> Difference:
     if runs == 1:
         return by_text
     by_seed = paired([y.mean - x.mean for x, y in zip(a, b, strict=True)], range(runs))
-    return max(by_text, by_seed, key=lambda found: found.high - found.low)
+    return max(by_text, by_seed, key=lambda over: over.high - over.low)
 
 
 def _mean(runs: Sequence[Losses]) -> Losses:
@@ -232,9 +232,9 @@ def _mean(runs: Sequence[Losses]) -> Losses:
 def _spans(measured: Sequence[Measured]) -> list[JSON]:
     """What a repeated span gains by its distance, with its interval over the spans."""
     rows = [row for one in measured for row in one.spans]
-    found = []
+    spans = []
     for distance in sorted({row["distance"] for row in rows}):
         here = [row for row in rows if row["distance"] == distance]
         gain = paired([row["gain"] for row in here], [row["number"] for row in here])
-        found.append({"distance": distance, **as_json(gain)})
-    return found
+        spans.append({"distance": distance, **as_json(gain)})
+    return spans

@@ -48,8 +48,7 @@ class Healing:
     teacher: PreTrainedModel | None = None
 
     def __post_init__(self) -> None:
-        if not self.rates or not all(0 < rate < math.inf for rate in self.rates):
-            raise ConfigError(f"rates {list(self.rates)}: give at least one, above 0 and finite")
+        check_rates(self.rates)
         if self.seeds < 1:
             raise ConfigError(f"seeds {self.seeds}: at least 1")
 
@@ -57,12 +56,12 @@ class Healing:
         """The held-out loss after a share of the budget at one rate; infinite where it diverges."""
         recipe = self._recipe(rate, 0, SEARCHED)
         try:
-            found = heal(model, self.tokenizer, recipe, label, say, self.teacher)[1].held_out
+            held_out = heal(model, self.tokenizer, recipe, label, say, self.teacher)[1].held_out
         except TrainingError:
             return float("inf")
-        if found is None:
+        if held_out is None:
             raise ConfigError("rates can only be compared on text that is kept apart: set evaluate_tokens above 0")
-        return found
+        return held_out
 
     def heal(
         self, model: PreTrainedModel, rate: float, seed: int, label: str, say: Callable[[str], None]
@@ -87,6 +86,12 @@ class Healing:
                 "trackers": [],
             }
         )
+
+
+def check_rates(rates: Sequence[float]) -> None:
+    """ConfigError for none, or for one that is no learning rate."""
+    if not rates or not all(0 < rate < math.inf for rate in rates):
+        raise ConfigError(f"rates {list(rates)}: give at least one, above 0 and finite")
 
 
 def heal(

@@ -47,14 +47,14 @@ def arms(ranking: Ranking) -> Table:
     )
 
 
-def _loss(found: Mapping[str, Any] | None) -> str | None:
-    return None if found is None else number(found["mean"])
+def _loss(loss: Mapping[str, Any] | None) -> str | None:
+    return None if loss is None else number(loss["mean"])
 
 
-def _above(found: Mapping[str, Any] | None) -> str | None:
-    if found is None:
+def _above(loss: Mapping[str, Any] | None) -> str | None:
+    if loss is None:
         return None
-    if (gap := found["above"]) is None:
+    if (gap := loss["above"]) is None:
         return "the reference"
     mean = f"{'' if gap['real'] else f'{NONE_FOUND} '}{gap['mean']:+.3f}"
     if not (math.isfinite(gap["low"]) and math.isfinite(gap["high"])):
@@ -72,12 +72,12 @@ def _times(value: float | None) -> str | None:
 
 def pairs(ranking: Ranking) -> Exhibit | None:
     """Who really differs from whom at the target: a table of all pairs, and who is not behind the first."""
-    ranked, found = ranking.ranked, _differences(ranking)
-    if not found:
+    ranked, gaps = ranking.ranked, _differences(ranking)
+    if not gaps:
         return None
-    real = sum(gap.real for gap in found.values()) // 2
+    real = sum(gap.real for gap in gaps.values()) // 2
     cells = [
-        [f"{place}. {ranking.titled(row.name)}", *(_cell(found.get((column.name, row.name))) for column in ranked)]
+        [f"{place}. {ranking.titled(row.name)}", *(_cell(gaps.get((column.name, row.name))) for column in ranked)]
         for place, row in enumerate(ranked, 1)
     ]
     listed = [
@@ -94,19 +94,19 @@ def pairs(ranking: Ranking) -> Exhibit | None:
         f"Each row's loss at the target less that of the column, whose number is that of its row; {NONE_FOUND}: no "
         "difference found. All pairs are controlled together.",
         [table for table in listed if table.rows],
-        sentences=[f"Of {len(found) // 2:,} pairs {real:,} really differ.", *_not_told_apart(ranking, ranked)],
+        sentences=[f"Of {len(gaps) // 2:,} pairs {real:,} really differ.", *_not_told_apart(ranking, ranked)],
         shown=[Table("Nats a token", ("arm", *(f"{place}." for place in range(1, len(ranked) + 1))), cells)],
     )
 
 
 def _differences(ranking: Ranking) -> dict[tuple[str, str], Difference]:
     """How much more the second of a pair loses than the first, in both orders."""
-    found = {}
+    gaps = {}
     for a in ranking.ranked:
         for b in ranking.ranked:
             if a is not b and (gap := ranking.difference(a, b)) is not None:
-                found[a.name, b.name] = gap
-    return found
+                gaps[a.name, b.name] = gap
+    return gaps
 
 
 def _cell(gap: Difference | None) -> str:

@@ -58,7 +58,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Probes:
+class Benchmark:
     """The text and the questions, the same for every arm. ``bos`` begins every window."""
 
     plan: ComparisonPlan
@@ -70,7 +70,7 @@ class Probes:
     @classmethod
     def make(
         cls, plan: ComparisonPlan, documents: Sequence[Tensor], bos: int | None, tokenizer: Any, skipped: dict[str, str]
-    ) -> Probes:
+    ) -> Benchmark:
         """All of them; a question that does not fit its length is noted in ``skipped``. Without a tokenizer none."""
         questions: list[Item] = []
         for kind in plan.kinds if plan.items and tokenizer is not None else ():
@@ -104,11 +104,11 @@ class Probes:
         losses = {}
         for length in self.plan.lengths:
             score = partial(token_by_token, model, self.documents, length, self.plan.tokens, self.bos, f"{label}, ")
-            found = tried(str(length), score)
-            if found is not None and not found.losses.isfinite().all():
-                failed[str(length)] = f"{int((~found.losses.isfinite()).sum())} losses are not finite"
-            elif found is not None:
-                losses[length] = found
+            scored = tried(str(length), score)
+            if scored is not None and not scored.losses.isfinite().all():
+                failed[str(length)] = f"{int((~scored.losses.isfinite()).sum())} losses are not finite"
+            elif scored is not None:
+                losses[length] = scored
         questions = tried("questions", lambda: measure(model, self.questions)) if self.questions else []
         spans = tried("repeated spans", lambda: measure(model, self.spans)) if self.spans else []
         return Measured(losses, questions or [], spans or [], failed)

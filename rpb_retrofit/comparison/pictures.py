@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from rpb_retrofit.pages.drawing import SIZE, End, Look, Looks, Row, bands, drawable, listed, mark, points
+from rpb_retrofit.pages.drawing import SIZE, Label, LineStyle, LineStyles, Row, bands, drawable, listed, mark, points
 from rpb_retrofit.pages.labels import LINE, name_ends, name_points
 
 NEAR = 0.1
@@ -26,7 +26,7 @@ Series = Mapping[str, Sequence[Row]]
 
 
 @dataclass(frozen=True)
-class Spot:
+class PlottedRow:
     """A row with its loss and its 95% interval; ``real``: it really differs from what all are held against.
 
     ``budget``: how it was trained; ``time``: over the source's; ``sound``: it runs, so it may be part of a front.
@@ -37,7 +37,7 @@ class Spot:
     low: float
     high: float
     real: bool
-    look: Look
+    style: LineStyle
     budget: str = ""
     time: float = math.nan
     sound: bool = True
@@ -47,15 +47,15 @@ class Spot:
         return {"mean": self.loss, "low": self.low, "high": self.high, "real": self.real}
 
 
-def quality(spots: Sequence[Spot], limit: float | None) -> Any:
+def quality(plotted: Sequence[PlottedRow], limit: float | None) -> Any:
     """Loss against time, with the front of each budget of training: nothing is both faster and better than its steps.
 
     A line stands at the ``limit`` of the time.
     """
-    figure, axes = plt.subplots(figsize=(6.6, max(4.6, 0.26 * len(spots))))
-    stretch(axes, "y", [spot.loss for spot in spots])
-    for spot in spots:
-        mark(axes, spot.time, spot.row, spot.look)
+    figure, axes = plt.subplots(figsize=(6.6, max(4.6, 0.26 * len(plotted))))
+    stretch(axes, "y", [row.loss for row in plotted])
+    for row in plotted:
+        mark(axes, row.time, row.row, row.style)
     axes.margins(x=0.2, y=0.08)
     axes.set_xlim(axes.get_xlim())
     axes.set_ylim(axes.get_ylim())
@@ -66,19 +66,19 @@ def quality(spots: Sequence[Spot], limit: float | None) -> Any:
         axes.set_title(f"limit {limit:g} →", loc="right", fontsize=9, color=LIMIT)
     elif limit is not None:
         axes.set_title(f"← limit {limit:g}", loc="left", fontsize=9, color=LIMIT)
-    budgets, ends = list(dict.fromkeys(spot.budget for spot in spots)), []
+    budgets, labels = list(dict.fromkeys(row.budget for row in plotted)), []
     for budget, dash in zip(budgets, ("-", "--"), strict=False):
-        steps = front([(spot.time, spot.loss) for spot in spots if spot.budget == budget and spot.sound])
+        steps = front([(row.time, row.loss) for row in plotted if row.budget == budget and row.sound])
         if steps:
             x, y = (np.repeat(values, 2) for values in zip(*steps, strict=True))
             corners = [(x[0], axes.get_ylim()[1]), *zip(x[1:], y, strict=False), (right, y[-1])]
             axes.plot(*zip(*corners, strict=True), color=FRONT, ls=dash, lw=0.9, zorder=1)
             name = "front" if len(budgets) == 1 else f"front, {budget.partition(' ')[0]}"
-            ends.append(End(name, *corners[-1], Look(FRONT, dash, "")))
+            labels.append(Label(name, *corners[-1], LineStyle(FRONT, dash, "")))
     axes.set_xlabel("time over the source's")
     axes.set_ylabel("loss at the target (nats a token)")
-    name_ends(axes, ends)
-    name_points(axes, [End(spot.name, spot.time, spot.loss, spot.look) for spot in spots])
+    name_ends(axes, labels)
+    name_points(axes, [Label(row.name, row.time, row.loss, row.style) for row in plotted])
     return figure
 
 
@@ -91,19 +91,19 @@ def _limit(axes: Any, at: float, what: str = "limit {:g}", side: str = "center")
 
 def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Those that no other one is below in both numbers, the lowest of the first number in front."""
-    found: list[tuple[float, float]] = []
+    front: list[tuple[float, float]] = []
     for first, second in sorted(points):
-        if not found or second < found[-1][1]:
-            found.append((first, second))
-    return found
+        if not front or second < front[-1][1]:
+            front.append((first, second))
+    return front
 
 
-def ranking(spots: Sequence[Spot], label: str, limit: float | None = None, form: str = ".3f") -> Any:
+def ranking(plotted: Sequence[PlottedRow], label: str, limit: float | None = None, form: str = ".3f") -> Any:
     """Losses with their intervals, one below the other; a line stands at their ``limit``."""
-    figure, axes = plt.subplots(figsize=(SIZE[0], 0.9 + 0.3 * len(spots)))
+    figure, axes = plt.subplots(figsize=(SIZE[0], 0.9 + 0.3 * len(plotted)))
     differences = form.startswith("+")
-    stretch(axes, "x", [spot.loss for spot in spots], 0.0 if differences else None)
-    listed(axes, [(spot.name, spot.row, spot.look) for spot in spots], form)
+    stretch(axes, "x", [row.loss for row in plotted], 0.0 if differences else None)
+    listed(axes, [(row.name, row.row, row.style) for row in plotted], form)
     if differences:
         axes.axvline(0, color="grey", lw=0.8)
     if limit is not None:
@@ -112,57 +112,57 @@ def ranking(spots: Sequence[Spot], label: str, limit: float | None = None, form:
     return figure
 
 
-def by_length(panels: Mapping[str, Series], looks: Looks) -> Any:
+def by_length(panels: Mapping[str, Series], styles: LineStyles) -> Any:
     """Loss by length of the window, a line for each row."""
     lowest = [row["mean"] for series in panels.values() for rows in series.values() for row in rows]
 
     def draw(axes: Any, series: Series) -> None:
         stretch(axes, "y", lowest)
-        name_ends(axes, points(axes, series, looks, "length"))
+        name_ends(axes, points(axes, series, styles, "length"))
         axes.set_ylabel("loss (nats a token)")
 
     return _stacked(panels, draw, "tokens of a window")
 
 
-def by_position(panels: Mapping[str, Series], looks: Looks, context: int | None) -> Any:
+def by_position(panels: Mapping[str, Series], styles: LineStyles, context: int | None) -> Any:
     """Loss by position in the window, a line for each row; ``context``: where the source's training ended."""
     lowest = [row["nll"] for series in panels.values() for rows in series.values() for row in rows]
 
     def draw(axes: Any, series: Series) -> None:
         stretch(axes, "y", lowest)
         rows = [{**row, "arm": name} for name, own in series.items() for row in own]
-        ends = bands(axes, rows, looks, lambda row: math.sqrt(row["first"] * row["last"]), "nll", shaded=False)
+        labels = bands(axes, rows, styles, lambda row: math.sqrt(row["first"] * row["last"]), "nll", shaded=False)
         if context is not None:
             _limit(axes, context, "trained to {:,}", "right")
-        name_ends(axes, ends)
+        name_ends(axes, labels)
         axes.set_ylabel("loss (nats a token)")
 
     return _stacked(panels, draw, "position in the window (tokens of context)")
 
 
-def induction(panels: Mapping[str, Series], looks: Looks) -> Any:
+def induction(panels: Mapping[str, Series], styles: LineStyles) -> Any:
     """What the first of two equal spans brings the second, by the distance between them, with 95% intervals."""
 
     def draw(axes: Any, series: Series) -> None:
-        ends = points(axes, series, looks, "distance")
+        labels = points(axes, series, styles, "distance")
         axes.axhline(0, color="grey", lw=0.8)
-        name_ends(axes, ends)
+        name_ends(axes, labels)
         axes.set_ylabel("gain (nats a token)")
 
     return _stacked(panels, draw, "distance of the two spans (tokens)")
 
 
-def speed(panels: Mapping[str, Series], looks: Looks, limit: float | None) -> Any:
+def speed(panels: Mapping[str, Series], styles: LineStyles, limit: float | None) -> Any:
     """Times over the source's by length of the prompt, with their limit."""
 
     def draw(axes: Any, series: Series) -> None:
-        ends = points(axes, series, looks, "length")
+        labels = points(axes, series, styles, "length")
         axes.axhline(1, color="grey", lw=0.8)
         low, high = axes.get_ylim()
         if limit is not None and low < limit < high:
             axes.axhline(limit, color=LIMIT, ls="--", lw=1.2)
             axes.text(-0.45, limit, f"limit {limit:g}", va="bottom", fontsize=9, color=LIMIT)
-        name_ends(axes, ends)
+        name_ends(axes, labels)
         axes.set_ylabel("times the source's")
 
     return _stacked(panels, draw, "tokens of the prompt")

@@ -11,9 +11,9 @@ from typing import Any
 from rpb_retrofit.comparison.candidates import Candidate, Figures
 from rpb_retrofit.comparison.figures import table
 from rpb_retrofit.evaluation.statistics import Difference
-from rpb_retrofit.pages.drawing import LOOKS, Look
+from rpb_retrofit.pages.drawing import LINE_STYLES, LineStyle
 
-QUIET = Look("#6b6b6b", "-", "o", quiet=True)
+THIN = LineStyle("#6b6b6b", "-", "o", thin=True)
 """How an arm is drawn that is neither the source nor the answer nor among the best of the rest."""
 
 
@@ -38,8 +38,8 @@ class Ranking:
     @cached_property
     def ranked(self) -> list[Candidate]:
         """Who has a loss at the target, the lowest first."""
-        found = {candidate.name: candidate for candidate in self.figures.candidates}
-        return [found[name] for name in self.rows if math.isfinite(found[name].loss)]
+        by_name = {candidate.name: candidate for candidate in self.figures.candidates}
+        return [by_name[name] for name in self.rows if math.isfinite(by_name[name].loss)]
 
     @property
     def choice(self) -> str | None:
@@ -81,17 +81,17 @@ class Ranking:
         return f"{name}, {role}" if role else name
 
     @cached_property
-    def looks(self) -> Mapping[str, Look]:
+    def styles(self) -> Mapping[str, LineStyle]:
         """How rows are drawn, trained or not: the source, the answer and the best of the rest boldly, in this order."""
         named = [self.result["rows"][0]["id"], self.choice, self.runner_up, *(c.name for c in self.ranked)]
         arms = dict.fromkeys(self.rows[name]["arm"] for name in named if name in self.rows)
-        bold = dict(zip(arms, LOOKS, strict=False))
-        return {name: bold.get(row["arm"], QUIET) for name, row in self.rows.items()}
+        bold = dict(zip(arms, LINE_STYLES, strict=False))
+        return {name: bold.get(row["arm"], THIN) for name, row in self.rows.items()}
 
     @cached_property
     def budgets(self) -> Mapping[str, list[str]]:
         """Names of rows by how much they were trained."""
-        found: dict[int, list[str]] = {}
+        by_tokens: dict[int, list[str]] = {}
         for name, row in self.rows.items():
-            found.setdefault(row["tokens"], []).append(name)
-        return {f"trained on {n:,} tokens" if n else "untrained": found[n] for n in sorted(found)}
+            by_tokens.setdefault(row["tokens"], []).append(name)
+        return {f"trained on {n:,} tokens" if n else "untrained": by_tokens[n] for n in sorted(by_tokens)}

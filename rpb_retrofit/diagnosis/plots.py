@@ -11,20 +11,20 @@ from matplotlib import pyplot as plt
 from numpy.typing import NDArray
 
 from rpb_retrofit.diagnosis.layer_names import name_layers
-from rpb_retrofit.pages.drawing import COLOURS, LOOKS, OTHER, SIZE, Look, Row, arms_of, bands, listed, points
+from rpb_retrofit.pages.drawing import COLOURS, LINE_STYLES, OTHER, SIZE, LineStyle, Row, arms_of, bands, listed, points
 from rpb_retrofit.pages.labels import name_ends
 
-_LOOKS = dict(zip(("source", "retrofit", "control", "untrained"), LOOKS, strict=False))
+_STYLES = dict(zip(("source", "retrofit", "control", "untrained"), LINE_STYLES, strict=False))
 """How an arm is drawn, in every picture."""
 
-_COST_LOOKS = [LOOKS[i] for i in (1, 2, 0, 3, 4)]
+_COST_STYLES = [LINE_STYLES[i] for i in (1, 2, 0, 3, 4)]
 """How a cost is drawn, by its place among the pairs of arms that are compared."""
 
 
 def loss_by_position(rows: Sequence[Row]) -> Any:
     """Loss by position in the window, a line with its 95% band for each arm."""
     figure, axes = plt.subplots(figsize=SIZE)
-    name_ends(axes, bands(axes, rows, _LOOKS, lambda row: math.sqrt(row["first"] * row["last"]), "nll"))
+    name_ends(axes, bands(axes, rows, _STYLES, lambda row: math.sqrt(row["first"] * row["last"]), "nll"))
     axes.set_xlabel("position in the window (tokens of context)")
     axes.set_ylabel("loss (nats a token)")
     return figure
@@ -33,7 +33,7 @@ def loss_by_position(rows: Sequence[Row]) -> Any:
 def entropy(rows: Sequence[Row]) -> Any:
     """Entropy of attention by the number of visible keys, a line with its quartiles for each arm."""
     figure, axes = plt.subplots(figsize=SIZE)
-    name_ends(axes, bands(axes, rows, _LOOKS, lambda row: float(row["keys"]), "mean"))
+    name_ends(axes, bands(axes, rows, _STYLES, lambda row: float(row["keys"]), "mean"))
     axes.set_xlabel("visible keys")
     axes.set_ylabel("entropy of attention (nats)")
     return figure
@@ -47,7 +47,7 @@ def cost(rows: Sequence[Row]) -> Any:
         for arm, above in pairs
     }
     figure, axes = plt.subplots(figsize=SIZE)
-    ends = points(axes, series, dict(zip(series, _COST_LOOKS, strict=False)), "length")
+    ends = points(axes, series, dict(zip(series, _COST_STYLES, strict=False)), "length")
     axes.axhline(0, color="grey", lw=0.8)
     name_ends(axes, ends)
     axes.set_xlabel("tokens of a window")
@@ -59,7 +59,7 @@ def induction(rows: Sequence[Row]) -> Any:
     """What the first of two equal spans brings the second, by the distance between them, with 95% intervals."""
     series = {arm: [row for row in rows if row["arm"] == arm] for arm in arms_of(rows)}
     figure, axes = plt.subplots(figsize=SIZE)
-    ends = points(axes, series, _LOOKS, "distance")
+    ends = points(axes, series, _STYLES, "distance")
     axes.axhline(0, color="grey", lw=0.8)
     name_ends(axes, ends)
     axes.set_xlabel("distance of the two spans (tokens)")
@@ -70,7 +70,7 @@ def induction(rows: Sequence[Row]) -> Any:
 def local_order(rows: Sequence[Row]) -> Any:
     """What the order of neighbours in the context brings, an arm a line, with 95% intervals."""
     figure, axes = plt.subplots(figsize=(SIZE[0], 0.9 + 0.36 * len(rows)))
-    listed(axes, [(row["arm"], row, _LOOKS.get(row["arm"], OTHER)) for row in rows])
+    listed(axes, [(row["arm"], row, _STYLES.get(row["arm"], OTHER)) for row in rows])
     axes.axvline(0, color="grey", lw=0.8)
     axes.set_xlabel("gain (nats a token)")
     return figure
@@ -159,7 +159,7 @@ def factorial(crossings: Sequence[Row]) -> Any:
         sharex=True,
         layout="constrained",
     )
-    look = Look("#000000", "-", "o")
+    look = LineStyle("#000000", "-", "o")
     for crossing, axes in zip(crossings, panels[:, 0], strict=True):
         effects = [("positional method", "method"), (crossing["name"], "factor"), ("both together", "both")]
         listed(axes, [(name, crossing[effect], look) for name, effect in effects])

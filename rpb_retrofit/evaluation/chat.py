@@ -91,21 +91,21 @@ class _Process:
     @staticmethod
     def _line(process: subprocess.Popen[bytes], seconds: float) -> bytes:
         """A line that it writes within so many seconds."""
-        end, found, pipe = time.monotonic() + seconds, bytearray(), process.stdout
+        end, line, pipe = time.monotonic() + seconds, bytearray(), process.stdout
         assert pipe is not None
         with selectors.DefaultSelector() as selector:
             selector.register(pipe, selectors.EVENT_READ)
-            while not found.endswith(b"\n"):
+            while not line.endswith(b"\n"):
                 left = end - time.monotonic()
                 if left <= 0 or not selector.select(left):
                     raise ValueError(f"a prompt of a few lines takes more than {seconds:g} seconds")
                 part = os.read(pipe.fileno(), 2**16)
                 if not part:
                     raise ValueError("a prompt of a few lines takes too much memory or time, and was stopped")
-                found += part
-                if len(found) > LONGEST_ANSWER:
+                line += part
+                if len(line) > LONGEST_ANSWER:
                     raise ValueError(f"it makes more than {LONGEST_ANSWER:,} bytes of a few lines")
-        return bytes(found)
+        return bytes(line)
 
 
 _process = _Process()

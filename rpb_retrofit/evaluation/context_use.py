@@ -77,13 +77,13 @@ def make_inductions(
     known = torch.cat(list(filler)).unique().tolist() if filler else []
     if len(known) < span:
         raise DataError(f"filler: it has {len(known)} different tokens, and a span takes {span}: give longer text")
-    found = []
+    items = []
     for distance in distances:
         name = f"{seed} induction {distance}"
         for number, between in enumerate(pieces(filler, distance - span, count, Random(name))):
             twice = torch.tensor(Random(f"{name} {number}").sample(known, span))
-            found.append(Induction(distance, span, number, torch.cat([_first(bos), twice, between, twice])))
-    return found
+            items.append(Induction(distance, span, number, torch.cat([_first(bos), twice, between, twice])))
+    return items
 
 
 def make_local_orders(
@@ -96,7 +96,7 @@ def make_local_orders(
     """
     if min(lengths, default=6) < 6:
         raise ConfigError(f"length {min(lengths)}: local order takes 6 tokens or more")
-    found = []
+    items = []
     for length in lengths:
         name, start = f"{seed} local-order {length}", len(_first(bos))
         for number, text in enumerate(pieces(filler, length - start, count, Random(name))):
@@ -107,8 +107,8 @@ def make_local_orders(
                 if swap := random.random() < 0.5:
                     order[at], order[at + 1] = at + 1, at
                 at += 2 if swap else 1
-            found.append(LocalOrder(number, ids, ids[order], scored))
-    return found
+            items.append(LocalOrder(number, ids, ids[order], scored))
+    return items
 
 
 @torch.no_grad()

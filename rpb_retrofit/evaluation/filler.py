@@ -30,10 +30,10 @@ def pieces(filler: Sequence[Tensor], size: int, number: int, random: Random) -> 
     step = next(step for step in count(round(0.618 * total)) if gcd(step, total) == 1)
     first = random.randrange(total)
     ends = list(accumulate(places))
-    found = []
+    chosen = []
     for i in range(number):
         place = (first + i * step) % total
         document = next(j for j, end in enumerate(ends) if place < end)
         start = place - (ends[document] - places[document])
-        found.append(filler[document][start : start + size])
-    return found
+        chosen.append(filler[document][start : start + size])
+    return chosen

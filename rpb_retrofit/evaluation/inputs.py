@@ -44,9 +44,11 @@ class OpenModel:
 
 
 def name_of(model: GivenModel) -> str:
-    """What a report calls a model."""
+    """What a report calls a model. ConfigError for what is none."""
     if isinstance(model, PreTrainedModel):
         return model.name_or_path or type(model).__name__
+    if not isinstance(model, str | os.PathLike):
+        raise ConfigError(f"model: a {type(model).__name__} is neither a name nor a model of Transformers")
     return os.fspath(model)
 
 
@@ -64,11 +66,10 @@ def open_given(model: GivenModel, tokenizer: Any = None) -> OpenModel:
                 f"'{name_of(model)}' is a {type(model).__name__}: only models that predict the next token can be scored"
             )
         return OpenModel(name_of(model), model, tokenizer, loaded=True)
-    if not isinstance(model, str | os.PathLike):
-        raise ConfigError(f"model: a {type(model).__name__} is neither a name nor a model of Transformers")
+    name = name_of(model)
     if tokenizer is not None:
-        raise ConfigError(f"tokenizer: '{name_of(model)}' is read with its own; give one beside a loaded model only")
-    return OpenModel(name_of(model), *open_causal_lm(name_of(model)), loaded=False)
+        raise ConfigError(f"tokenizer: '{name}' is read with its own; give one beside a loaded model only")
+    return OpenModel(name, *open_causal_lm(name), loaded=False)
 
 
 def given_text(data: GivenText, option: str = "--data") -> Text:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rpb_retrofit.errors import DataError
-from rpb_retrofit.evaluation.nll import Windows, check_length, token_losses
+from rpb_retrofit.evaluation.nll import LengthResult, Windows, check_length, position_bins, token_losses
 from rpb_retrofit.evaluation.statistics import Difference, paired
 
 STRETCH = 128
@@ -25,7 +25,7 @@ FEWEST_DOCUMENTS = 5
 class Losses:
     """Losses (windows, length - 1), float32, in nats, of the tokens 1 .. length - 1 of windows that do not overlap.
 
-    ``token`` (windows, length - 1), int64: which token of the whole text each is; ``document`` (windows,): whose.
+    ``token`` (windows, length - 1), int64: which token of the whole text each is; ``document`` (windows,): its number.
     """
 
     length: int
@@ -37,6 +37,13 @@ class Losses:
     def mean(self) -> float:
         """Nats a token."""
         return self.losses.double().mean().item()
+
+    def by_length(self) -> LengthResult:
+        """The same, by position in the window only."""
+        windows = len(self.losses)
+        total = torch.cat([torch.zeros(1, dtype=torch.double), self.losses.double().sum(0)])
+        count = torch.full((self.length,), windows)
+        return LengthResult(self.length, self.mean, self.losses.numel(), windows, position_bins(total, count))
 
     def at(self, first: int, last: int) -> Losses:
         """Only the tokens at the positions ``first`` to ``last`` of the window."""

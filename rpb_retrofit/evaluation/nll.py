@@ -106,7 +106,7 @@ def nll_at_length(
         nll=(total.sum() / count.sum()).item(),
         tokens=int(count.sum()),
         windows=len(cut),
-        by_position=_bins(total, count),
+        by_position=position_bins(total, count),
     )
 
 
@@ -156,7 +156,8 @@ def check_length(model: PreTrainedModel, length: int) -> None:
         )
 
 
-def _bins(total: Tensor, count: Tensor) -> list[PositionBin]:
+def position_bins(total: Tensor, count: Tensor) -> list[PositionBin]:
+    """Mean losses in bins of powers of two, of the ``total`` (length,) and ``count`` (length,) of each position."""
     bins = []
     for power in range(math.ceil(math.log2(len(total)))):
         first, last = 2**power, min(2 ** (power + 1), len(total)) - 1

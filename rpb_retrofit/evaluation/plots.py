@@ -144,8 +144,8 @@ def training_curves(stages: Sequence[Mapping[str, Any]], file: Path) -> None:
         steps.set_xlabel("step")
         steps.set_ylabel("training loss (the objective's, a token)")
         steps.legend(title="trained", fontsize=8)
-        found = [evaluation for stage in stages for evaluation in stage["evaluations"]]
-        for evaluation, name in zip(found[:1] + found[-1:], ("before", "after"), strict=False):
+        evaluations = [evaluation for stage in stages for evaluation in stage["evaluations"]]
+        for evaluation, name in zip(evaluations[:1] + evaluations[-1:], ("before", "after"), strict=False):
             for result in evaluation["by_length"][-1:]:
                 centre = [(first * last) ** 0.5 for first, last, _, _ in result["by_position"]]
                 losses = [nll for _, _, nll, _ in result["by_position"]]

@@ -75,19 +75,19 @@ def write(tokenizer: Any, task: Task) -> Prompt:
 
 def fill(tokenizer: Any, texts: Iterator[str], room: int) -> list[list[int]]:
     """Pieces of token ids, ``room`` together: the last is cut short."""
-    found: list[list[int]] = []
+    parts: list[list[int]] = []
     while room:
         for ids in _inside(tokenizer, list(islice(texts, 64))):
             if room:
-                found.append(ids[:room])
-                room -= len(found[-1])
-    return found
+                parts.append(ids[:room])
+                room -= len(parts[-1])
+    return parts
 
 
 def _inside(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     """Token ids of texts as they are after other text: some tokenizers write a space before the first word of all."""
     (anchor,) = tokenizer(["a"], add_special_tokens=False)["input_ids"]
-    found = tokenizer([f"a{text}" for text in texts], add_special_tokens=False, verbose=False)["input_ids"]
-    if all(ids[: len(anchor)] == anchor for ids in found):
-        return [ids[len(anchor) :] for ids in found]
+    encoded = tokenizer([f"a{text}" for text in texts], add_special_tokens=False, verbose=False)["input_ids"]
+    if all(ids[: len(anchor)] == anchor for ids in encoded):
+        return [ids[len(anchor) :] for ids in encoded]
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]

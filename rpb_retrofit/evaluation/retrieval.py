@@ -104,7 +104,7 @@ def _cell(
     kind: str, tokenizer: Any, filler: Sequence[Tensor], length: int, depth: float | None, count: int, seed: int
 ) -> list[Item]:
     name = f"{seed} {kind} {length} {depth}"
-    found, texts = [], list[Tensor]()
+    items, texts = [], list[Tensor]()
     for number in range(count):
         random = Random(f"{name} {number}")
         task = SPREAD[kind](random, length) if depth is None else PLACED[kind](random, depth)
@@ -119,8 +119,8 @@ def _cell(
         else:
             padding = fill(tokenizer, task.padding, room)
         ids = prompt.around(padding)
-        found.append(Item(kind, length, depth, number, torch.tensor([*ids, *prompt.answer]), len(ids)))
-    return found
+        items.append(Item(kind, length, depth, number, torch.tensor([*ids, *prompt.answer]), len(ids)))
+    return items
 
 
 @torch.no_grad()

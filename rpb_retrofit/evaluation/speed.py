@@ -171,12 +171,12 @@ class _TimedModel:
             else:
                 self.runs.append(self._run())
         except (DataError, MemoryError, RuntimeError) as error:
-            said = str(error).partition("\n")[0] or type(error).__name__
+            reason = str(error).partition("\n")[0] or type(error).__name__
             if is_out_of_memory(error):
-                said = f"does not fit into memory: {said}"
+                reason = f"does not fit into memory: {reason}"
             elif not isinstance(error, DataError):
                 raise
-            self.skipped = Skipped(self.ids.shape[1], said)
+            self.skipped = Skipped(self.ids.shape[1], reason)
         if self.skipped:  # only here the error is gone, which holds all that its run computed
             gc.collect()
             torch.cuda.empty_cache()

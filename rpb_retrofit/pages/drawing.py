@@ -28,39 +28,39 @@ SIZE = (4.4, 3.3)
 
 
 @dataclass(frozen=True)
-class Look:
-    """How a line is drawn. One that is ``quiet`` is thin, without markers and intervals: there for comparison."""
+class LineStyle:
+    """How a line is drawn. A ``thin`` one has no markers and intervals: it is there for comparison."""
 
     colour: str
     dash: Any  # as matplotlib takes it: a name, or lengths of ink and gap
     marker: str
-    quiet: bool = False
+    thin: bool = False
 
 
-LOOKS = (
-    Look("#000000", "--", "o"),
-    Look("#C44E00", "-", "D"),
-    Look("#0072B2", "-.", "s"),
-    Look("#008060", ":", "^"),
-    Look("#7B4FA3", (0, (1, 3)), "v"),
+LINE_STYLES = (
+    LineStyle("#000000", "--", "o"),
+    LineStyle("#C44E00", "-", "D"),
+    LineStyle("#0072B2", "-.", "s"),
+    LineStyle("#008060", ":", "^"),
+    LineStyle("#7B4FA3", (0, (1, 3)), "v"),
 )
-"""Looks that differ in dash, marker and colour."""
+"""Styles that differ in dash, marker and colour."""
 
-OTHER = Look("#555555", "-", "v")
+OTHER = LineStyle("#555555", "-", "v")
 """For what nothing was chosen for."""
 
-Looks = Mapping[str, Look]
-"""Looks by the name of a line; what is missing looks as `OTHER`."""
+LineStyles = Mapping[str, LineStyle]
+"""Styles by the name of a line; what is missing is drawn as `OTHER`."""
 
 
 @dataclass(frozen=True)
-class End:
-    """Where a line ends, and what it is called there."""
+class Label:
+    """What a point (x, y) of a picture, often the end of a line, is called there."""
 
     name: str
     x: float
     y: float
-    look: Look
+    style: LineStyle
 
 
 def as_data_uri(draw: Callable[[], Any], kind: Literal["svg", "png"] = "svg") -> str:
@@ -86,69 +86,69 @@ def drawable(value: float) -> float:
 
 
 def bands(
-    axes: Any, rows: Sequence[Row], looks: Looks, place: Callable[[Row], float], middle: str, shaded: bool = True
-) -> list[End]:
+    axes: Any, rows: Sequence[Row], styles: LineStyles, place: Callable[[Row], float], middle: str, shaded: bool = True
+) -> list[Label]:
     """A line for each arm on a log axis of positions, and if ``shaded`` the band between ``low`` and ``high``."""
-    ends = []
+    labels = []
     log2_positions(axes)
     longest = max((row.get("length", 0) for row in rows), default=0)
     for arm in arms_of(rows):
-        own, look = [row for row in rows if row["arm"] == arm], looks.get(arm, OTHER)
+        own, style = [row for row in rows if row["arm"] == arm], styles.get(arm, OTHER)
         x = [place(row) for row in own]
         y = [drawable(row[middle]) for row in own]
-        if look.quiet:
-            axes.plot(x, y, color=look.colour, ls=look.dash, lw=0.8)
+        if style.thin:
+            axes.plot(x, y, color=style.colour, ls=style.dash, lw=0.8)
         else:
-            axes.plot(x, y, color=look.colour, ls=look.dash, marker=look.marker, ms=4, lw=1.6)
-        if shaded and not look.quiet:
+            axes.plot(x, y, color=style.colour, ls=style.dash, marker=style.marker, ms=4, lw=1.6)
+        if shaded and not style.thin:
             low, high = ([drawable(row[bound]) for row in own] for bound in ("low", "high"))
-            axes.fill_between(x, low, high, color=look.colour, alpha=0.13, lw=0)
+            axes.fill_between(x, low, high, color=style.colour, alpha=0.13, lw=0)
             for bound in (low, high):
-                axes.plot(x, bound, color=look.colour, ls=look.dash, lw=0.5)
+                axes.plot(x, bound, color=style.colour, ls=style.dash, lw=0.5)
         size = own[-1].get("length", longest)
-        ends.append(End(arm if size == longest else f"{arm} ({size} tokens)", x[-1], y[-1], look))
-    return ends
+        labels.append(Label(arm if size == longest else f"{arm} ({size} tokens)", x[-1], y[-1], style))
+    return labels
 
 
-def points(axes: Any, series: Mapping[str, Sequence[Row]], looks: Looks, place: str) -> list[End]:
+def points(axes: Any, series: Mapping[str, Sequence[Row]], styles: LineStyles, place: str) -> list[Label]:
     """A line with intervals for each series over evenly spaced sizes, its points beside those of the others."""
     sizes = sorted({row[place] for rows in series.values() for row in rows})
-    loud = [name for name in series if not looks.get(name, OTHER).quiet]
-    ends = []
+    bold = [name for name in series if not styles.get(name, OTHER).thin]
+    labels = []
     for name, rows in series.items():
-        look = looks.get(name, OTHER)
+        style = styles.get(name, OTHER)
         # Aside, so that intervals do not lie on one another.
-        aside = 0.0 if look.quiet else 0.09 * (loud.index(name) - (len(loud) - 1) / 2)
+        aside = 0.0 if style.thin else 0.09 * (bold.index(name) - (len(bold) - 1) / 2)
         x = [sizes.index(row[place]) + aside for row in rows]
         y = [drawable(row["mean"]) for row in rows]
-        axes.plot(x, y, color=look.colour, ls=look.dash, lw=0.8 if look.quiet else 1.3)
+        axes.plot(x, y, color=style.colour, ls=style.dash, lw=0.8 if style.thin else 1.3)
         for at, row in zip(x, rows, strict=True):
-            if not look.quiet:
-                mark(axes, at, row, look)
-        ends.append(End(name, x[-1], y[-1], look))
+            if not style.thin:
+                mark(axes, at, row, style)
+        labels.append(Label(name, x[-1], y[-1], style))
     axes.xaxis.set_major_locator(FixedLocator(range(len(sizes))))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticklabels([f"{size}" for size in sizes])
     axes.set_xlim(-0.5, len(sizes) - 0.5)
-    return ends
+    return labels
 
 
-def mark(axes: Any, at: float, row: Row, look: Look, across: bool = False) -> None:
+def mark(axes: Any, at: float, row: Row, style: LineStyle, across: bool = False) -> None:
     """A mean with its interval; the marker is filled where the difference is real."""
     mean, low, high = (drawable(row[key]) for key in ("mean", "low", "high"))
     # An interval of paired items need not hold the mean after rounding: matplotlib refuses lengths below zero.
     reach = [[max(0.0, mean - low)], [max(0.0, high - mean)]] if math.isfinite(low) and math.isfinite(high) else None
     place = {"x": mean, "y": at, "xerr": reach} if across else {"x": at, "y": mean, "yerr": reach}
-    filling = look.colour if row["real"] else "white"
+    filling = style.colour if row["real"] else "white"
     axes.errorbar(
-        **place, color=look.colour, marker=look.marker, ms=6, mfc=filling, ls="none", capsize=3, lw=1.3, zorder=3
+        **place, color=style.colour, marker=style.marker, ms=6, mfc=filling, ls="none", capsize=3, lw=1.3, zorder=3
     )
 
 
-def listed(axes: Any, rows: Sequence[tuple[str, Row, Look]], form: str = "+.3f") -> None:
+def listed(axes: Any, rows: Sequence[tuple[str, Row, LineStyle]], form: str = "+.3f") -> None:
     """Named means with their intervals, one below the other, the number beside each."""
-    for number, (_, row, look) in enumerate(rows):
-        mark(axes, number, row, look, across=True)
+    for number, (_, row, style) in enumerate(rows):
+        mark(axes, number, row, style, across=True)
         axes.annotate(
             f"{row['mean']:{form}}", (1.02, number), xycoords=axes.get_yaxis_transform(), va="center", fontsize=9
         )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rpb_retrofit.pages.drawing import End
+from rpb_retrofit.pages.drawing import Label
 
 Box = NDArray[np.float64]
 """The left, lower, right and upper edge of a box, or a point."""
@@ -19,61 +19,63 @@ LINE = 13.7
 """Points from one name to the next at the ends of lines."""
 
 
-def name_ends(axes: Any, ends: Sequence[End]) -> None:
+def name_ends(axes: Any, labels: Sequence[Label]) -> None:
     """Names at the right edge beside lines that end at (x, y)."""
-    ends = sorted((end for end in ends if math.isfinite(end.y)), key=lambda end: end.y)
+    labels = sorted((label for label in labels if math.isfinite(label.y)), key=lambda label: label.y)
     axes.set_ylim(axes.get_ylim())
     to_share = axes.transData + axes.transAxes.inverted()
     least = LINE * axes.figure.dpi / 72 / axes.get_window_extent().height
     ceiling = 1.0
     heights: list[float] = []
-    for end in ends:
-        wanted = float(to_share.transform((end.x, end.y))[1])
+    for label in labels:
+        wanted = float(to_share.transform((label.x, label.y))[1])
         heights.append(max(wanted, heights[-1] + least) if heights else wanted)
     for number in reversed(range(len(heights))):
         heights[number] = min(heights[number], ceiling)
         ceiling = heights[number] - least
-    for end, height in zip(ends, heights, strict=True):
-        line = {"arrowstyle": "-", "color": end.look.colour, "lw": 0.5}
+    for label, height in zip(labels, heights, strict=True):
+        line = {"arrowstyle": "-", "color": label.style.colour, "lw": 0.5}
         axes.annotate(
-            end.name,
-            (end.x, end.y),
+            label.name,
+            (label.x, label.y),
             (1.03, height),
             textcoords="axes fraction",
             va="center",
             fontsize=9,
-            color=end.look.colour,
+            color=label.style.colour,
             arrowprops={**line, "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 5},
         )
 
 
-def name_points(axes: Any, ends: Sequence[End]) -> None:
+def name_points(axes: Any, labels: Sequence[Label]) -> None:
     """Names beside single points (x, y), where they hide the least; those farther away with a line to their points.
 
     What they must not hide are the points and each other, and if they can help it the lines that the picture has so
-    far, whose limits stay as they are from here on. Quiet ones are placed last.
+    far, whose limits stay as they are from here on. Thin ones are placed last.
     """
     axes.set_xlim(axes.get_xlim())
     axes.set_ylim(axes.get_ylim())
     renderer, scale = axes.figure.canvas.get_renderer(), 72 / axes.figure.dpi
-    named = [end for end in ends if math.isfinite(end.x + end.y)]
-    points = [scale * axes.transData.transform((end.x, end.y)) for end in named]
+    named = [label for label in labels if math.isfinite(label.x + label.y)]
+    points = [scale * axes.transData.transform((label.x, label.y)) for label in named]
     busy, lines = [_around(point, 4) for point in points], np.array(_inked(axes, scale)).reshape(-1, 4)
-    for end, point in sorted(zip(named, points, strict=True), key=lambda pair: pair[0].look.quiet):
+    for label, point in sorted(zip(named, points, strict=True), key=lambda pair: pair[0].style.thin):
         text = axes.annotate(
-            end.name,
-            (end.x, end.y),
+            label.name,
+            (label.x, label.y),
             (0, 0),
             textcoords="offset points",
             va="bottom",
-            fontsize=8 if end.look.quiet else 9,
-            color=end.look.colour,
+            fontsize=8 if label.style.thin else 9,
+            color=label.style.colour,
             bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
         )
         shape = text.get_window_extent(renderer)
         frame, hidden = scale * axes.get_window_extent().extents, np.array(busy)
         places = [
-            _Place(point, scale * shape.width, scale * shape.height, away, turn) for away in _AWAY for turn in _TURNS
+            _Placement(point, scale * shape.width, scale * shape.height, away, turn)
+            for away in _AWAY
+            for turn in _TURNS
         ]
         costs = [
             100 * place.leaves(frame) + 10 * place.hides(hidden) + place.hides(lines) + place.away / 10
@@ -85,10 +87,10 @@ def name_points(axes: Any, ends: Sequence[End]) -> None:
         if place.away > _AWAY[0]:
             axes.annotate(
                 "",
-                (end.x, end.y),
+                (label.x, label.y),
                 tuple(place.foot - point),
                 textcoords="offset points",
-                arrowprops={"arrowstyle": "-", "color": end.look.colour, "lw": 0.5, "shrinkA": 0, "shrinkB": 4},
+                arrowprops={"arrowstyle": "-", "color": label.style.colour, "lw": 0.5, "shrinkA": 0, "shrinkB": 4},
             )
 
 
@@ -99,7 +101,7 @@ _TURNS = (0, 180, 25, -25, 155, -155, 50, -50, 130, -130, 75, -75, 105, -105)
 """Degrees at which a name may stand, the best first."""
 
 
-class _Place:
+class _Placement:
     """Where a name could stand, in points: its box, that of the line to it, and the line's foot."""
 
     def __init__(self, point: Box, width: float, height: float, away: float, turn: float) -> None:
@@ -125,13 +127,13 @@ def _inked(axes: Any, scale: float) -> list[Box]:
     paths = [line.get_transform().transform_path(line.get_path()) for line in axes.lines]
     for bars in axes.collections:
         paths += [bars.get_transform().transform_path(path) for path in bars.get_paths()]
-    found = []
+    boxes = []
     for path in paths:
         corners = scale * path.vertices[np.isfinite(path.vertices).all(-1)]
         for start, end in pairwise(corners):
             steps = max(1, int(np.abs(end - start).max() / 3))
-            found += [_around(start + step / steps * (end - start), 1) for step in range(steps + 1)]
-    return found
+            boxes += [_around(start + step / steps * (end - start), 1) for step in range(steps + 1)]
+    return boxes
 
 
 def _around(point: Box, reach: float) -> Box:

@@ -21,8 +21,8 @@ _LEADING = re.compile(r"^(\s*)([#>+=-]|\d+[.)])")
 def plain(text: Any) -> str:
     """Running text, of one line."""
     line = one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    line = _SPECIAL.sub(lambda found: f"\\{found[0]}", line)
-    return _LEADING.sub(lambda found: f"{found[1]}{found[2][:-1]}\\{found[2][-1]}", line)
+    line = _SPECIAL.sub(lambda match: f"\\{match[0]}", line)
+    return _LEADING.sub(lambda match: f"{match[1]}{match[2][:-1]}\\{match[2][-1]}", line)
 
 
 def code(text: Any) -> str:

@@ -11,6 +11,9 @@ from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
 from rpb_retrofit.pages.words import begun, number
 
+SHARED = "rpb_retrofit.pages"
+"""The package of the templates that all pages share."""
+
 
 @dataclass(frozen=True)
 class Table:
@@ -44,11 +47,11 @@ class Exhibit:
 def write(file: Path, package: str, template: str, title: str, contents: Mapping[str, str], **about: Any) -> None:
     """Write the page of a ``package``'s ``template``, which extends ``base.html``, to ``file``.
 
-    ``contents`` are titles by anchor; ``about`` is whatever else the template asks for.
+    A package without templates of its own names `SHARED`. ``contents`` are titles by anchor;
+    ``about`` is whatever else the template asks for.
     """
-    own, shared = (PackageLoader(name, "templates") for name in (package, "rpb_retrofit.pages"))
     environment = Environment(
-        loader=ChoiceLoader([own, shared]),
+        loader=ChoiceLoader([PackageLoader(name, "templates") for name in dict.fromkeys((package, SHARED))]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

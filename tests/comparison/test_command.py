@@ -11,9 +11,11 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import rpb_retrofit as rpb
+from rpb_retrofit.checkpoint.load import open_causal_lm
 from rpb_retrofit.cli.options import count
 from rpb_retrofit.comparison import run as comparing
-from rpb_retrofit.comparison.measures import Probes
+from rpb_retrofit.comparison.measures import Benchmark
 from rpb_retrofit.errors import ConfigError
 from rpb_retrofit.files.journal import SUFFIX
 from rpb_retrofit.training.batches import Rows
@@ -71,6 +73,26 @@ def test_report(
     assert found["headline"] in (tmp_path / "card.md").read_text()
 
 
+def test_a_model_in_memory_has_the_figures_of_the_command(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert compare(monkeypatch, folder, tmp_path / "out", "--arms", "yarn,t5", "--rounds", "0") == 0
+    model, tokenizer = open_causal_lm(str(folder / "source"))
+    result = rpb.compare(
+        model,
+        tokenizer=tokenizer,
+        data=[(folder / "scored.txt").read_text()],
+        calibration=[(folder / "fitted.txt").read_text()],
+        arms=["yarn", "t5"],
+        **{"target_length": 512, "lengths": [64, 256], "tokens": 1024, "items": 1, "asked": [128, 256], "rounds": 0},
+        **{"calibration_tokens": 512, "calibration_length": 128},
+    )
+    document = json.loads((tmp_path / "out" / "report.json").read_text())
+    for row in (*document["rows"], *result.rows):
+        assert row["cost"].pop("calibration_s") >= 0
+    assert json.loads(result.as_json())["rows"] == document["rows"] and result.headline == document["headline"]
+
+
 def test_every_arm_is_trained_on_the_same_tokens(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[list[int]]] = []
     take, opened = Rows.take, Rows.__init__
@@ -114,9 +136,9 @@ def test_every_arm_is_trained_on_the_same_tokens(folder: Path, tmp_path: Path, m
 def test_goes_on_after_an_interruption(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Arm by arm: what was measured is not measured again, and the result is the same."""
     done: list[str] = []
-    measure, timed = Probes.measure, comparing.speed
+    measure, timed = Benchmark.measure, comparing.speed
 
-    def measured(self: Probes, model: Any, label: str) -> Any:
+    def measured(self: Benchmark, model: Any, label: str) -> Any:
         if len(done) == stop:
             raise KeyboardInterrupt
         done.append(label)
@@ -126,7 +148,7 @@ def test_goes_on_after_an_interruption(folder: Path, tmp_path: Path, monkeypatch
         done.append("speed")
         return timed(*args)
 
-    monkeypatch.setattr(Probes, "measure", measured)
+    monkeypatch.setattr(Benchmark, "measure", measured)
     monkeypatch.setattr(comparing, "speed", once)
     arms = ("--arms", "ntk,t5-content,none", *TIMED)
     stop = -1
@@ -226,7 +248,7 @@ def test_a_journal_that_cannot_be_gone_on_with(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("rpb_retrofit.comparison.result.result", interrupt)
+        patched.setattr("rpb_retrofit.comparison.result.ComparisonResult.of", interrupt)
         assert compare(patched, folder, tmp_path / "out", *arms) == 130
     files = sorted((tmp_path / "out.run").glob(f"*{SUFFIX}"))
     assert len(files) == 5, "two are made and measured, and both are timed"

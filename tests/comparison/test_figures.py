@@ -10,7 +10,7 @@ import torch
 from rpb_retrofit.comparison.candidates import Constraints
 from rpb_retrofit.comparison.figures import figures, over_seeds, table
 from rpb_retrofit.comparison.measures import ComparisonPlan, Measured
-from rpb_retrofit.comparison.result import result
+from rpb_retrofit.comparison.result import ComparisonResult
 from rpb_retrofit.comparison.run import Comparison, Made, Row
 from rpb_retrofit.evaluation.losses import Losses
 from rpb_retrofit.evaluation.speed import Seconds, Skipped, SpeedResult
@@ -130,7 +130,7 @@ def test_a_target_within_the_context() -> None:
 
 
 def test_result() -> None:
-    found = result(comparison(), Constraints(must_keep=0.2), {"source": "model", "seconds": 1.0})
+    found = ComparisonResult.of(comparison(), Constraints(must_keep=0.2), {"source": "model", "seconds": 1.0}).document
     assert found["recommendation"]["choice"] == "better" or found["recommendation"]["choice"] == "better healed"
     assert found["headline"] == found["recommendation"]["headline"]
     assert found["skipped"] == {"yarn": "it does not apply"} and found["constraints"]["must_keep"] == 0.2

@@ -14,10 +14,10 @@ from matplotlib.text import Text
 
 from rpb_retrofit.comparison import pictures
 from rpb_retrofit.comparison.page import write_page
-from rpb_retrofit.comparison.pictures import Spot
+from rpb_retrofit.comparison.pictures import PlottedRow
 from rpb_retrofit.comparison.ranking import Ranking
 from rpb_retrofit.evaluation.plots import STYLE
-from rpb_retrofit.pages.drawing import LOOKS
+from rpb_retrofit.pages.drawing import LINE_STYLES
 from tests.comparison.synthetic import ARMS, CONTEXT, TARGET, broken, recommended, result, without
 from tests.support.page import Page
 
@@ -211,17 +211,17 @@ def test_the_front_holds_what_nothing_beats_in_both() -> None:
 
 @pytest.mark.parametrize("crowd", ["spread", "one time"])
 def test_names_of_points_do_not_lie_on_one_another(crowd: str) -> None:
-    spots = [
-        Spot(f"{name}{trained}", loss / shrink, loss - 0.02, loss + 0.02, True, LOOKS[0], budget, time)
+    plotted = [
+        PlottedRow(f"{name}{trained}", loss / shrink, loss - 0.02, loss + 0.02, True, LINE_STYLES[0], budget, time)
         for budget, trained, shrink in (("untrained", "", 1), ("trained on 9 tokens", " healed", 1.3))
         for name, (_, loss, slow) in ARMS.items()
         for time in [slow if crowd == "spread" else 1.0]
     ]
     with plt.rc_context(STYLE):
-        figure = pictures.quality(spots, 1.05)
+        figure = pictures.quality(plotted, 1.05)
         figure.draw_without_rendering()
     names = [text for text in figure.axes[0].texts if text.get_text()]
-    assert {spot.name for spot in spots} <= {text.get_text() for text in names}
+    assert {row.name for row in plotted} <= {text.get_text() for text in names}
     boxes = [Text.get_window_extent(text) for text in names]  # of the words, not of their arrows
     plt.close(figure)
     overlapping = [

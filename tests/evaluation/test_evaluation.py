@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 import rpb_retrofit as rpb
+from rpb_retrofit.checkpoint.load import open_causal_lm
 from rpb_retrofit.errors import DataError
+from rpb_retrofit.evaluation.losses import token_by_token
 from rpb_retrofit.evaluation.nll import Windows, nll_at_length
 from rpb_retrofit.text import bos_policy, read_text
 from tests.families.cases import CASES
 from tests.support.command import rpb_command
 from tests.support.tiny_models import CONFIG, VOCAB, build, tokens
+from tests.support.tokenizers import WORDS, tokenizer_of_words
 from tests.support.training_cases import PROSE, write_source
 
 LLAMA, GPT2, BERT = (next(case for case in CASES if str(case) == name) for name in ("llama", "gpt2", "bert"))
-WORDS = [f"w{i}" for i in range(VOCAB)]
 
 
 @given(
@@ -74,24 +75,30 @@ def test_the_mean_is_over_tokens() -> None:
     assert [(b.first, b.last) for b in result.by_position] == [(1, 1), (2, 3), (4, 7)]
 
 
+@pytest.mark.parametrize("bos", [None, 1])
+def test_losses_token_by_token_have_the_same_means(bos: int | None) -> None:
+    model, documents = rpb_model(), [tokens(1, 30, seed=s)[0] for s in (1, 2)]
+    expected = nll_at_length(model, documents, Windows(12, 12 - (bos is not None), bos), budget=45)
+    measured = token_by_token(model, documents, 12, 45, bos).by_length()
+    assert (measured.length, measured.tokens, measured.windows) == (12, expected.tokens, expected.windows)
+    assert measured.nll == pytest.approx(expected.nll, abs=1e-9)
+    for bin_, other in zip(measured.by_position, expected.by_position, strict=True):
+        assert (bin_.first, bin_.last, bin_.tokens) == (other.first, other.last, other.tokens)
+        assert bin_.nll == pytest.approx(other.nll, abs=1e-9)
+
+
 def rpb_model() -> torch.nn.Module:
     model = build(LLAMA)
     rpb.retrofit(model, CONFIG)
     return model
 
 
-def tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", **({"bos_token": "w1"} if bos else {}))
-
-
 def test_bos_policy() -> None:
-    assert bos_policy(tokenizer(bos=True), "auto") is None  # this tokenizer does not add it by itself
-    assert bos_policy(tokenizer(bos=True), "always") == 1
-    assert bos_policy(tokenizer(bos=True), "never") is None
+    assert bos_policy(tokenizer_of_words(bos=True), "auto") is None  # this tokenizer does not add it by itself
+    assert bos_policy(tokenizer_of_words(bos=True), "always") == 1
+    assert bos_policy(tokenizer_of_words(bos=True), "never") is None
     with pytest.raises(DataError, match="no beginning-of-sequence"):
-        bos_policy(tokenizer(), "always")
+        bos_policy(tokenizer_of_words(), "always")
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet"])
@@ -115,7 +122,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     saved = {"retrofit": rpb_model(), "gpt2": build(GPT2), "bert": build(BERT)}
     for name, model in saved.items():
         model.save_pretrained(base / name)
-        tokenizer().save_pretrained(base / name)
+        tokenizer_of_words().save_pretrained(base / name)
     write_source(base / "speller")
     (base / "prose.txt").write_text(PROSE)
     (base / "text.txt").write_text(" ".join(WORDS[(7 * i) % VOCAB] for i in range(300)))
@@ -175,6 +182,22 @@ def test_evaluate_retrieval(
         depth = "all" if cell["depth"] is None else f"{cell['depth']:g}"
         line = [cell["kind"], str(cell["length"]), depth, f"{cell['correct']:.0%}", f"{cell['nll']:.4f}"]
         assert line in [row.split() for row in printed.splitlines()]
+
+
+def test_a_model_in_memory_has_the_figures_of_the_command(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--data", folders["prose.txt"], "--lengths", "256", "--tokens", "512", "--json", tmp_path / "r.json"]
+    asked = ["--retrieval", "passkey", "--depths", "0.5", "--items", "2"]
+    assert rpb_command(monkeypatch, "evaluate", folders["speller"], *options, *asked) == 0
+    written = json.loads((tmp_path / "r.json").read_text())
+    model, words = open_causal_lm(str(folders["speller"]))
+    settings: dict[str, Any] = {"lengths": [256], "tokens": 512, "retrieval": ["passkey"], "depths": [0.5], "items": 2}
+    result = rpb.evaluate(model.train(), tokenizer=words, data=[PROSE], **settings)
+    assert model.training, "it is as it was"
+    measured = json.loads(json.dumps(result.as_json()))
+    assert measured.pop("data") == "documents in memory (1)" and written.pop("data") == "prose.txt"
+    assert {"command": written["command"], **measured} == written and measured["answers"]
 
 
 @pytest.mark.parametrize(

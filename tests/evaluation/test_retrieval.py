@@ -2,87 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
-from functools import cache
 from itertools import islice, pairwise
 from random import Random
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
-from rpb_retrofit.errors import ConfigError, DataError
-from rpb_retrofit.evaluation.context_use import make_inductions, make_local_orders
-from rpb_retrofit.evaluation.filler import pieces
-from rpb_retrofit.evaluation.retrieval import Item, cells, make_items, measure, score
+from rpb_retrofit.evaluation.retrieval import make_items, score
 from rpb_retrofit.evaluation.tasks import KINDS, PLACED
 from rpb_retrofit.evaluation.tasks.key_value import key_value
-from rpb_retrofit.text import tokenise
-from tests.evaluation.test_evaluation import tokenizer as tokenizer_of_words
-from tests.support.training_cases import PROSE, small_tokenizer
+from tests.evaluation.retrieval_cases import LENGTH, SURE, Stub, items, spelled, uniform
+from tests.support.tokenizers import TEXT_TOKENIZERS, tokenizer_of_text
 
-LENGTH = 640
-"""Room for every kind in a vocabulary of 512."""
-
-CHAT = (
-    "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
-)
-TOKENIZERS = ["plain", "bos", "chat", "spaces"]
-every_tokenizer = pytest.mark.parametrize("name", TOKENIZERS)
+every_tokenizer = pytest.mark.parametrize("name", TEXT_TOKENIZERS)
 every_kind = pytest.mark.parametrize("kind", KINDS)
-
-
-@cache
-def tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """Byte-level: plain, with a BOS that it adds, or with a chat template that writes it too; or like SentencePiece's:
-    a space before every word, the first of a text too."""
-    if name == "spaces":
-        return _tokenizer_of_spaces()
-    made = small_tokenizer()
-    if name != "plain":
-        made.backend_tokenizer.post_processor = processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", made.bos_token_id)]
-        )
-    if name == "chat":
-        made.chat_template = CHAT
-    return made
-
-
-def _tokenizer_of_spaces() -> PreTrainedTokenizerFast:
-    inner = Tokenizer(models.BPE(unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-    inner.decoder = decoders.Metaspace(prepend_scheme="never")
-    alphabet = [chr(code) for code in (10, *range(33, 127))]
-    inner.train_from_iterator(
-        [PROSE], trainers.BpeTrainer(vocab_size=512, special_tokens=["<unk>"], initial_alphabet=alphabet)
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
-
-
-@cache
-def filler(name: str) -> list[Tensor]:
-    """The prose as two documents."""
-    return tokenise(tokenizer(name), [PROSE[:20_000], PROSE[20_000:]])
-
-
-def items(kind: str, name: str, **changes: Any) -> list[Item]:
-    asked: dict[str, Any] = {"lengths": [LENGTH], "depths": [0.5], "count": 2, **changes}
-    return make_items(kind, tokenizer(name), filler(name), **asked)
-
-
-def spelled(name: str, ids: Tensor) -> str:
-    return tokenizer(name).decode(ids, clean_up_tokenization_spaces=False)
 
 
 OPENINGS = {
@@ -130,34 +70,9 @@ def _spoken(things: list[str]) -> str:
     return f"{', '.join(things[:-1])}, and {things[-1]}"
 
 
-class Stub(torch.nn.Module):
-    """What the measurements ask of a model; its logits are `predict` of its token ids (n,)."""
-
-    def __init__(self, vocabulary: int, predict: Callable[[Tensor], Tensor], longest: int | None = None) -> None:
-        super().__init__()
-        self.config = SimpleNamespace(max_position_embeddings=longest)
-        self.name_or_path = "stub"
-        self.position_table = torch.nn.Parameter(torch.zeros(1))
-        self.vocabulary, self.predict, self.passes = vocabulary, predict, 0
-
-    def forward(self, input_ids: Tensor, use_cache: bool) -> SimpleNamespace:
-        assert not use_cache and not torch.is_grad_enabled()
-        self.passes += 1
-        logits = self.predict(input_ids[0])
-        assert logits.shape == (input_ids.shape[1], self.vocabulary)
-        return SimpleNamespace(logits=logits[None])
-
-
-def uniform(vocabulary: int) -> Any:
-    return Stub(vocabulary, lambda ids: torch.zeros(len(ids), vocabulary))
-
-
-SURE = 30.0
-
-
 def reader(kind: str, name: str, wrong_at: int | None = None) -> Any:
     """Reads the text, works the answer out and writes it; with ``wrong_at``, that token of it is another."""
-    words = tokenizer(name)
+    words = tokenizer_of_text(name)
 
     def predict(ids: Tensor) -> Tensor:
         opening, prompt = split(kind, spelled(name, ids))
@@ -174,7 +89,7 @@ def reader(kind: str, name: str, wrong_at: int | None = None) -> Any:
 def _written(name: str, opening: str, kind: str, found: str) -> list[int]:
     """The token ids of an answer that follows its opening words: all that reach beyond these."""
     text = opening + ("" if kind == "key-value" else " ") + found
-    encoded = tokenizer(name)(text, add_special_tokens=False, return_offsets_mapping=True)
+    encoded = tokenizer_of_text(name)(text, add_special_tokens=False, return_offsets_mapping=True)
     pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
     return [token for token, (_, end) in pairs if end > len(opening)]
 
@@ -212,7 +127,7 @@ def test_chains_are_followed() -> None:
 @every_kind
 def test_filler_is_text_as_it_is(kind: str) -> None:
     text = torch.arange(1000, 3000)
-    made = make_items(kind, tokenizer("plain"), [text], [LENGTH], [0.5], 4)
+    made = make_items(kind, tokenizer_of_text("plain"), [text], [LENGTH], [0.5], 4)
     found = [item.ids[item.ids >= 1000] for item in made]
     if kind in ("key-value", "common-words"):
         assert not any(map(len, found)), "these fill the context themselves"
@@ -223,7 +138,7 @@ def test_filler_is_text_as_it_is(kind: str) -> None:
 
 @every_tokenizer
 def test_prompts_fit_the_model(name: str) -> None:
-    words = tokenizer(name)
+    words = tokenizer_of_text(name)
     (item,) = items("passkey", name, count=1)
     text = spelled(name, item.ids)
     begin = "A pass key, a number of five digits, is hidden"
@@ -240,7 +155,7 @@ def test_prompts_fit_the_model(name: str) -> None:
 @settings(max_examples=25)
 @given(kind=st.sampled_from([kind for kind in PLACED if kind != "key-value"]), depth=st.floats(0, 1))
 def test_depth(kind: str, depth: float) -> None:
-    words = tokenizer("plain")
+    words = tokenizer_of_text("plain")
     (blank,) = words("~", add_special_tokens=False)["input_ids"]
     (item,) = make_items(kind, words, [torch.full((1000,), blank)], [LENGTH], [depth], 1)
     ids, wanted = item.ids[: item.answer], item.ids[item.answer :]
@@ -253,7 +168,7 @@ def test_depth(kind: str, depth: float) -> None:
 @settings(max_examples=25)
 @given(depth=st.floats(0, 1))
 def test_depth_among_pairs(depth: float) -> None:
-    text = spelled("plain", make_items("key-value", tokenizer("plain"), [], [LENGTH], [depth], 1)[0].ids)
+    text = spelled("plain", make_items("key-value", tokenizer_of_text("plain"), [], [LENGTH], [depth], 1)[0].ids)
     *pairs, (asked, value) = re.findall(r'"(\w+-\d+)": "(\d+)', text)
     assert len(pairs) > 12 and len({key for key, _ in pairs}) == len(pairs)
     # The last of the padding may be cut short, and then counts as a pair only for its place.
@@ -284,157 +199,6 @@ def test_scores(kind: str, name: str) -> None:
             wrong = score(reader(kind, name, wrong_at), item)
             assert not wrong.correct
             assert wrong.nll == pytest.approx(SURE / size, rel=1e-3), "one token of the answer is lost"
-        vocabulary = len(tokenizer(name))
+        vocabulary = len(tokenizer_of_text(name))
         blind = score(uniform(vocabulary), item)
         assert not blind.correct and blind.nll == pytest.approx(math.log(vocabulary), rel=1e-5)
-
-
-VOCABULARY = 400
-COUNTING = [torch.arange(VOCABULARY), torch.arange(VOCABULARY // 2)]
-
-
-def copier(ids: Tensor) -> Tensor:
-    """After a token that came before, what followed it the first time; else anything."""
-    logits = torch.zeros(len(ids), VOCABULARY)
-    for i, token in enumerate(ids.tolist()):
-        if (first := ids.tolist().index(token)) < i:
-            logits[i, ids[first + 1]] = SURE
-    return logits
-
-
-@pytest.mark.parametrize("bos", [None, 399])
-def test_induction(bos: int | None) -> None:
-    made = make_inductions(COUNTING, [8, 40, 150], count=3, span=8, bos=bos)
-    start = bos is not None
-    for item in made:
-        twice = item.ids[start : start + 8]
-        assert torch.equal(item.ids[start + item.distance :], twice) and len(twice.unique()) == 8
-        assert len(item.ids) == start + item.distance + 8
-        between = item.ids[start + 8 : -8]
-        assert not len(between) or torch.equal(between, torch.arange(between[0], between[-1] + 1)), "text, as it is"
-    assert len({tuple(item.ids.tolist()) for item in made}) == 9
-    (alone,) = make_inductions(COUNTING, [40], count=1, span=8, bos=bos)
-    assert torch.equal(alone.ids, made[3].ids)
-    for row in measure(Stub(VOCABULARY, copier), made, progress=False):
-        assert row["without"] == pytest.approx(math.log(VOCABULARY), rel=1e-5), "new tokens cannot be copied"
-        assert row["given"] < 1e-6
-        assert row["gain"] == row["without"] - row["given"]
-    rare = torch.arange(VOCABULARY) / 100
-    for blind in (uniform(VOCABULARY), Stub(VOCABULARY, lambda ids: rare.expand(len(ids), VOCABULARY))):
-        rows = measure(blind, made, progress=False)
-        assert all(row["gain"] == pytest.approx(0, abs=1e-6) for row in rows), "the same tokens are compared"
-
-
-def counter(ids: Tensor) -> Tensor:
-    """Goes on counting where it has seen nothing but counting."""
-    logits = torch.zeros(len(ids), VOCABULARY)
-    steps = ids[1 : 2 * len(ids) // 3].diff() == 1
-    if steps.all():
-        logits[torch.arange(len(ids)), (ids + 1) % VOCABULARY] = SURE
-    return logits
-
-
-def frequencies(ids: Tensor) -> Tensor:
-    """Knows how often it has seen each token, and not in which order."""
-    return torch.nn.functional.one_hot(ids, VOCABULARY).cumsum(0).log1p()
-
-
-@pytest.mark.parametrize("bos", [None, 399])
-def test_local_order(bos: int | None) -> None:
-    made = make_local_orders(COUNTING, [30, 90], count=4, bos=bos)
-    (alone,) = make_local_orders(COUNTING, [90], count=1, bos=bos)
-    assert torch.equal(alone.swapped, made[4].swapped)
-    start, moved = int(bos is not None), 0
-    for item in made:
-        n = len(item.ids)
-        assert item.scored == n // 3 and torch.equal(item.ids[-item.scored :], item.swapped[-item.scored :])
-        shift = item.swapped - item.ids
-        assert not shift[:start].any()
-        i = start
-        while i < n:  # where one token moved up, its neighbour moved down
-            assert shift[i] in (0, 1)
-            if shift[i] == 1:
-                assert shift[i + 1] == -1
-                moved += 2
-                i += 1
-            i += 1
-    assert 0.5 < moved / sum(len(item.ids) - item.scored for item in made) < 0.8
-    for row in measure(Stub(VOCABULARY, counter), made, progress=False):
-        assert row["gain"] == pytest.approx(math.log(VOCABULARY), rel=1e-5)
-        assert row["gain"] == row["without"] - row["given"]
-    for blind in (uniform(VOCABULARY), Stub(VOCABULARY, frequencies)):
-        assert all(row["gain"] == pytest.approx(0, abs=1e-6) for row in measure(blind, made, progress=False))
-
-
-@given(
-    sizes=st.lists(st.integers(0, 12), max_size=5),
-    size=st.integers(0, 8),
-    number=st.integers(1, 12),
-    seed=st.integers(0, 99),
-)
-def test_pieces(sizes: list[int], size: int, number: int, seed: int) -> None:
-    documents = [torch.arange(100 * i, 100 * i + n) for i, n in enumerate(sizes)]
-    if sum(max(0, n - size + 1) for n in sizes) < number:
-        wanted = f"take a document of {size + number - 1} tokens, the longest has {max(sizes, default=0)}"
-        with pytest.raises(DataError, match=wanted):
-            pieces(documents, size, number, Random(seed))
-        return
-    found = pieces(documents, size, number, Random(seed))
-    for piece in found:
-        assert len(piece) == size
-        assert not size or any(torch.equal(piece, d[piece[0] % 100 :][:size]) for d in documents), "of one document"
-    if size:
-        assert len({int(piece[0]) for piece in found}) == number
-    for piece, again in zip(found, pieces(documents, size, max(1, number // 2), Random(seed)), strict=False):
-        assert torch.equal(piece, again)
-
-
-def test_rows_can_be_journalled() -> None:
-    made: list[Any] = [
-        *make_inductions(filler("plain"), [64], 1),
-        *items("passkey", "plain", depths=[0, 1]),
-        *make_local_orders(filler("plain"), [60], 1),
-        *items("multi-query", "plain"),
-    ]
-    rows = measure(uniform(len(tokenizer("plain"))), made, progress=False)
-    assert json.loads(json.dumps(rows)) == rows
-    kinds = ["induction", *["passkey"] * 4, "local-order", "multi-query", "multi-query"]
-    assert [row["kind"] for row in rows] == kinds
-    assert (rows[0]["distance"], rows[5]["length"]) == (64, 60)
-    found = cells(rows)
-    assert [(c.kind, c.length, c.depth, c.items) for c in found] == [
-        ("passkey", LENGTH, 0, 2),
-        ("passkey", LENGTH, 1, 2),
-        ("multi-query", LENGTH, None, 2),
-    ]
-    earned = [{**rows[1], "correct": True, "nll": 1.0}, {**rows[2], "correct": False, "nll": 4.0}]
-    assert [(c.correct, c.nll) for c in cells(earned)] == [(0.5, 2.5)]
-
-
-def test_a_table_that_ends_too_soon() -> None:
-    model: Any = Stub(VOCABULARY, copier, longest=100)
-    made = make_local_orders(COUNTING, [60, 120], count=1)
-    with pytest.raises(DataError, match="length 120: 'stub' has a table of 100 positions"):
-        measure(model, made, progress=False)
-    assert model.passes == 0
-    assert len(measure(model, made[:1], progress=False)) == 1
-
-
-def test_wrong_requests() -> None:
-    for wrong, error, text in (
-        (lambda: items("needle", "plain"), ConfigError, "'needle': no such kind, choose from passkey, multi-key, key"),
-        (lambda: items("passkey", "plain", depths=[0, 1.5]), ConfigError, "depth 1.5: it must lie between 0"),
-        (lambda: items("passkey", "plain", lengths=[100]), DataError, r"length 100: .* passkey takes 1\d\d tokens"),
-        (
-            lambda: make_items("passkey", tokenizer("plain"), [torch.zeros(600)], [LENGTH], [0], 3),
-            DataError,
-            f"take a document of {LENGTH + 2} tokens, the longest has 600",
-        ),
-        (lambda: make_items("passkey", tokenizer_of_words(), [], [LENGTH], [0], 1), DataError, "cannot spell '"),
-        (lambda: make_inductions(COUNTING, [16], 1), ConfigError, "distance 16, span 32"),
-        (lambda: make_inductions([torch.arange(7)], [8], 1, span=8), DataError, "7 different tokens.*takes 8"),
-        (lambda: make_local_orders(COUNTING, [5], 1), ConfigError, "length 5: local order takes 6"),
-        (lambda: make_local_orders(COUNTING, [500], 1), DataError, "a document of 500 tokens, the longest has 400"),
-    ):
-        with pytest.raises(error, match=text):
-            wrong()

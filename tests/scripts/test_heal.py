@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,7 +14,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import rpb_retrofit as rpb
+from rpb_retrofit.checkpoint.load import open_causal_lm
 from rpb_retrofit.errors import ConfigError, DataError
+from rpb_retrofit.evaluation.nll import token_losses
 from rpb_retrofit.text import read_text
 
 ARMS = ("source", "kept-flat", "full-log")
@@ -22,16 +25,16 @@ CONTEXT = 64
 
 
 @pytest.fixture
-def heal(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def scripts(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """What imports a module of scripts/ by its name, as the scripts import each other."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
+    return importlib.import_module
+
+
+@pytest.fixture
+def heal(scripts: Callable[[str], ModuleType]) -> ModuleType:
     """scripts/heal.py."""
-    file = Path(__file__).parents[2] / "scripts" / "heal.py"
-    monkeypatch.syspath_prepend(file.parent)
-    specification = importlib.util.spec_from_file_location("heal", file)
-    assert specification is not None and specification.loader is not None
-    module: Any = importlib.util.module_from_spec(specification)
-    monkeypatch.setitem(sys.modules, "heal", module)
-    specification.loader.exec_module(module)
-    return module
+    return scripts("heal")
 
 
 @pytest.fixture
@@ -72,10 +75,14 @@ def parts_of(folder: Path, arm: str) -> dict[str, Any]:
     return json.loads((folder / arm / "result.json").read_text())["parts"]
 
 
-def test_heal(heal: ModuleType, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heal(
+    scripts: Callable[[str], ModuleType], command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Stopped in the middle and begun again, no part is found out twice; the card has every table."""
     out, begun, trained = tmp_path / "out", list[str](), list[str]()
-    real_make, real_finetune, real_beyond = heal.Arm.make, heal.finetune, heal.Arm.beyond
+    heal, arm_module, measures = scripts("heal"), scripts("heal_arm"), scripts("heal_measures")
+    real_make, real_finetune = arm_module.ArmRun.make, arm_module.finetune
+    real_beyond = measures.MeasuredModel.beyond
 
     def make(self: Any) -> Any:
         begun.append(self.name)
@@ -85,14 +92,14 @@ def test_heal(heal: ModuleType, command: list[str], tmp_path: Path, monkeypatch:
         trained.append(model)
         return real_finetune(model, *args, **kwargs)
 
-    def beyond(self: Any, model: Any) -> Any:
+    def beyond(self: Any) -> Any:
         if stopping and self.name == "full-log":
             raise KeyboardInterrupt
-        return real_beyond(self, model)
+        return real_beyond(self)
 
-    monkeypatch.setattr(heal.Arm, "make", make)
-    monkeypatch.setattr(heal.Arm, "beyond", beyond)
-    monkeypatch.setattr(heal, "finetune", finetune)
+    monkeypatch.setattr(arm_module.ArmRun, "make", make)
+    monkeypatch.setattr(measures.MeasuredModel, "beyond", beyond)
+    monkeypatch.setattr(arm_module, "finetune", finetune)
     card, stopping = tmp_path / "card.md", True
     with pytest.raises(KeyboardInterrupt):
         heal.main([*command, "--arms", ",".join(ARMS)])
@@ -123,21 +130,22 @@ def test_wrong_input(heal: ModuleType, command: list[str]) -> None:
         heal.main([*command, "--arms", "none", "--card", "card.md"])
 
 
-def test_the_last_positions_are_the_same_tokens(heal: ModuleType, command: list[str]) -> None:
+def test_the_last_positions_are_the_same_tokens(scripts: Callable[[str], ModuleType], command: list[str]) -> None:
     """The losses of a window's end, which no logits but its own are computed for, are those of the whole window."""
-    model, tokenizer = heal.open_causal_lm(command[0])
-    plan = heal.Plan(command[0], (), tuple(command[5::2][:1]), length=CONTEXT)
-    texts = heal.Texts.of(plan, tokenizer)
+    measures = scripts("heal_measures")
+    model, tokenizer = open_causal_lm(command[0])
+    plan = scripts("heal_plan").HealingPlan(command[0], (), tuple(command[5::2][:1]), length=CONTEXT)
+    texts = measures.HeldOutTexts.of(plan, tokenizer)
     ids = texts.window(*texts.ends(256, CONTEXT, 1)[0], 256)
-    whole = heal.token_losses(model, ids)[-32:]
-    torch.testing.assert_close(heal.last_losses(model, ids, 32), whole.detach(), rtol=1e-5, atol=1e-5)
+    whole = token_losses(model, ids)[-32:]
+    torch.testing.assert_close(measures.last_losses(model, ids, 32), whole.detach(), rtol=1e-5, atol=1e-5)
 
 
-def test_frequencies_and_tables_stay_float32(heal: ModuleType, command: list[str]) -> None:
-    model, tokenizer = heal.open_causal_lm(command[0])
+def test_frequencies_and_tables_stay_float32(scripts: Callable[[str], ModuleType], command: list[str]) -> None:
+    model, tokenizer = open_causal_lm(command[0])
     windows = [tokenizer("some text " * 8, return_tensors="pt")["input_ids"]]
-    heal.rpb.retrofit(model, heal.rpb.RetrofitConfig(keep_frequencies="auto"), calibration=windows)
-    heal.halve(model)
+    rpb.retrofit(model, rpb.RetrofitConfig(keep_frequencies="auto"), calibration=windows)
+    scripts("heal_measures").halve(model)
     assert model.dtype == torch.bfloat16 and model.model.rotary_emb.inv_freq.dtype == torch.float32
     kinds = {parameter.dtype for name, parameter in model.named_parameters() if "relative_attention_bias" in name}
     assert kinds == {torch.float32}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import random
 import sys
@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from rpb_retrofit.comparison.measures import Probes
+from rpb_retrofit.comparison.measures import Benchmark
 
 ARMS = ("source", "yarn", "none-log-n", "t5-content")
 TINY = {"hidden": 16, "layers": 1, "heads": 2, "context": 32, "copies_tokens": 256, "text_tokens": 512}
@@ -23,16 +23,19 @@ TINY |= {"heal_tokens": 256, "batch_tokens": 64, "scored_tokens": 1024}
 
 
 @pytest.fixture
-def study(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """scripts/study.py on three short modules, in one process."""
-    file = Path(__file__).parents[2] / "scripts" / "study.py"
-    specification = importlib.util.spec_from_file_location("study", file)
-    assert specification is not None and specification.loader is not None
-    module: Any = importlib.util.module_from_spec(specification)
-    monkeypatch.setitem(sys.modules, "study", module)
-    specification.loader.exec_module(module)
+def text(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """scripts/study_text.py on three short modules."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
+    module: Any = importlib.import_module("study_text")
     texts = [text for text, _ in zip(module.sources(), range(16), strict=False)]
     monkeypatch.setattr(module, "sources", lambda: iter(text[:6000] for text in texts))
+    return module
+
+
+@pytest.fixture
+def study(text: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """scripts/study.py on that text, in one process."""
+    module: Any = importlib.import_module("study")
     monkeypatch.setattr(module, "ARMS", ARMS)
     monkeypatch.setattr(module, "ProcessPoolExecutor", InProcess)
     monkeypatch.setattr(module, "SIZES", {"cpu": replace(module.SIZES["cpu"], **TINY)})
@@ -55,9 +58,9 @@ class InProcess:
         return done
 
 
-def test_planted_lines_come_twice_and_not_too_far_apart(study: ModuleType) -> None:
-    text = study.planted("\n".join(f"line {number}" for number in range(2000)), random.Random(0))
-    lines = text.splitlines()
+def test_planted_lines_come_twice_and_not_too_far_apart(text: ModuleType) -> None:
+    whole = text.planted("\n".join(f"line {number}" for number in range(2000)), random.Random(0))
+    lines = whole.splitlines()
     assert [line for line in lines if not line.startswith("# ")] == [f"line {number}" for number in range(2000)]
     at: dict[str, list[int]] = {}
     position = 0
@@ -69,12 +72,12 @@ def test_planted_lines_come_twice_and_not_too_far_apart(study: ModuleType) -> No
     assert sum(gap < 128 for gap in gaps) > len(gaps) / 5 and sum(gap > 512 for gap in gaps) > len(gaps) / 5
 
 
-def test_every_character_is_a_token(study: ModuleType, tmp_path: Path) -> None:
-    study.prepare_text(tmp_path, study.SIZES["cpu"])
-    tokenizer = study.tokenizer_of(tmp_path)
-    text = study.spelled("def F(x):\n\treturn {'é': 42}  # Größe\n")
-    ids = tokenizer(text)["input_ids"]
-    assert len(ids) == len(text) and "".join(study.ALPHABET[i] for i in ids) == text
+def test_every_character_is_a_token(text: ModuleType, tmp_path: Path) -> None:
+    text.prepare_text(tmp_path, TINY["copies_tokens"])
+    tokenizer = text.tokenizer_of(tmp_path)
+    spelled = text.spelled("def F(x):\n\treturn {'é': 42}  # Größe\n")
+    ids = tokenizer(spelled)["input_ids"]
+    assert len(ids) == len(spelled) and "".join(text.ALPHABET[i] for i in ids) == spelled
     documents = [
         {json.loads(line)["text"] for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()}
         for name in ("scored", "held_out", "train")
@@ -85,15 +88,15 @@ def test_every_character_is_a_token(study: ModuleType, tmp_path: Path) -> None:
 def test_study(study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of it; stopped in the middle and begun again, no arm is measured twice."""
     measured: list[str] = []
-    real, threads = Probes.measure, torch.get_num_threads()
+    real, threads = Benchmark.measure, torch.get_num_threads()
 
-    def measure(self: Probes, model: Any, label: str) -> Any:
+    def measure(self: Benchmark, model: Any, label: str) -> Any:
         if len(measured) == stop:
             raise KeyboardInterrupt
         measured.append(label)
         return real(self, model, label)
 
-    monkeypatch.setattr(Probes, "measure", measure)
+    monkeypatch.setattr(Benchmark, "measure", measure)
     command = ["study.py", "--out", str(tmp_path / "out"), "--seeds", "2", "--card", str(tmp_path / "card.md")]
     monkeypatch.setattr(sys, "argv", command)
     stop = 9

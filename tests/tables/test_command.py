@@ -13,10 +13,10 @@ from transformers import AutoTokenizer
 import rpb_retrofit as rpb
 from rpb_retrofit.errors import DataError
 from rpb_retrofit.text import CalibrationText, Text, spread_windows
-from tests.evaluation.test_evaluation import WORDS, tokenizer
 from tests.families.cases import BY_NAME
 from tests.support.command import rpb_command
 from tests.support.tiny_models import VOCAB, build
+from tests.support.tokenizers import WORDS, tokenizer_of_words
 
 LLAMA = BY_NAME["llama"]
 SMALL = ("--buckets", 8, "--max-distance", 16)
@@ -26,7 +26,7 @@ SMALL = ("--buckets", 8, "--max-distance", 16)
 def source(tmp_path: Path) -> Path:
     folder = tmp_path / "source"
     build(LLAMA).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    tokenizer_of_words().save_pretrained(folder)
     return folder
 
 
@@ -120,7 +120,7 @@ def test_wrong_input(
 
 
 def test_windows_are_spread_and_keep_their_special_tokens() -> None:
-    words = tokenizer()
+    words = tokenizer_of_words()
     text = Text("two", [" ".join(WORDS[5:30]), " ".join(WORDS[30:55])])
     inside = torch.tensor(words(text.documents)["input_ids"])
     windows = torch.stack(spread_windows(words, text, length=8, tokens=32))

@@ -22,10 +22,10 @@ from rpb_retrofit.runtime.factor import ContentFactor, RotaryPairs, turned
 from rpb_retrofit.runtime.families import FACTOR, family_of
 from rpb_retrofit.tables.attention_rows import AttentionRows
 from rpb_retrofit.text import CalibrationText, Text
-from tests.evaluation.test_evaluation import WORDS, tokenizer
 from tests.families.cases import BY_NAME, Case
 from tests.support.calibration import ROTARY, calibration_windows
 from tests.support.tiny_models import CONFIG, build, inputs_of, tokens
+from tests.support.tokenizers import WORDS, tokenizer_of_words
 
 CONTENT = replace(CONFIG, init="calibrated", calibrate="tables+content")
 SERVED = [case for case in ROTARY if family_of(build(case).config).uses_interface]
@@ -128,7 +128,7 @@ def test_a_checkpoint_has_them_too(name: str, link: bool, tmp_path: Path) -> Non
     case = BY_NAME[name]
     source = tmp_path / "source"
     build(case).save_pretrained(source, max_shard_size="8KB")
-    tokenizer().save_pretrained(source)
+    tokenizer_of_words().save_pretrained(source)
     before = {file.name: file.read_bytes() for file in source.glob("*.safetensors")}
     generator = torch.Generator().manual_seed(0)
     words = [WORDS[i] for i in torch.randint(len(WORDS), (400,), generator=generator)]
@@ -136,7 +136,7 @@ def test_a_checkpoint_has_them_too(name: str, link: bool, tmp_path: Path) -> Non
     done = retrofit_checkpoint(str(source), tmp_path / "out", CONTENT, link=link, calibration=calibration)
     assert {file.name: file.read_bytes() for file in source.glob("*.safetensors")} == before
     model = build(case)
-    windows = calibration.windows(tokenizer(), None)
+    windows = calibration.windows(tokenizer_of_words(), None)
     rpb.retrofit(model, CONTENT, windows)
     loaded = rpb.load(tmp_path / "out").eval()
     torch.testing.assert_close(logits(loaded, case), logits(model, case), rtol=1e-5, atol=1e-6)
