@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,6 +93,15 @@ def test_links_lead_somewhere(file: Path) -> None:
         if anchor:
             headings = re.findall(r"^#+ (.+)$", linked.read_text(encoding="utf-8"), re.M)
             assert anchor in {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}, target
+
+
+def test_the_picture_shows_what_the_cards_say() -> None:
+    """`python scripts/plot_costs.py` was run after its cards changed last."""
+    script = runpy.run_path(str(ROOT / "scripts" / "plot_costs.py"))
+    picture = (ROOT / "model_cards" / "costs.svg").read_text(encoding="utf-8")
+    drawn = re.findall(r">([+-][\d.]+)<", picture)
+    assert drawn == [f"{cost:+.2f}" for cost in script["costs"]().values()]
+    assert set(map("{:,}".format, script["far_losses"]()[0])) <= set(re.findall(r">([\d,]+)<", picture))
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
