@@ -71,11 +71,9 @@ def diagnose(
         items: questions of each kind, at each length and depth; rounds: of timing; 0 for none of either.
         only: names of hypotheses (files of `diagnosis.hypotheses`): no others are tested, and no figures measured.
         out: a new folder for report.html and report.json; beside it, in ``OUT.run``, an interrupted diagnosis of saved
-            models goes on. None writes nothing. command: what the report says how to repeat it.
-        say: takes lines on the progress.
+            models goes on. None writes nothing. command: how to repeat it. say: takes lines on the progress.
 
-    Raises ConfigError, DataError, CheckpointError and NotRetrofittedError, each in one line that names the option of
-    ``rpb diagnose``.
+    Raises ConfigError, DataError, CheckpointError or NotRetrofittedError in one line.
     """
     plan = _plan(lengths, tokens, probed, items, rounds, seed, bos)
     hypotheses, folder = hypotheses_named(only), _new_folder(out, only)

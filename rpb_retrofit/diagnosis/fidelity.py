@@ -28,7 +28,8 @@ from rpb_retrofit.runtime.bias import RelativePositionBias
 from rpb_retrofit.runtime.buckets import Bucketing
 from rpb_retrofit.runtime.families import FACTOR
 from rpb_retrofit.tables.attention_rows import AttentionRows
-from rpb_retrofit.tables.fit import Loss, Target, fit, loss, target_of
+from rpb_retrofit.tables.fit import fit
+from rpb_retrofit.tables.loss import Loss, Target, loss, target_of
 from rpb_retrofit.tables.output_metric import metrics
 from rpb_retrofit.tables.outputs import Outputs
 from rpb_retrofit.tables.parameters import ParameterLayout

@@ -131,14 +131,13 @@ def biased_attention(
         if decoded is not None:
             module.__dict__[BACKEND] = ROW
             return decoded, None
-    causal = _direction(module, query, is_causal)
     attended = attention(
         query,
         key,
         value,
         getattr(module, TABLE),
         scale=scale,
-        causal=causal,
+        causal=_direction(module, query, is_causal),
         mask=attention_mask,
         first_offset=first_offset,
         positions=positions,

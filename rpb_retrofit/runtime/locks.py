@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .families import Family
+from .families import Family, family_of
 from .interface import ATTENTION
 
 LOCK = (
@@ -38,10 +38,10 @@ def unlock(config: Any, family: Family) -> None:
         config._experts_implementation = None
 
 
-def lock(model: PreTrainedModel, family: Family) -> None:
-    """Let a model of this family run, and lock what is saved of it."""
+def lock(model: PreTrainedModel) -> None:
+    """Let a model run, and lock what is saved of it."""
     config = model.config
-    unlock(config, family)
+    unlock(config, family_of(config))
     # The public attributes only exist to be written to config.json.
     config.attn_implementation = config.experts_implementation = LOCK
     if not cast(Any, type(model)).source_class._can_set_experts_implementation():

@@ -113,7 +113,7 @@ def attach(anatomy: Anatomy) -> None:
     attach_bias(anatomy)
     for submodel in anatomy.submodels:
         submodel.__class__ = retrofit_class(type(submodel))
-        lock(submodel, anatomy.family)
+        lock(submodel)
         submodel.all_tied_weights_keys = submodel.get_expanded_tied_weights_keys(all_submodels=True)
 
 

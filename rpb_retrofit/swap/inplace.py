@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -34,27 +34,25 @@ from rpb_retrofit.tables.unscaling import unscale
 def retrofit(
     model: PreTrainedModel,
     config: RetrofitConfig | None = None,
-    calibration: Any | None = None,
-    polishing: Any | None = None,
+    calibration: Iterable[Any] | None = None,
+    polishing: Iterable[Any] | None = None,
 ) -> RetrofitReport:
     """Swap the positional mechanism of ``model`` for the T5 bucketed bias, in place.
 
-    No weight of the source changes, but for what makes the queries with ``calibrate="tables+content"`` or
-    ``scale="unscaled"``; `revert` gives the source back bit for bit. ``save_pretrained`` then writes a checkpoint that
-    loads with `rpb_retrofit.load` or, without this package, with ``trust_remote_code=True``.
+    Weights stay the source's, but for what makes the queries with ``calibrate="tables+content"`` or
+    ``scale="unscaled"``; `revert` gives all back bit for bit. ``save_pretrained`` then writes a checkpoint that loads
+    with `rpb_retrofit.load` or, without this package, with ``trust_remote_code=True``.
 
     Args:
-        model: any model whose family has a row in ``runtime/families.py``, on any device, before it is dispatched
-            or wrapped.
+        model: of a family with a row in ``runtime/families.py``, on any device, before it is dispatched or wrapped.
         config: the settings; by default `RetrofitConfig()`.
         calibration: text for ``init="calibrated"``: batches of token ids, (n,) or (batch, n), unpadded. A few windows
             as long as the trained context or as the maximum distance, together some thousand tokens, will do. With
             ``init="from:..."`` it decides which head gets the table of which.
-        polishing: text for ``polish``, likewise: 512 tokens a step; by default ``calibration``'s, again and again.
+        polishing: likewise for ``polish``, 512 tokens a step; by default ``calibration``'s, again and again.
 
-    Raises:
-        AlreadyRetrofittedError, UnsupportedModelError, PartialMatchError, ConfigError, DataError, and CheckpointError
-            where a weight holds NaN or infinity: the model is left as it was.
+    Raises AlreadyRetrofittedError, UnsupportedModelError, PartialMatchError, ConfigError, DataError, or CheckpointError
+    for weights that are NaN or infinite; the model is left as it was.
     """
     config = config or RetrofitConfig()
     check_text(config, calibration, polishing)

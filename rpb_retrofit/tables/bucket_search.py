@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from rpb_retrofit.errors import ConfigError
 from rpb_retrofit.runtime.buckets import Bucketing
-from rpb_retrofit.tables.fit import RowPairs, fit, loss, target_of
+from rpb_retrofit.tables.fit import fit
+from rpb_retrofit.tables.loss import RowPairs, loss, target_of
 from rpb_retrofit.tables.parameters import ParameterLayout
 
 BUCKETS, REACHES = (16, 32, 64, 128), (64, 128, 512, 2048, 8192, 32768)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rpb_retrofit.tables.fit import Fit, RowPairs, loss, target_of
+from rpb_retrofit.tables.fit import Fit
+from rpb_retrofit.tables.loss import RowPairs, loss, target_of
 from rpb_retrofit.tables.parameters import ParameterLayout
 from rpb_retrofit.tables.table_spec import Start
 

@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 from rpb_retrofit.tables.attention_rows import AttentionRows
-from rpb_retrofit.tables.fit import Fit, Pace, RowPairs, fit, loss, newton, target_of
+from rpb_retrofit.tables.fit import Fit, fit
+from rpb_retrofit.tables.loss import RowPairs, loss, target_of
+from rpb_retrofit.tables.newton import Pace, newton
 from rpb_retrofit.tables.parameters import ParameterLayout
 
 SHARE = 0.1

@@ -103,7 +103,7 @@ class Problem:
         return out.detach(), list(torch.autograd.grad(out, inputs, self.upstream.double()))
 
     def check(self) -> None:
-        """Output and gradients are the reference's, and the way it ran is the one that was expected_bias."""
+        """Output and gradients are the reference's, and the way it ran is the one that was promised."""
         want, want_gradients = self.reference()
         slack = 1 + self.table.weight.detach().nan_to_num(neginf=0).abs().max().item() / 10  # rounding of the scores
         attended = self.solve()

@@ -12,9 +12,9 @@ from torch import Tensor
 from rpb_retrofit.runtime import factor
 from rpb_retrofit.runtime.buckets import Bucketing, bucket_of
 from rpb_retrofit.tables import attention_rows as rows_module
-from rpb_retrofit.tables import fit as fit_module
+from rpb_retrofit.tables import loss as loss_module
 from rpb_retrofit.tables.attention_rows import AttentionRows
-from rpb_retrofit.tables.fit import RowPairs
+from rpb_retrofit.tables.loss import RowPairs
 from rpb_retrofit.tables.parameters import ParameterLayout
 
 BUCKETINGS = st.sampled_from([Bucketing(8, 20, False), Bucketing(12, 300, False), Bucketing(8, 20, True)])
@@ -116,4 +116,4 @@ def exactly(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(rows_module, "BLOCK", 4000)
     patch.setattr("rpb_retrofit.tables.parameters.CHUNK", 5000)
     for name in ("PULL", "GAUGE", "STIFFNESS"):
-        patch.setattr(fit_module, name, 0.0)
+        patch.setattr(loss_module, name, 0.0)

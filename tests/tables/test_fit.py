@@ -12,9 +12,10 @@ from torch import Tensor
 
 from rpb_retrofit.runtime import factor
 from rpb_retrofit.runtime.buckets import Bucketing, bucket_of
-from rpb_retrofit.tables import fit as fit_module
+from rpb_retrofit.tables import loss as loss_module
 from rpb_retrofit.tables.attention_rows import AttentionRows
-from rpb_retrofit.tables.fit import RowPairs, fit, loss, target_of
+from rpb_retrofit.tables.fit import fit
+from rpb_retrofit.tables.loss import RowPairs, loss, target_of
 from rpb_retrofit.tables.parameters import ParameterLayout
 from tests.support.planted import BUCKETINGS, FORMS, Planted, exactly, explicit_scores
 
@@ -85,7 +86,7 @@ def test_planted_factors_are_recovered(layout: ParameterLayout, softcap: float |
     planted = Planted(layout, keys=400, softcap=softcap, seed=seed, dtype=torch.float32)
     layout.slopes(planted.numbers).abs_().neg_()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fit_module, "STIFFNESS", 1e-6)
+        patch.setattr(loss_module, "STIFFNESS", 1e-6)
         found = fit(planted.pairs(3), layout)
     assert found.after.max() < 1e-3 < 0.01 < found.before.min()
     torch.testing.assert_close(layout.factor(found.numbers), layout.factor(planted.numbers), rtol=0.05, atol=0.05)

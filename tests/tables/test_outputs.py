@@ -16,7 +16,8 @@ from rpb_retrofit.runtime import factor
 from rpb_retrofit.runtime.anatomy import Anatomy
 from rpb_retrofit.runtime.buckets import Bucketing
 from rpb_retrofit.tables.attention_rows import AttentionRows
-from rpb_retrofit.tables.fit import RowPairs, fit, loss, target_of
+from rpb_retrofit.tables.fit import fit
+from rpb_retrofit.tables.loss import RowPairs, loss, target_of
 from rpb_retrofit.tables.output_metric import metrics
 from rpb_retrofit.tables.outputs import SHARE, Outputs, fit_outputs
 from rpb_retrofit.tables.parameters import ParameterLayout
