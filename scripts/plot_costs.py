@@ -78,7 +78,7 @@ def draw() -> Any:
         right.set_ylim(0)
         right.set_xlabel("length of the text, in tokens")
         right.set_ylabel("loss at its end, nats a token")
-        right.set_title("Beyond its context of 8,192 tokens, healed there", fontsize=10)
+        right.set_title("Beyond its context of 8,192 tokens", fontsize=10)
         right.legend(fontsize=8)
         figure.tight_layout()
     return figure

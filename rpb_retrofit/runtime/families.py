@@ -42,7 +42,7 @@ class Family:
     ``bias_argument``: forward argument of the attention that takes the bias: ``attention_mask`` (the bias is added to
     it) or ``position_bias`` (the bias replaces it). Empty where the model uses Transformers' attention interface.
     ``silenced``: forward argument of the attention that carries the source's mechanism, replaced by zeros.
-    ``pairing``: which dimensions of a query rotate together, ``half`` or ``interleaved``: see ``factor.Pairs``.
+    ``pairing``: which dimensions of a query rotate together, ``half`` or ``interleaved``: see `factor.RotaryPairs`.
     ``rotary_after``: config attribute with the number of a query's dimensions before those that rotate.
     ``since``: the first release of Transformers it runs right on, where that is not `releases.OLDEST`.
     ``when``: a config attribute and the value for which this row holds.
