@@ -18,13 +18,13 @@ class Command(TyperCommand):
         parse = parser.parse_args
 
         def parse_args(args: list[str]) -> Any:
-            found, rest, order = parse(args=args)
+            values, rest, order = parse(args=args)
             options: list[Any] = [option for option in order if option.param_type_name == "option"]
             single = [option for option in options if not option.multiple and not option.is_flag]
             for option in dict.fromkeys(single):
                 if (times := single.count(option)) > 1:
-                    say(f"note: {option.opts[0]} is given {times} times: the last one counts, {found[option.name]}")
-            return found, rest, order
+                    say(f"note: {option.opts[0]} is given {times} times: the last one counts, {values[option.name]}")
+            return values, rest, order
 
         parser.parse_args = parse_args
         return parser

@@ -85,8 +85,8 @@ def twin(source: PreTrainedModel, shared: bool = True) -> PreTrainedModel:
 
 def share(model: PreTrainedModel, source: PreTrainedModel) -> None:
     """Let a twin's weights that equal the source's be the source's: copies of what did not change go."""
-    theirs = dict(source.named_parameters())
+    source_parameters = dict(source.named_parameters())
     for name, parameter in model.named_parameters():
-        other = theirs.get(name)
+        other = source_parameters.get(name)
         if other is not None and other.shape == parameter.shape and bool((other == parameter).all()):
             parameter.data = other.data

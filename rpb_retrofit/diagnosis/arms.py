@@ -129,8 +129,8 @@ class Arms:
     @property
     def biases(self) -> dict[str, RelativePositionBias]:
         """The retrofit's bias modules by their attention's name; attentions without one are left out."""
-        found = {name: module._modules.get(TABLE) for name, module in self.attentions.items()}
-        return {name: bias for name, bias in found.items() if isinstance(bias, RelativePositionBias)}
+        modules = {name: module._modules.get(TABLE) for name, module in self.attentions.items()}
+        return {name: bias for name, bias in modules.items() if isinstance(bias, RelativePositionBias)}
 
     @property
     def reference(self) -> PreTrainedModel:

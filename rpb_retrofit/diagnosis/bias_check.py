@@ -64,12 +64,12 @@ def compare(
     plain = differs(own)
     if plain <= allowed * max(1.0, _reach(own, probe.bias)):
         return BiasCheck(FAITHFUL, plain)
-    found = [
+    matching = [
         BiasCheck(kind, plain, detail)
         for kind, detail, want in _suspects(name, probe, biases, own, width)
         if differs(want) <= max(allowed * max(1.0, _reach(want, probe.bias)), 0.02 * plain)
     ]
-    return found[0] if found else BiasCheck("changed in no way that is known", plain)
+    return matching[0] if matching else BiasCheck("changed in no way that is known", plain)
 
 
 def _suspects(

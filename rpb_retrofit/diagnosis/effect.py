@@ -81,26 +81,26 @@ class Effect:
         return self.share is None or self.share >= part
 
     def __str__(self) -> str:
-        said = f"undone, the loss changes by {self.loss.interval} nats a token"
+        evidence = f"undone, the loss changes by {self.loss.interval} nats a token"
         if self.share is None:
-            return said
-        return f"{said}, and the distance from the source's predictions by {-self.share:+.1%} of it"
+            return evidence
+        return f"{evidence}, and the distance from the source's predictions by {-self.share:+.1%} of it"
 
 
 def predictions(
     source: PreTrainedModel, documents: Sequence[Tensor], length: int, tokens: int, bos: int | None
 ) -> tuple[Losses, Predictions]:
     """A source's losses, and what it predicts, in windows of one length."""
-    found: list[tuple[Tensor, Tensor]] = []
+    likeliest: list[tuple[Tensor, Tensor]] = []
 
     def keep(logits: Tensor) -> None:
         log = logits.float().log_softmax(-1)
         best = log.topk(min(LIKELIEST, log.shape[-1]), -1)
-        found.append((best.indices.int().cpu(), best.values.cpu()))
+        likeliest.append((best.indices.int().cpu(), best.values.cpu()))
 
     with _with_logits(source, keep):
         losses = token_by_token(source, documents, length, tokens, bos, "source, ")
-    return losses, Predictions(torch.stack([t for t, _ in found]), torch.stack([x for _, x in found]))
+    return losses, Predictions(torch.stack([t for t, _ in likeliest]), torch.stack([x for _, x in likeliest]))
 
 
 def scores(
@@ -113,17 +113,17 @@ def scores(
     label: str = "",
 ) -> Scores:
     """A model's losses, and its distance from a source's predictions ``predicted`` on the same windows."""
-    found: list[Tensor] = []
+    likeliest: list[Tensor] = []
 
     def compare(logits: Tensor) -> None:
         if predicted is not None:
-            found.append(_distance(predicted, len(found), logits))
+            likeliest.append(_distance(predicted, len(likeliest), logits))
 
     with _with_logits(model, compare):
         losses = token_by_token(model, documents, length, tokens, bos, label)
     if predicted is None:
         return Scores(losses, None)
-    return Scores(losses, Losses(losses.length, torch.stack(found), losses.token, losses.document))
+    return Scores(losses, Losses(losses.length, torch.stack(likeliest), losses.token, losses.document))
 
 
 def _distance(predicted: Predictions, window: int, logits: Tensor) -> Tensor:

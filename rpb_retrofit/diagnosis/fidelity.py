@@ -105,7 +105,7 @@ def fidelity(
 ) -> Fidelity:
     """Compare the retrofit's tables with ``source`` on windows of text; heads are ``width`` wide. What tables may have
     been meant to be is only asked of the ``suspected`` attentions': not of those that are what was written."""
-    found = Fidelity()
+    result = Fidelity()
     with temporary_spool(AttentionRows) as spool:
         names = _record(arms, source, windows, spool)
         output_metrics = metrics(source, windows[0])
@@ -115,15 +115,15 @@ def fidelity(
             layout = ParameterLayout(bias.bucketing, bias.tail is not None)
             target, outputs = target_of(pairs, layout), Outputs.of(pairs, layout, output_metrics.get(name))
             far = partial(loss, target=target, pairs=pairs, layout=layout, thin=None, term=outputs)
-            _own_and_best(found, name, _numbers(bias), fit(pairs, layout, target=target).numbers, layout, far)
-            _richer_tables(found, name, pairs, bias)
+            _own_and_best(result, name, _numbers(bias), fit(pairs, layout, target=target).numbers, layout, far)
+            _richer_tables(result, name, pairs, bias)
             if name in suspected:
-                sampled = _Sampled(found.own[name], _numbers(bias), replace(pairs, thin=THIN), layout)
-                _meanings(found, name, bias, width, sampled, far)
-                _continued(found, name, bias, sampled)
-                _try_heads(found, name, sampled)
-                _try_others(found, name, _RowPairs(spool, name, 1, arms.attentions[name], THIN), biases, names)
-    return found
+                sampled = _Sampled(result.own[name], _numbers(bias), replace(pairs, thin=THIN), layout)
+                _meanings(result, name, bias, width, sampled, far)
+                _continued(result, name, bias, sampled)
+                _try_heads(result, name, sampled)
+                _try_others(result, name, _RowPairs(spool, name, 1, arms.attentions[name], THIN), biases, names)
+    return result
 
 
 def _record(arms: Arms, source: Anatomy, windows: Sequence[Tensor], spool: Spool) -> list[str]:
@@ -181,59 +181,64 @@ class _Sampled:
 
 
 def _own_and_best(
-    found: Fidelity, name: str, own: Tensor, best: Tensor, layout: ParameterLayout, far: Callable[[Tensor], Loss]
+    result: Fidelity, name: str, own: Tensor, best: Tensor, layout: ParameterLayout, far: Callable[[Tensor], Loss]
 ) -> None:
     """How far the own tables are, none, and the best of the same buckets."""
     for numbers, attention, missed in (
-        (own, found.own, found.missed),
-        (torch.zeros_like(own), found.zeros, found.missed_without),
-        (best, found.refit, found.missed_by_attention),
+        (own, result.own, result.missed),
+        (torch.zeros_like(own), result.zeros, result.missed_without),
+        (best, result.refit, result.missed_by_attention),
     ):
         apart = far(numbers)
         attention[name] = apart.kl.cpu()
         if apart.beside is not None:
             missed[name] = apart.beside.cpu()
-    found.tables[name] = layout.table(best).cpu()
+    result.tables[name] = layout.table(best).cpu()
 
 
-def _richer_tables(found: Fidelity, name: str, pairs: _RowPairs, bias: RelativePositionBias) -> None:
+def _richer_tables(result: Fidelity, name: str, pairs: _RowPairs, bias: RelativePositionBias) -> None:
     for what, bucketing in _richer(bias.bucketing, pairs).items():
         richer = ParameterLayout(bucketing)
         better = fit(pairs, richer, rough=ROUGH)
-        found.richer.setdefault(name, {})[what] = better.after.cpu()
-        found.richer_tables.setdefault(name, {})[what] = richer.table(better.numbers).cpu()
-        found.richer_reach[what] = bucketing.max_distance
+        result.richer.setdefault(name, {})[what] = better.after.cpu()
+        result.richer_tables.setdefault(name, {})[what] = richer.table(better.numbers).cpu()
+        result.richer_reach[what] = bucketing.max_distance
 
 
 def _meanings(
-    found: Fidelity, name: str, bias: RelativePositionBias, width: int, sampled: _Sampled, far: Callable[[Tensor], Loss]
+    result: Fidelity,
+    name: str,
+    bias: RelativePositionBias,
+    width: int,
+    sampled: _Sampled,
+    far: Callable[[Tensor], Loss],
 ) -> None:
     meanings, buckets = meanings_of(bias, sampled.own, width), bias.bucketing
-    found.meant[name] = {what: sampled(numbers) for what, numbers in meanings.items()}
-    found.missed_if_meant[name] = {
+    result.meant[name] = {what: sampled(numbers) for what, numbers in meanings.items()}
+    result.missed_if_meant[name] = {
         what: apart.beside.cpu()
         for what, numbers in meanings.items()
-        if (found.own[name] - found.meant[name][what]).mean() > NOTABLE and (apart := far(numbers)).beside is not None
+        if (result.own[name] - result.meant[name][what]).mean() > NOTABLE and (apart := far(numbers)).beside is not None
     }
     for factor in (2, 0.5, 4, 0.25):
         if buckets.num_exact < (distance := round(buckets.max_distance * factor)):
             other = Bucketing(buckets.num_buckets, distance, buckets.bidirectional)
-            found.meant[name][f"{MADE_FOR} {distance}"] = sampled.in_buckets(other)
+            result.meant[name][f"{MADE_FOR} {distance}"] = sampled.in_buckets(other)
 
 
-def _continued(found: Fidelity, name: str, bias: RelativePositionBias, sampled: _Sampled) -> None:
+def _continued(result: Fidelity, name: str, bias: RelativePositionBias, sampled: _Sampled) -> None:
     buckets = bias.bucketing
     table, rest = sampled.own[:, : buckets.num_buckets], sampled.own[:, buckets.num_buckets :]
     for start in range(buckets.num_exact // 2 + 1, buckets.per_direction):
         numbers = torch.cat([continued(table, start, buckets), rest], 1)
-        found.continued.setdefault(start, {})[name] = sampled(numbers)
+        result.continued.setdefault(start, {})[name] = sampled(numbers)
 
 
-def _try_heads(found: Fidelity, name: str, sampled: _Sampled) -> None:
+def _try_heads(result: Fidelity, name: str, sampled: _Sampled) -> None:
     heads = len(sampled.own)
     swaps = torch.stack([sampled(sampled.own.roll(-shift, 0)) for shift in range(heads)], 1)  # (head, shift)
     column = (torch.arange(heads)[:, None] + torch.arange(heads)) % heads
-    found.swaps[name] = torch.empty_like(swaps).scatter_(1, column, swaps)
+    result.swaps[name] = torch.empty_like(swaps).scatter_(1, column, swaps)
 
 
 def _numbers(bias: RelativePositionBias) -> Tensor:
@@ -250,23 +255,23 @@ def _richer(bucketing: Bucketing, pairs: _RowPairs) -> dict[str, Bucketing]:
         bucketing.max_distance,
         bucketing.bidirectional,
     )
-    found = {FINE: finer} if finer.num_buckets > bucketing.num_buckets and finer.num_exact < finer.max_distance else {}
+    result = {FINE: finer} if finer.num_buckets > bucketing.num_buckets and finer.num_exact < finer.max_distance else {}
     if keys > bucketing.max_distance:
         # As fine within the old reach as before, and on from there.
         more = math.ceil(math.log2(keys / bucketing.max_distance)) + 1
         per_octave = (bucketing.per_direction - bucketing.num_exact) / math.log2(
             bucketing.max_distance / bucketing.num_exact
         )
-        found[FARTHER] = Bucketing(
+        result[FARTHER] = Bucketing(
             bucketing.num_buckets + bucketing.directions * 2 * math.ceil(more * per_octave / 2),
             keys,
             bucketing.bidirectional,
         )
-    return found
+    return result
 
 
 def _try_others(
-    found: Fidelity, name: str, pairs: _RowPairs, biases: dict[str, RelativePositionBias], names: Sequence[str]
+    result: Fidelity, name: str, pairs: _RowPairs, biases: dict[str, RelativePositionBias], names: Sequence[str]
 ) -> None:
     own, at = biases[name], list(names).index(name)
     layout = ParameterLayout(own.bucketing, own.tail is not None)
@@ -276,7 +281,7 @@ def _try_others(
         same = biases[other].weight.shape == own.weight.shape and biases[other].bucketing == own.bucketing
         if same and (len(names) <= WHOLE or index in near):
             numbers = _numbers(biases[other])
-            found.layers.setdefault(name, {})[other] = loss(numbers, target, pairs, layout, thin=None).kl.mean().item()
+            result.layers.setdefault(name, {})[other] = loss(numbers, target, pairs, layout, thin=None).kl.mean().item()
 
 
 def best_order(cost: Tensor) -> tuple[list[int], float, float]:

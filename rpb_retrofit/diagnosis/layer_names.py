@@ -13,10 +13,10 @@ def name_layers(names: Iterable[str]) -> str:
     """Module names as their layers' numbers, runs joined, and not too many: ``layers 0-3, 7``."""
     numbers = []
     for name in names:
-        found = re.search(r"\.(\d+)\.", f".{name}.")
-        if found is None:
+        match = re.search(r"\.(\d+)\.", f".{name}.")
+        if match is None:
             return _cut(list(names))
-        numbers.append(int(found[1]))
+        numbers.append(int(match[1]))
     runs: list[list[int]] = []
     for number in sorted(set(numbers)):
         if runs and number == runs[-1][1] + 1:

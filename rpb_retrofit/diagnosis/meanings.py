@@ -26,7 +26,7 @@ def meanings_of(bias: RelativePositionBias, own: Tensor, width: int) -> dict[str
     def each_direction(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return lambda table: torch.cat([change(part) for part in table.split(half, 1)], 1)
 
-    found = {
+    meanings = {
         "negated": -own,
         "halved": own * 2,
         "doubled": own / 2,
@@ -38,8 +38,8 @@ def meanings_of(bias: RelativePositionBias, own: Tensor, width: int) -> dict[str
         "far and near exchanged": of_buckets(each_direction(lambda t: t.flip(1))),
     }
     if bias.bucketing.bidirectional:
-        found["before and after exchanged"] = of_buckets(lambda t: torch.cat([t[:, half:], t[:, :half]], 1))
-    return found
+        meanings["before and after exchanged"] = of_buckets(lambda t: torch.cat([t[:, half:], t[:, :half]], 1))
+    return meanings
 
 
 def continued(table: Tensor, start: int, bucketing: Bucketing) -> Tensor:

@@ -48,9 +48,9 @@ def _written(arms: Arms) -> dict[str, Checksums]:
     recorded: Mapping[str, str] = arms.settings.get(KEY, {})
     owners = {id(b.weight): f"{n}.{TABLE}.weight" for n, b in reversed(arms.biases.items())}
     owners |= {id(b.weight): name for n, b in arms.biases.items() if (name := f"{n}.{TABLE}.weight") in recorded}
-    found = {name: recorded.get(owners[id(bias.weight)]) for name, bias in arms.biases.items()}
+    recorded_texts = {name: recorded.get(owners[id(bias.weight)]) for name, bias in arms.biases.items()}
     try:
-        return {name: Checksums.read(text) for name, text in found.items() if text is not None}
+        return {name: Checksums.read(text) for name, text in recorded_texts.items() if text is not None}
     except ValueError:
         return {}
 

@@ -62,15 +62,15 @@ def anew(model: Any, config: Any = None) -> Any:
 def _outputs(model: nn.Module, window: Tensor) -> dict[str, Tensor]:
     """A fingerprint of the output of every module that gives one tensor first, by name, in the order they end: the
     numbers of at most `KEPT` entries, evenly spread."""
-    found: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
     with ExitStack() as undo:
         for name, module in model.named_modules():
             if name:
-                undo.callback(module.register_forward_hook(partial(_keep, found, name)).remove)
+                undo.callback(module.register_forward_hook(partial(_keep, outputs, name)).remove)
         ids = window[None].to(next(model.parameters()).device)
         output = model(input_ids=ids, use_cache=False)
-        _keep(found, "the whole model", model, None, output[0])
-    return found
+        _keep(outputs, "the whole model", model, None, output[0])
+    return outputs
 
 
 KEPT = 65536

@@ -63,9 +63,9 @@ def write_folder(diagnosis: Diagnosis, folder: Path, command: str) -> None:
 
 def write_report(result: Mapping[str, Any], command: str, file: Path) -> None:
     """Write a page about ``result``, what `Diagnosis.to_dict` says, to ``file``; ``command`` is what repeats it."""
-    figures, found = result["figures"], list(exhibits(result["figures"]))
+    figures, shown_exhibits = result["figures"], list(exhibits(result["figures"]))
     cost = _largest_cost(retrofit_costs(figures))
-    shown = {exhibit.name: exhibit.title for exhibit in found}
+    shown = {exhibit.name: exhibit.title for exhibit in shown_exhibits}
     hypotheses = {hypothesis["name"]: hypothesis for hypothesis in result["hypotheses"]}
     write(
         file,
@@ -76,7 +76,7 @@ def write_report(result: Mapping[str, Any], command: str, file: Path) -> None:
         result=result,
         summary=result["summary"],
         command=command,
-        exhibits=found,
+        exhibits=shown_exhibits,
         evidence={
             name: {anchor: shown[anchor] for anchor in EVIDENCE.get(name, ()) if anchor in shown} for name in hypotheses
         },
@@ -111,13 +111,13 @@ def _cost_sentence(largest: Mapping[str, Any] | None) -> str:
         return "Not measured: that takes a source or a control, and a model that predicts the next token."
     count, above = largest["lengths"], largest["above"]
     lengths = f"the largest cost at {count} lengths" if count > 1 else "the only length measured"
-    said = f"{interval(largest)} nats a token against the {above} in windows of {largest['length']}, {lengths}."
+    sentence = f"{interval(largest)} nats a token against the {above} in windows of {largest['length']}, {lengths}."
     if largest["real"]:
-        return said if largest["mean"] > 0 else f"Nothing: {said} The retrofit's loss is the lower one."
+        return sentence if largest["mean"] > 0 else f"Nothing: {sentence} The retrofit's loss is the lower one."
     if not math.isfinite(largest["detectable"]):
-        return f"No difference found: {said} There is too little text: no effect of any size could have been seen."
+        return f"No difference found: {sentence} There is too little text: no effect of any size could have been seen."
     return (
-        f"No difference found: {said} That is not to say that there is none: the smallest effect that would have "
+        f"No difference found: {sentence} That is not to say that there is none: the smallest effect that would have "
         f"been seen 4 times in 5 is {largest['detectable']:.3f}."
     )
 
@@ -125,8 +125,8 @@ def _cost_sentence(largest: Mapping[str, Any] | None) -> str:
 def _groups(hypotheses: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
     """The hypotheses by kind, the deepest kind first, and in each by verdict, those to be read first in front."""
     order = list(SYMBOLS)
-    found = {
+    shown_exhibits = {
         kind: sorted((h for h in hypotheses if h["kind"] == kind), key=lambda h: order.index(h["finding"]["verdict"]))
         for kind in KINDS
     }
-    return {kind: members for kind, members in found.items() if members}
+    return {kind: members for kind, members in shown_exhibits.items() if members}

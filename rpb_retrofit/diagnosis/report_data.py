@@ -36,16 +36,16 @@ def loss_figures(measurements: Measurements) -> Figures:
         )
         if role in roles and above in roles
     ]
-    found = [
+    measured = [
         (role, above, n, cost)
         for role, above in pairs
         for n in measurements.text.lengths
         if (cost := measurements.losses.cost(n, role, above)) is not None
     ]
-    sure = controlled([cost for *_, cost in found])
+    sure = controlled([cost for *_, cost in measured])
     costs = [
         {"arm": role, "above": above, "length": n, **_difference(cost)}
-        for (role, above, n, _), cost in zip(found, sure, strict=True)
+        for (role, above, n, _), cost in zip(measured, sure, strict=True)
     ]
     return {
         "mean": means,
@@ -61,7 +61,7 @@ def _difference(difference: Difference) -> Figures:
 
 def _by_position(measurements: Measurements, roles: Sequence[str]) -> list[Figures]:
     """Loss by position with 95% bands, each in the shortest windows that hold it, of which there are most."""
-    found = []
+    measured = []
     for role in roles:
         taken = [losses for n in measurements.text.lengths if (losses := measurements.losses(role, n)) is not None]
         first = 1
@@ -70,14 +70,14 @@ def _by_position(measurements: Measurements, roles: Sequence[str]) -> list[Figur
             last = min(2 * first - 1, losses.length - 1)
             part = losses.at(first, last)
             band = paired(part.losses.flatten().tolist(), part.clusters().flatten().tolist())
-            found.append(
+            measured.append(
                 {
                     **{"arm": role, "length": losses.length, "first": first, "last": last},
                     **{"nll": band.mean, "low": band.low, "high": band.high},
                 }
             )
             first *= 2
-    return found
+    return measured
 
 
 def _key(measurements: Measurements) -> Figures | None:
@@ -98,17 +98,17 @@ def retrieval_figures(measurements: Measurements) -> Figures:
     spans = {role: rows for role in roles if (rows := measurements.tasks.inductions(role))}
     orders = {role: rows for role in roles if (rows := measurements.tasks.local_orders(role))}
     questions = {role: rows for role in roles if (rows := measurements.tasks.questions(role))}
-    found: Figures = {"induction": [], "local_order": [], "questions": [], "compared": []}
+    measured: Figures = {"induction": [], "local_order": [], "questions": [], "compared": []}
     for role, rows in spans.items():
         for distance in sorted({row["distance"] for row in rows}):
             gains = [row["gain"] for row in rows if row["distance"] == distance]
             band = paired(gains, list(range(len(gains))))
-            found["induction"].append({"arm": role, "distance": distance, **_difference(band)})
+            measured["induction"].append({"arm": role, "distance": distance, **_difference(band)})
     for role, rows in orders.items():
         band = paired([row["gain"] for row in rows], list(range(len(rows))))
-        found["local_order"].append({"arm": role, **_difference(band)})
+        measured["local_order"].append({"arm": role, **_difference(band)})
     for role, rows in questions.items():
-        found["questions"] += [{"arm": role, **asdict(cell)} for cell in cells(rows)]
+        measured["questions"] += [{"arm": role, **asdict(cell)} for cell in cells(rows)]
     if SOURCE in questions and RETROFIT in questions:
         source, own = questions[SOURCE], questions[RETROFIT]
         kinds = sorted({row["kind"] for row in own})
@@ -123,11 +123,11 @@ def retrieval_figures(measurements: Measurements) -> Figures:
             )
             for k in kinds
         ]
-        found["compared"] = [
+        measured["compared"] = [
             {"kind": kind, "correct": _difference(c), "nll": _difference(n)}
             for kind, c, n in zip(kinds, controlled(right), controlled(loss), strict=True)
         ]
-    return found
+    return measured
 
 
 OFFSETS = 64
@@ -180,7 +180,7 @@ def coverage_figures(measurements: Measurements) -> Figures:
 
 def pattern_figures(measurements: Measurements) -> list[Figures]:
     """Mean entropy of attention by the number of visible keys, over all heads, with its quartiles."""
-    found = []
+    measured = []
     for role, _ in measurements.arms:
         seen = measurements.attention_patterns(role)
         if seen is None:
@@ -189,8 +189,10 @@ def pattern_figures(measurements: Measurements) -> list[Figures]:
         for number in range(spread.shape[1]):
             column = spread[:, number].double()
             low, high = column.quantile(torch.tensor([0.25, 0.75], dtype=torch.double)).tolist()
-            found.append({"arm": role, "keys": 8 * 2**number, "mean": column.mean().item(), "low": low, "high": high})
-    return found
+            measured.append(
+                {"arm": role, "keys": 8 * 2**number, "mean": column.mean().item(), "low": low, "high": high}
+            )
+    return measured
 
 
 def factorial_figures(crossings: Sequence[Crossing]) -> list[Figures]:
@@ -209,26 +211,26 @@ def factorial_figures(crossings: Sequence[Crossing]) -> list[Figures]:
 
 def fidelity_figures(measurements: Measurements) -> Figures | None:
     """Mean KL from the source's attention by layer: of the tables, of none, of the best of the same buckets."""
-    found = measurements.fidelity
-    if found is None:
+    measured = measurements.fidelity
+    if measured is None:
         return None
     return {
         name: {
             "own": kl.mean().item(),
-            "none": found.zeros[name].mean().item(),
-            "best": found.refit[name].mean().item(),
+            "none": measured.zeros[name].mean().item(),
+            "best": measured.refit[name].mean().item(),
         }
-        for name, kl in found.own.items()
+        for name, kl in measured.own.items()
     }
 
 
 def speed_figures(measurements: Measurements) -> list[Figures]:
     """Prefill, first token, decoding and peak memory by length, and what was skipped."""
-    found = []
+    measured = []
     for role, results in measurements.speed.items():
         for result in results:
             if isinstance(result, SpeedResult):
-                found.append(
+                measured.append(
                     {
                         "arm": role,
                         "length": result.length,
@@ -240,8 +242,8 @@ def speed_figures(measurements: Measurements) -> list[Figures]:
                     }
                 )
             else:
-                found.append({"arm": role, "length": result.length, "skipped": result.reason})
-    return found
+                measured.append({"arm": role, "length": result.length, "skipped": result.reason})
+    return measured
 
 
 def all_figures(measurements: Measurements) -> Figures:

@@ -56,8 +56,8 @@ def meant_otherwise(measurements: Measurements, meaning: str, remedy: str) -> Fi
     to the source's. It is a cause where undoing it in the running model, on other text, brings back what was lost.
     """
     if known := altered(measurements, meaning):
-        said = f"the tables of {name_layers(known)} are {meaning}, by the checksums of what was written"
-        return confirmed(said, remedy, effect=_effect(measurements, known, meaning), undoing="")
+        evidence = f"the tables of {name_layers(known)} are {meaning}, by the checksums of what was written"
+        return confirmed(evidence, remedy, effect=_effect(measurements, known, meaning), undoing="")
     if measurements.alterations is not None:  # what was written was meant, and what became of the rest is known
         return None
     won = _suspected(measurements, meaning)
@@ -68,11 +68,11 @@ def meant_otherwise(measurements: Measurements, meaning: str, remedy: str) -> Fi
         return None
     kl = {name: measurements.fidelity.meant[name][meaning] for name in won}
     before = measurements.fidelity.mean({name: measurements.fidelity.own[name] for name in won})
-    said = (
+    evidence = (
         f"the tables of {name_layers(won)} are {meaning}: by the source's attention undone, the mean KL falls from "
         f"{before:.3f} to {measurements.fidelity.mean(kl):.3f}"
     )
-    return confirmed(said, remedy, effect=effect, undoing="")
+    return confirmed(evidence, remedy, effect=effect, undoing="")
 
 
 def _suspected(measurements: Measurements, meaning: str) -> dict[str, float]:
@@ -169,9 +169,9 @@ def fed_otherwise(measurements: Measurements, ways: Sequence[str], remedy: str) 
             wrong[name] = way
     figures = {name: way.difference for name, way in fed.items()}
     if wrong:
-        said = ", ".join(f"{name}: {_difference_of(way)}" for name, way in wrong.items())
+        evidence = ", ".join(f"{name}: {_difference_of(way)}" for name, way in wrong.items())
         return confirmed(
-            f"{said}; the family itself shows no such difference",
+            f"{evidence}; the family itself shows no such difference",
             remedy,
             gain=max(way.far for way in wrong.values()),
             figures=figures,
@@ -200,17 +200,17 @@ def coarse(measurements: Measurements, other: str, described: str, remedy: str) 
     if not richer:
         return excluded("the buckets are as fine and reach as far as the text that was measured")
     refit, best = fidelity.mean({name: fidelity.refit[name] for name in richer}), fidelity.mean(richer)
-    said = (
+    evidence = (
         f"mean KL from the source's attention: {refit:.3f} with the best tables of these buckets, {best:.3f} with "
         f"those of {other}{described}"
     )
     brought = fidelity.mean({name: fidelity.zeros[name] for name in richer}) - refit
     if refit - best <= FINER or refit - best <= SHARE * brought:
-        return excluded(said)
+        return excluded(evidence)
     effect, undoing = _with_richer(measurements, other, list(richer)), "fitted so, against the best of these buckets: "
     if effect is None or effect.sure:
-        return confirmed(said, remedy, effect=effect, undoing=undoing)
-    return excluded(with_effect(said, effect, undoing))
+        return confirmed(evidence, remedy, effect=effect, undoing=undoing)
+    return excluded(with_effect(evidence, effect, undoing))
 
 
 def _with_richer(measurements: Measurements, other: str, names: Sequence[str]) -> Effect | None:

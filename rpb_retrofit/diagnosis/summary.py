@@ -50,19 +50,19 @@ def _runs(result: Mapping[str, Any]) -> list[str]:
     if wrong:
         return [f"No: {'; '.join(wrong)}."]
     unknown = [h["cause"] for h in deep if h["finding"]["verdict"] == "can't tell"]
-    said = [f"{len(deep) - len(unknown)} ways to run wrongly, or to hold wrong numbers, were tested: none was found."]
+    lines = [f"{len(deep) - len(unknown)} ways to run wrongly, or to hold wrong numbers, were tested: none was found."]
     if unknown:
-        said.append(f"Could not be told: {'; '.join(unknown)}.")
-    return [f"Yes, as far as can be told. {said[0]}" if unknown else f"Yes. {said[0]}", *said[1:]]
+        lines.append(f"Could not be told: {'; '.join(unknown)}.")
+    return [f"Yes, as far as can be told. {lines[0]}" if unknown else f"Yes. {lines[0]}", *lines[1:]]
 
 
 def _lost(result: Mapping[str, Any]) -> list[str]:
-    figures, said = result["figures"], []
+    figures, lines = result["figures"], []
     if costs := retrofit_costs(figures):
         by_length = ", ".join(
             f"{c['mean']:+.3f} at {c['length']:,} tokens{'' if c['real'] else ' (not sure)'}" for c in costs
         )
-        said.append(f"Loss above the {costs[0]['above']}, in nats a token: {by_length}.")
+        lines.append(f"Loss above the {costs[0]['above']}, in nats a token: {by_length}.")
     retrieval = figures.get("retrieval") or {}
     gains = {(row["arm"], row["distance"]): row["mean"] for row in retrieval.get("induction", [])}
     spans = [
@@ -71,15 +71,15 @@ def _lost(result: Mapping[str, Any]) -> list[str]:
         if arm == RETROFIT and (SOURCE, distance) in gains
     ]
     if spans:
-        said.append(f"What a repeated span gains, of what it gains in the source: {', '.join(spans)}.")
+        lines.append(f"What a repeated span gains, of what it gains in the source: {', '.join(spans)}.")
     worse = [
         f"{row['kind']} {row['correct']['mean']:+.0%}"
         for row in retrieval.get("compared", [])
         if row["correct"]["real"] and row["correct"]["mean"] < 0
     ]
     if retrieval.get("compared"):
-        said.append(f"Questions answered right: {', '.join(worse) or 'no difference found'}.")
-    return said or ["Not measured: that takes a source or a control, and a model that predicts the next token."]
+        lines.append(f"Questions answered right: {', '.join(worse) or 'no difference found'}.")
+    return lines or ["Not measured: that takes a source or a control, and a model that predicts the next token."]
 
 
 def _cause(result: Mapping[str, Any]) -> list[str]:
@@ -87,10 +87,10 @@ def _cause(result: Mapping[str, Any]) -> list[str]:
     causes = [by_name[name] for name in result["causes"]]
     if not causes:
         return ["None was found."]
-    said = [f"{h['cause']}{_share(h)}" for h in causes]
+    lines = [f"{h['cause']}{_share(h)}" for h in causes]
     if causes[0]["explains"]:
-        return [f"{said[0][0].upper()}{said[0][1:]}.", *([f"Also: {'; '.join(said[1:])}."] if said[1:] else [])]
-    return [f"No single one explains {QUARTER:.0%} of what was lost. Contributing: {'; '.join(said)}."]
+        return [f"{lines[0][0].upper()}{lines[0][1:]}.", *([f"Also: {'; '.join(lines[1:])}."] if lines[1:] else [])]
+    return [f"No single one explains {QUARTER:.0%} of what was lost. Contributing: {'; '.join(lines)}."]
 
 
 def _share(hypothesis: Mapping[str, Any]) -> str:

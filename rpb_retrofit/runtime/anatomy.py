@@ -69,8 +69,8 @@ def _window(module: Any, config: Any) -> int | None:
 
 
 def _first_number(*places: tuple[Any, str]) -> int | None:
-    found = (getattr(owner, name, None) for owner, name in places)
-    return next((number for number in found if isinstance(number, int)), None)
+    numbers = (getattr(owner, name, None) for owner, name in places)
+    return next((number for number in numbers if isinstance(number, int)), None)
 
 
 def is_causal_module(module: Any) -> bool:
@@ -100,7 +100,7 @@ class Anatomy:
         if without or not modules:
             raise PartialMatchError(
                 f"{type(self.model).__name__}: {len(modules)} of {len(self.blocks)} layers have a self-attention named "
-                f"'{self.family.attention}'; without: {', '.join(without) or 'no layers found'}"
+                f"'{self.family.attention}'; without: {', '.join(without) or 'no layers numbers'}"
             )
         return modules
 

@@ -62,8 +62,8 @@ def stored_names(path: Any, arguments: Mapping[str, Any]) -> list[str]:
 
 def architectures(config: Any) -> list[str]:
     """The classes that a config names; none where it holds something else in their place."""
-    found = config.architectures
-    return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
+    listed = config.architectures
+    return [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
 
 
 def _is_saved_class(model: Any) -> bool:

@@ -171,11 +171,11 @@ class RetrofitModel:
             raise CheckpointError(beside_adapter(name))
         if missing := sorted(filter(is_own, info["missing_keys"])):
             raise MissingTablesError(f"'{name}' lacks {len(missing)} tables of its retrofit: {', '.join(missing)}")
-        for key, found, expected in sorted(info["mismatched_keys"]):
+        for key, stored, expected in sorted(info["mismatched_keys"]):
             if is_own(key) or not ignore_mismatched_sizes:
                 meaning = " (heads, buckets)" if is_table(key) else ""
                 raise ConfigError(
-                    f"'{name}': {key} has shape {tuple(found)}{meaning}, the config asks for {tuple(expected)}"
+                    f"'{name}': {key} has shape {tuple(stored)}{meaning}, the config asks for {tuple(expected)}"
                 )
         check_loaded(model, info, name, retrofit_class)
         if not examined:

@@ -169,10 +169,10 @@ def _checked(ids: Any, batch: int, queries: int) -> Tensor:
         rows = ids.reshape(-1, ids.shape[-1]) if ids.dim() < 3 or len(ids) != 3 else ids
         if rows.dim() == 2 and rows.shape[1] == queries and rows.shape[0] in (1, batch):
             return rows.long()
-    found = f"shape {tuple(ids.shape)} and {ids.dtype}" if isinstance(ids, Tensor) else f"type {type(ids).__name__}"
+    received = f"shape {tuple(ids.shape)} and {ids.dtype}" if isinstance(ids, Tensor) else f"type {type(ids).__name__}"
     raise ConfigError(
-        f"position_ids of {found}: the relative position bias takes integers, one for each of the {queries} tokens, of "
-        f"shape ({batch}, {queries}) or (1, {queries})"
+        f"position_ids of {received}: the relative position bias takes integers, one for each of the {queries} tokens, "
+        f"of shape ({batch}, {queries}) or (1, {queries})"
     )
 
 

@@ -112,7 +112,7 @@ def runs_of(visible: Callable[[int, int], Tensor], queries: int, keys: int) -> T
     ``visible`` maps a half-open range of queries to a boolean (batch, 1, end - start, K). It takes the time of the
     whole mask, once, and the memory of one block.
     """
-    found: list[Tensor] = []
+    parts: list[Tensor] = []
     start, size = 0, max(1, BLOCK // max(keys, 1))
     while start < queries:
         seen = visible(start, min(start + size, queries))
@@ -125,10 +125,10 @@ def runs_of(visible: Callable[[int, int], Tensor], queries: int, keys: int) -> T
         last = torch.where(count == 0, first, last)
         if not torch.equal(last - first, count):
             return None
-        found.append(torch.stack([first, last], -1))
+        parts.append(torch.stack([first, last], -1))
         start += seen.shape[2]
         size = size if seen.device.type == "cpu" else max(1, DEVICE_BLOCK // max(keys * len(seen), 1))
-    return torch.cat(found, 2).to(torch.int32)
+    return torch.cat(parts, 2).to(torch.int32)
 
 
 def dense(runs: Tensor, keys: int) -> Tensor:

@@ -78,8 +78,8 @@ def sizes(longest: int, bidirectional: Sequence[bool]) -> list[tuple[int, int]]:
 
 def held_out_divergence(train: RowPairs, held_out: RowPairs, layout: ParameterLayout) -> float:
     """Mean KL over a layer's heads on ``held_out`` of a fit to ``train``."""
-    found = fit(train, layout)
-    return float(loss(found.numbers, target_of(held_out, layout), held_out, layout).kl.mean())
+    fitted = fit(train, layout)
+    return float(loss(fitted.numbers, target_of(held_out, layout), held_out, layout).kl.mean())
 
 
 class Trial:

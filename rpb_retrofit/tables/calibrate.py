@@ -167,13 +167,13 @@ class Calibration:
         for name, pairs in self._layers("calibrating"):
             layout, bias, heads = self._layout(attentions[name]), getattr(attentions[name], TABLE), None
             if candidates is None:
-                found = fit_outputs(pairs, layout, self.metrics.get(name))
+                fitted = fit_outputs(pairs, layout, self.metrics.get(name))
             else:
-                found, heads = match_heads(pairs, layout, starts[id(bias)])
-            layers.append(_describe(name, found, layout, heads))
-            shared[id(bias)].append(found.numbers[:, : layout.num_bias])
+                fitted, heads = match_heads(pairs, layout, starts[id(bias)])
+            layers.append(_describe(name, fitted, layout, heads))
+            shared[id(bias)].append(fitted.numbers[:, : layout.num_bias])
             bias_numbers = torch.stack(shared[id(bias)]).mean(0)
-            _fill(attentions[name], layout, torch.cat([bias_numbers, found.numbers[:, layout.num_bias :]], 1))
+            _fill(attentions[name], layout, torch.cat([bias_numbers, fitted.numbers[:, layout.num_bias :]], 1))
         queries = sum(len(positions) for positions in self.positions)
         return CalibrationReport(len(self.windows), max(map(len, self.windows)), queries, layers)
 
@@ -231,7 +231,7 @@ class _RowPairs:
 
     @cached_property
     def _held(self) -> list[tuple[AttentionRows, AttentionRows]] | None:
-        keys = [(whose, self.name, number) for whose in ("source", "student") for number in self.windows]
+        keys = [(side, self.name, number) for side in ("source", "student") for number in self.windows]
         return list(self._read()) if sum(map(self.spool.bytes, keys)) <= HELD else None
 
     def _read(self) -> Iterator[tuple[AttentionRows, AttentionRows]]:
@@ -272,15 +272,15 @@ def _positions(length: int, every: int, generator: torch.Generator) -> range:
     return range(last, -1, -every)
 
 
-def _describe(name: str, found: Fit, layout: ParameterLayout, heads: list[int] | None) -> LayerFit:
-    if not all(bool(values.isfinite().all()) for values in (found.numbers, found.before, found.after)):
+def _describe(name: str, fitted: Fit, layout: ParameterLayout, heads: list[int] | None) -> LayerFit:
+    if not all(bool(values.isfinite().all()) for values in (fitted.numbers, fitted.before, fitted.after)):
         raise ConfigError(
             f"{name}: its attention could not be fitted, its scores on the calibration text are not finite: does the "
             "source give numbers on it, in a dtype that holds them?"
         )
-    before, after, visits = (x.tolist() for x in (found.before, found.after, found.visits))
-    by_attention, missed = (None, None) if found.missed is None else (x.tolist() for x in found.missed)
-    return LayerFit(name, before, after, visits, found.steps, heads, missed, by_attention)
+    before, after, visits = (x.tolist() for x in (fitted.before, fitted.after, fitted.visits))
+    by_attention, missed = (None, None) if fitted.missed is None else (x.tolist() for x in fitted.missed)
+    return LayerFit(name, before, after, visits, fitted.steps, heads, missed, by_attention)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -89,16 +89,16 @@ def record(model: PreTrainedModel, tables: Mapping[str, Tensor] | None = None) -
     device), will be; a plain model has none, and what has no values yet is left out."""
     if getattr(model.config, "rpb_retrofit", None) is None:
         return
-    found = {}
+    recorded = {}
     for name in table_names(model):
         bias: Any = model.get_submodule(name.removesuffix(".weight"))
         parts = (bias.weight, bias.tail)
         if tables is not None:
             parts = (tables[name], tables.get(name.replace(f"{TABLE}.weight", f"{TABLE}.tail")))
         if all(part is None or _has_values(part) for part in parts):
-            found[name] = str(checksums(*parts, bias.bucketing))
+            recorded[name] = str(checksums(*parts, bias.bucketing))
     before: Mapping[str, Any] = model.config.rpb_retrofit
-    settings = {**before, KEY: found} if found else before
+    settings = {**before, KEY: recorded} if recorded else before
     for submodel in submodels(model):
         submodel.config.rpb_retrofit = settings
 

@@ -70,10 +70,10 @@ class Term(Protocol):
         """How much the KL counts."""
 
     def __call__(
-        self, theirs: AttentionRows, ours: AttentionRows, weights: Tensor, content: Tensor, curved: bool
+        self, source_block: AttentionRows, student_block: AttentionRows, weights: Tensor, content: Tensor, curved: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Its value (heads,), gradient (heads, size) and, where it has to be ``curved``, Hessian (heads, size, size),
-        float64, summed over the rows of a block; ``ours`` have the weights and the content scores (heads, R, K)."""
+        float64, summed over the rows of a block; ``student_block`` has the weights and the content scores (heads, R, K)."""
 
 
 def target_of(pairs: RowPairs, layout: ParameterLayout, dtype: torch.dtype = torch.float32) -> Target:
@@ -81,17 +81,17 @@ def target_of(pairs: RowPairs, layout: ParameterLayout, dtype: torch.dtype = tor
     sums: list[Tensor] = []  # constant, moments, visits
     rows, free, bent = 0, True, False
     for source, student in pairs:
-        for theirs, ours in zip(source.blocks(), student.blocks(), strict=True):
-            content = ours.content(dtype)
-            weights, relative = _against(theirs, content)
-            free = free and theirs.sinks is None
-            bent = bent or (ours.softcap is not None and layout.num_factors > 0)
+        for source_block, student_block in zip(source.blocks(), student.blocks(), strict=True):
+            content = student_block.content(dtype)
+            weights, relative = _against(source_block, content)
+            free = free and source_block.sinks is None
+            bent = bent or (student_block.softcap is not None and layout.num_factors > 0)
             seen = (content[:1] > -torch.inf).to(dtype)
-            visits = theirs.masses(seen, layout.bucketing)
-            moments = layout.moments(ours, weights, content)
+            visits = source_block.masses(seen, layout.bucketing)
+            moments = layout.moments(student_block, weights, content)
             new = [relative, *(x.sum(1, dtype=torch.double) for x in (moments, visits))]
             sums = [a + b for a, b in zip(sums, new, strict=True)] if sums else new
-            rows += len(theirs.positions)
+            rows += len(source_block.positions)
     constant, moments, visits = sums
     if free:  # a row's masses sum to one, but for rounding, which would push buckets that no pair fell into
         masses = layout.table(moments)
@@ -99,15 +99,15 @@ def target_of(pairs: RowPairs, layout: ParameterLayout, dtype: torch.dtype = tor
     return Target(None if bent else moments / rows, constant / rows, visits[0].round().long(), rows, free)
 
 
-def _against(theirs: AttentionRows, scores: Tensor) -> tuple[Tensor, Tensor]:
+def _against(source_block: AttentionRows, scores: Tensor) -> tuple[Tensor, Tensor]:
     """The source's weights (heads, R, K), and ``sum p (log p - s)`` over the rows, (heads,) float64."""
-    own = theirs.content(scores.dtype)
-    normaliser = theirs.log_normaliser(own)
+    own = source_block.content(scores.dtype)
+    normaliser = source_block.log_normaliser(own)
     log = own - normaliser[..., None]
     weights = log.exp()
     relative = torch.where(weights > 0, weights * (log - scores), 0).sum((1, 2), dtype=torch.double)
-    if theirs.sinks is not None:  # the sink's own term: both models have the same
-        relative -= ((theirs.sinks[:, None] - normaliser).exp() * normaliser).sum(1)
+    if source_block.sinks is not None:  # the sink's own term: both models have the same
+        relative -= ((source_block.sinks[:, None] - normaliser).exp() * normaliser).sum(1)
     return weights, relative
 
 
@@ -131,7 +131,7 @@ def _sums(
     hessian, count = target.constant.new_zeros(heads, size, size), 0
     beside = [torch.zeros_like(x) for x in (value, mean, hessian)]
     for source, student in pairs:
-        for theirs, block in zip(source.blocks(), student.blocks(), strict=True):
+        for source_block, block in zip(source.blocks(), student.blocks(), strict=True):
             scores, content = layout.scores(block, numbers)
             normaliser = block.log_normaliser(scores)
             weights = (scores - normaliser[..., None]).exp_()
@@ -139,7 +139,7 @@ def _sums(
             value += normaliser.sum(1, dtype=torch.double)
             mean += moments.sum(1, dtype=torch.double)
             if term is not None:
-                parts = term(theirs, block, weights, content, curved=thin is not None)
+                parts = term(source_block, block, weights, content, curved=thin is not None)
                 beside = [a if b is None else a + b for a, b in zip(beside, parts, strict=True)]
             if thin is not None:
                 some = slice(None, None, thin)
@@ -147,7 +147,7 @@ def _sums(
                 hessian += layout.covariance(part, weights[:, some], content[:, some], moments)
                 count += moments.shape[1]
             if target.moments is None:
-                weights, relative = _against(theirs, scores)
+                weights, relative = _against(source_block, scores)
                 value += relative
                 mean -= layout.moments(block, weights, content).sum(1, dtype=torch.double)
     return _Sums(value, mean, hessian, count, beside)

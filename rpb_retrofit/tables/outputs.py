@@ -76,19 +76,19 @@ class Outputs:
         return cls(layout, metric, torch.linalg.cholesky(metric), weight)
 
     def __call__(
-        self, theirs: AttentionRows, ours: AttentionRows, weights: Tensor, content: Tensor, curved: bool
+        self, source_block: AttentionRows, student_block: AttentionRows, weights: Tensor, content: Tensor, curved: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """As of `Term`."""
-        assert theirs.output is not None
-        output = ours.attended(weights)
-        residual = output - theirs.output.to(output)
+        assert source_block.output is not None
+        output = student_block.attended(weights)
+        residual = output - source_block.output.to(output)
         measured = residual @ self.metric.to(output)
-        slope = self._moved(ours, weights, content, output, measured)
+        slope = self._moved(student_block, weights, content, output, measured)
         hessian = None
         if curved:
-            coins = torch.Generator().manual_seed(ours.positions[0])
+            coins = torch.Generator().manual_seed(student_block.positions[0])
             signs = torch.randint(2, output.shape, generator=coins).to(output) * 2 - 1
-            sample = self._moved(ours, weights, content, output, signs @ self.root.mT.to(output))
+            sample = self._moved(student_block, weights, content, output, signs @ self.root.mT.to(output))
             hessian = 2 * sample.mT @ sample * self.weight[:, None, None]
         return (
             (measured * residual).sum((1, 2), dtype=torch.double) * self.weight,
@@ -96,13 +96,15 @@ class Outputs:
             hessian,
         )
 
-    def _moved(self, ours: AttentionRows, weights: Tensor, content: Tensor, output: Tensor, vector: Tensor) -> Tensor:
+    def _moved(
+        self, student_block: AttentionRows, weights: Tensor, content: Tensor, output: Tensor, vector: Tensor
+    ) -> Tensor:
         """How the product (heads, R) of outputs and vectors (heads, R, v) moves with each number: (heads, R, size),
         float64."""
-        assert ours.value is not None
-        along = ours.ungrouped(ours.grouped(vector) @ ours.value.to(vector).mT)
+        assert student_block.value is not None
+        along = student_block.ungrouped(student_block.grouped(vector) @ student_block.value.to(vector).mT)
         change = weights * (along - (output * vector).sum(-1, keepdim=True))
-        return self.layout.moments(ours, change, content).double()
+        return self.layout.moments(student_block, change, content).double()
 
 
 def fit_outputs(
@@ -116,17 +118,17 @@ def fit_outputs(
     if (outputs := Outputs.of(pairs, layout, metric)) is None:
         return fit(pairs, layout, dtype)
     target = target_of(pairs, layout, dtype)
-    found = fit(pairs, layout, dtype, target, START)
+    fitted = fit(pairs, layout, dtype, target, START)
     numbers, first, last, steps = newton(
         lambda x, thin: loss(x.to(dtype), target, pairs, layout, thin, outputs),
-        found.numbers.double(),
+        fitted.numbers.double(),
         STEPS._replace(thin=4) if layout.num_factors else STEPS,
         layout.falling,
     )
     assert first.beside is not None and last.beside is not None
-    return found._replace(
+    return fitted._replace(
         numbers=numbers.float(),
         after=last.kl,
-        steps=found.steps + steps,
+        steps=fitted.steps + steps,
         missed=(first.beside, last.beside),
     )

@@ -94,22 +94,22 @@ class ParameterLayout:
         """The covariance of the features under each row's weights, (heads, size, size), summed over rows whose moments
         are known; a sink's share counts as a key without features."""
         bias, buckets = self.num_bias, self.bucketing.num_buckets
-        found = moments.new_zeros(rows.heads, self.size, self.size)
+        sums = moments.new_zeros(rows.heads, self.size, self.size)
         own = moments[..., :bias]
-        found[:, :bias, :bias] = torch.diag_embed(own.sum(1))
+        sums[:, :bias, :bias] = torch.diag_embed(own.sum(1))
         if self.tail:  # whatever lies beyond the maximum distance lies in the last bucket of its direction
             squares = torch.einsum("hrk,trk->ht", weights, rows.diagonals(self._reach(rows, weights.dtype) ** 2))
             for tail in range(buckets, bias):
                 last = (tail - buckets + 1) * self.bucketing.per_direction - 1
-                found[:, last, tail] = found[:, tail, last] = found[:, tail, tail]
-                found[:, tail, tail] = squares[:, tail - buckets]
-        found[:, :bias, :bias] -= own.transpose(1, 2) @ own
+                sums[:, last, tail] = sums[:, tail, last] = sums[:, tail, tail]
+                sums[:, tail, tail] = squares[:, tail - buckets]
+        sums[:, :bias, :bias] -= own.transpose(1, 2) @ own
         if self.num_factors:
-            self._add_content(found, rows, weights, content, moments)
-        return found
+            self._add_content(sums, rows, weights, content, moments)
+        return sums
 
     def _add_content(
-        self, found: Tensor, rows: AttentionRows, weights: Tensor, content: Tensor, moments: Tensor
+        self, sums: Tensor, rows: AttentionRows, weights: Tensor, content: Tensor, moments: Tensor
     ) -> None:
         bias, slope = self.num_bias, rows.cap_slope(content)
         query, keys = self._rotary(rows, weights.dtype)
@@ -132,9 +132,9 @@ class ParameterLayout:
                     mean = moments[head, part]
                     rest = (mean * (1 / share[:, 0] - 1)).T @ mean[:, bias:]
                     cross, square = cross + rest[:bias], square + rest[bias:]
-                found[head, :bias, bias:] += cross
-                found[head, bias:, :bias] += cross.T
-                found[head, bias:, bias:] += square
+                sums[head, :bias, bias:] += cross
+                sums[head, bias:, :bias] += cross.T
+                sums[head, bias:, bias:] += square
 
     def _rotary(self, rows: AttentionRows, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Queries (heads, R, 2 F), scaled, and keys (key-value heads, K, 2 F): of the pairs that get a factor, first

@@ -44,11 +44,11 @@ class PolishReport:
     kept: bool
 
     def __str__(self) -> str:
-        said = (
+        text = (
             f"polished in {self.steps} steps, {self.tokens:,} tokens: next-token KL from the source on held-out text "
         )
-        said += f"{self.before:.3f} -> {self.after:.3f} nats"
-        return said if self.kept else f"{said}; that is no better, so the tables are as they were before it"
+        text += f"{self.before:.3f} -> {self.after:.3f} nats"
+        return text if self.kept else f"{text}; that is no better, so the tables are as they were before it"
 
 
 class Polish:

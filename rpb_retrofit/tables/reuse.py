@@ -49,12 +49,12 @@ def reuse(checkpoint: str, wanted: Mapping[str, TableSpec]) -> Reused:
     Each has as many heads as the checkpoint's: `spread_heads` or a calibration says which head gets which. Raises
     ConfigError where the checkpoint has no tables, or none for a direction that is wanted.
     """
-    found = read_tables(checkpoint)
+    all_tables = read_tables(checkpoint)
     starts: dict[str, Start] = {}
     notes: list[str] = []
     for direction in sorted({spec.bucketing.bidirectional for spec in wanted.values()}):
         names = [name for name, spec in wanted.items() if spec.bucketing.bidirectional == direction]
-        sources = [table for table in found if table.bucketing.bidirectional == direction]
+        sources = [table for table in all_tables if table.bucketing.bidirectional == direction]
         kind = "bidirectional" if direction else "causal"
         if not sources:
             if direction:
@@ -62,7 +62,7 @@ def reuse(checkpoint: str, wanted: Mapping[str, TableSpec]) -> Reused:
                     f"init='{FROM}{checkpoint}': its tables are causal and say nothing of the keys after the query, "
                     f"but {names[0]} is bidirectional; take a checkpoint with an encoder"
                 )
-            sources = found
+            sources = all_tables
             notes.append("causal tables are the half for the keys before the query of bidirectional ones")
         if len(sources) not in (1, len(names)):
             notes.append(f"{kind}: layer i of {len(names)} takes the table of layer i * {len(sources)} // {len(names)}")
@@ -91,11 +91,11 @@ def spread_heads(reused: Reused, wanted: Mapping[str, TableSpec]) -> Reused:
     starts, notes = {}, list(reused.notes)
     for name, spec in wanted.items():
         start, heads = reused.starts[name], spec.heads
-        if (theirs := len(start.table)) != heads:
+        if (available := len(start.table)) != heads:
             kind = "bidirectional" if spec.bucketing.bidirectional else "causal"
-            note = f"{kind}: head h of {heads} takes head h * {theirs} // {heads}"
+            note = f"{kind}: head h of {heads} takes head h * {available} // {heads}"
             notes += [note] if note not in notes else []
-        head = torch.arange(heads) * theirs // heads
+        head = torch.arange(heads) * available // heads
         starts[name] = Start(start.table[head], None if start.slopes is None else start.slopes[head])
     return Reused(starts, notes)
 
@@ -138,15 +138,15 @@ def _is_encoder(name: str) -> bool:
 
 
 def _tensors(source: Source, ending: str) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+    all_tables: dict[str, Tensor] = {}
     for shard in source.shards:
         with safe_open(shard, framework="pt") as file:
-            found |= {name: file.get_tensor(name).float() for name in file.keys() if name.endswith(ending)}
-    for name, tensor in found.items():
+            all_tables |= {name: file.get_tensor(name).float() for name in file.keys() if name.endswith(ending)}
+    for name, tensor in all_tables.items():
         if not bool(tensor.isfinite().all()):
             raise ConfigError(f"init='{FROM}{source.name}': {name} holds NaN or infinity: a damaged checkpoint")
 
     def layer(name: str) -> list[tuple[int, str]]:
         return [(int(part), "") if part.isdigit() else (0, part) for part in name.split(".")]
 
-    return dict(sorted(found.items(), key=lambda item: layer(item[0])))
+    return dict(sorted(all_tables.items(), key=lambda item: layer(item[0])))

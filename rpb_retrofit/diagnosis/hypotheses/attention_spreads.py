@@ -30,17 +30,17 @@ def examine(measurements: Measurements) -> Finding:
     if own is None or not measurements.arms.family.uses_interface or not measurements.arms.causal:
         return unknown("this family keeps its queries to itself: no factor can be tried")
     growth = own.slopes().mean().item()
-    said = f"entropy grows by {growth:.2f} nats as the keys double"
+    evidence = f"entropy grows by {growth:.2f} nats as the keys double"
     if source is not None:
         source_growth = source.slopes().mean().item()
-        said += f", the source's by {source_growth:.2f}"
+        evidence += f", the source's by {source_growth:.2f}"
         if not growth > source_growth + FASTER:
-            return excluded(said)
+            return excluded(evidence)
     longest = max(measurements.text.lengths)
     trained = min(measurements.arms.trained_context or longest, longest // 2)
     change = Change(trained=max(trained // 2, 8))
     effect = measurements.undoing.effect("length-factor", measurements.undoing.with_change(change), longest)
     undoing = f"a factor that grows with log n from {change.trained} keys on: at {longest} tokens "
     if effect.sure and effect.loss.mean < -NOTABLE:
-        return confirmed(said, REMEDY, effect=effect, undoing=undoing)
-    return excluded(with_effect(said, effect, undoing))
+        return confirmed(evidence, REMEDY, effect=effect, undoing=undoing)
+    return excluded(with_effect(evidence, effect, undoing))

@@ -27,7 +27,7 @@ def examine(measurements: Measurements) -> Finding:
     )
     if whole is None or drift is None or rest is None:
         return unknown(f"not all arms could be measured at {length} tokens")
-    said = f"at {length} tokens the retrofit lost {whole} nats, the control {drift}: {rest} are the positions'"
+    evidence = f"at {length} tokens the retrofit lost {whole} nats, the control {drift}: {rest} are the positions'"
     if drift.real and min(drift.mean, whole.mean) > NOTABLE and drift.mean > MOST * whole.mean:
-        return confirmed(said, REMEDY, gain=drift.mean)
-    return excluded(said)
+        return confirmed(evidence, REMEDY, gain=drift.mean)
+    return excluded(evidence)

@@ -43,8 +43,8 @@ def examine(measurements: Measurements) -> Finding:
     if changed := altered(measurements, UNKNOWN):
         return _changed(measurements, changed)
     if rows := altered(measurements, ROW):
-        said = f"in {name_layers(rows)} the row of one head is not what was written, by the checksums"
-        return confirmed(said, REMEDY, effect=with_best(measurements, rows), undoing="fitted anew, ")
+        evidence = f"in {name_layers(rows)} the row of one head is not what was written, by the checksums"
+        return confirmed(evidence, REMEDY, effect=with_best(measurements, rows), undoing="fitted anew, ")
     if measurements.alterations is not None:
         return excluded("what became of the tables since they were written is known, and another hypothesis'")
     if (fidelity := measurements.fidelity) is None:
@@ -52,26 +52,26 @@ def examine(measurements: Measurements) -> Finding:
     if (init := measurements.arms.settings.get("init")) in INITIALISATIONS:
         return excluded(f"init='{init}' asks for tables that are fitted to no source")
     before, zeros, refit = (fidelity.mean(kl) for kl in (fidelity.own, fidelity.zeros, fidelity.refit))
-    said = (
+    evidence = (
         f"mean KL from the source's attention: these tables {before:.3f}, none {zeros:.3f}, the best of the same "
         f"buckets {refit:.3f}"
     )
     poor = _poor(fidelity)
     if not poor:
-        return _spoiled(measurements, fidelity, said)
+        return _spoiled(measurements, fidelity, evidence)
     effect = with_best(measurements, poor)
-    said = f"{said}; they miss most of what tables can bring in {name_layers(poor)}"
+    evidence = f"{evidence}; they miss most of what tables can bring in {name_layers(poor)}"
     undoing = "with the best ones, "
     if effect is not None and not explains(measurements, effect, poor):
-        return excluded(f"{with_effect(said, effect, undoing)}: they are other ones, and no worse")
-    return confirmed(said, REMEDY, effect=effect, undoing=undoing)
+        return excluded(f"{with_effect(evidence, effect, undoing)}: they are other ones, and no worse")
+    return confirmed(evidence, REMEDY, effect=effect, undoing=undoing)
 
 
-def _spoiled(measurements: Measurements, fidelity: Fidelity, said: str) -> Finding:
+def _spoiled(measurements: Measurements, fidelity: Fidelity, evidence: str) -> Finding:
     """Whether some rows alone are spoiled: far worse than none, and fitted ones in their place bring something back."""
     rows = _spoiled_rows(measurements, fidelity)
     if not rows:
-        return excluded(said)
+        return excluded(evidence)
     worse = {name: heads for name, heads in _worse(fidelity).items() if bool(heads.any())}
     biases = {name: measurements.arms.biases[name] for name in worse}
 
@@ -81,24 +81,24 @@ def _spoiled(measurements: Measurements, fidelity: Fidelity, said: str) -> Findi
         )
 
     effect = measurements.undoing.attempt("fitted-rows", partial(with_tables, biases, fitted))
-    said = f"{said}; far worse than none are the rows of {rows}"
+    evidence = f"{evidence}; far worse than none are the rows of {rows}"
     part = sum(int(heads.sum()) for heads in worse.values()) / sum(len(own) for own in fidelity.own.values())
     undoing = "with fitted ones, "
     if effect is None or not (effect.sure and effect.at_least(QUARTER * part)):
-        return excluded(with_effect(said, effect, undoing))
-    return confirmed(said, REMEDY, effect=effect, undoing=undoing)
+        return excluded(with_effect(evidence, effect, undoing))
+    return confirmed(evidence, REMEDY, effect=effect, undoing=undoing)
 
 
 def _changed(measurements: Measurements, names: list[str]) -> Finding:
     """Of tables that something changed in no way that is known: training may have, and wrote no checksums."""
-    said = f"the numbers of {name_layers(names)} changed since they were written, in no way that is known"
+    evidence = f"the numbers of {name_layers(names)} changed since they were written, in no way that is known"
     effect, fidelity = with_best(measurements, names), measurements.fidelity
-    said = with_effect(said, effect, "fitted anew, ")
+    evidence = with_effect(evidence, effect, "fitted anew, ")
     if effect is not None and explains(measurements, effect, names):
-        return confirmed(said, REMEDY, effect=effect)
+        return confirmed(evidence, REMEDY, effect=effect)
     if fidelity is not None and (rows := _rows(_worse(fidelity), names)):
-        return confirmed(f"{said}; far worse than none are the rows of {rows}", REMEDY, effect=effect)
-    return unknown(f"{said}: by training, or by damage that costs little")
+        return confirmed(f"{evidence}; far worse than none are the rows of {rows}", REMEDY, effect=effect)
+    return unknown(f"{evidence}: by training, or by damage that costs little")
 
 
 def _poor(fidelity: Fidelity) -> list[str]:

@@ -33,7 +33,7 @@ def examine(measurements: Measurements) -> Finding:
         return unknown("only the source tells which heads did it; give --source")
     lost: dict[str, list[str]] = {}
     which: dict[str, Tensor] = {}
-    count, said = 0, []
+    count, evidence = 0, []
     for kind, before, after in (
         ("previous-token", source.previous, own.previous),
         ("induction", source.induction, own.induction),
@@ -47,7 +47,7 @@ def examine(measurements: Measurements) -> Finding:
         for name, heads in zip(names, gone, strict=True):
             if bool(heads.any()):
                 which[name] = which.get(name, torch.zeros_like(heads)) | heads
-        said.append(
+        evidence.append(
             f"{int(gone.sum())} of {int(working.sum())} {kind} heads"
             + (
                 f" ({', '.join(lost[kind][:4])}: mean weight {first[gone].mean():.2f} to {then[gone].mean():.2f})"
@@ -57,7 +57,7 @@ def examine(measurements: Measurements) -> Finding:
         )
     if not count:
         return unknown("the source has no such heads on this text")
-    text = f"no longer do it: {'; '.join(said)}"
+    text = f"no longer do it: {'; '.join(evidence)}"
     gone_count = sum(map(len, lost.values()))
     if gone_count:
         effect = _given_back(measurements, which)

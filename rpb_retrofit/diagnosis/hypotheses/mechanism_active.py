@@ -35,8 +35,8 @@ def examine(measurements: Measurements) -> Finding:
     if family.mechanism == "alibi":
         sloped = [n for n, c in measurements.bias_checks.items() if c.kind == "with slopes of the offset added"]
         if sloped:
-            said = f"the bias that acts is the table's plus slopes of the offset in {name_layers(sloped)}"
-            return confirmed(said, REMEDY)
+            evidence = f"the bias that acts is the table's plus slopes of the offset in {name_layers(sloped)}"
+            return confirmed(evidence, REMEDY)
         return excluded("no slopes of the offset are added to the tables' bias")
     turning = {n: p.turning for n, p in probe.probes.items() if p.turning is not None}
     if not turning:

@@ -24,7 +24,7 @@ def examine(measurements: Measurements) -> Finding:
     if effect is None:
         return unknown("the model could not be run with fitted tables")
     init = measurements.arms.settings.get("init", CALIBRATED)
-    said, undoing = f"the tables began with init='{init}'", "with those that are best for the source's attention: "
+    evidence, undoing = f"the tables began with init='{init}'", "with those that are best for the source's attention: "
     if effect.sure:
-        return confirmed(said, REMEDY, effect=effect, undoing=undoing)
-    return excluded(with_effect(said, effect, undoing))
+        return confirmed(evidence, REMEDY, effect=effect, undoing=undoing)
+    return excluded(with_effect(evidence, effect, undoing))

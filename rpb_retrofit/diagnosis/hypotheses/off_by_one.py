@@ -28,9 +28,9 @@ def examine(measurements: Measurements) -> Finding:
             REMEDY,
         )
     for moved in MEANINGS:
-        found = meant_otherwise(
+        confirming = meant_otherwise(
             measurements, moved, f"{REMEDY}; put the tables back by one bucket, or calibrate them again"
         )
-        if found is not None:
-            return found
+        if confirming is not None:
+            return confirming
     return excluded("the bias that acts at each offset is that offset's own")

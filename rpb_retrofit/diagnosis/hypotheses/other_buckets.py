@@ -28,6 +28,6 @@ def examine(measurements: Measurements) -> Finding:
     else:
         meanings = {what for kl in measurements.fidelity.meant.values() for what in kl if what.startswith(MADE_FOR)}
     for meaning in sorted(meanings):
-        if (found := meant_otherwise(measurements, meaning, REMEDY)) is not None:
-            return found
+        if (confirming := meant_otherwise(measurements, meaning, REMEDY)) is not None:
+            return confirming
     return excluded("under no other maximum distance are the tables nearer to the source's attention")

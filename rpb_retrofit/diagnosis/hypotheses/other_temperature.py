@@ -38,7 +38,7 @@ def examine(measurements: Measurements) -> Finding:
         tried |= attempt(1 / root, root)
     best = min(tried, key=lambda factor: tried[factor].loss.mean)
     changes = ", ".join(f"times {factor:.3g}: {change.loss.mean:+.3f}" for factor, change in tried.items())
-    said = f"the content term multiplied by a number changes the loss, in nats a token: {changes}"
+    evidence = f"the content term multiplied by a number changes the loss, in nats a token: {changes}"
     if tried[best].sure and tried[best].loss.mean < -NOTABLE:
-        return confirmed(said, REMEDY, effect=tried[best])
-    return excluded(said)
+        return confirmed(evidence, REMEDY, effect=tried[best])
+    return excluded(evidence)

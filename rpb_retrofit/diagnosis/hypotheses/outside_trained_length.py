@@ -35,10 +35,10 @@ def examine(measurements: Measurements) -> Finding:
             clusters = outside.clusters()[:, 0]
             rises[role] = paired(rise.tolist(), clusters.tolist())
     own = rises[RETROFIT]
-    said = f"beyond {trained} tokens it loses {own} nats more than in the half before"
+    evidence = f"beyond {trained} tokens it loses {own} nats more than in the half before"
     if SOURCE in rises:
-        said += f"; the source {rises[SOURCE]}"
+        evidence += f"; the source {rises[SOURCE]}"
     beyond = own.mean - max(rises[SOURCE].mean, 0.0) if SOURCE in rises else own.mean
     if beyond > RISE and own.real:
-        return confirmed(said, REMEDY, gain=beyond)
-    return excluded(said)
+        return confirmed(evidence, REMEDY, gain=beyond)
+    return excluded(evidence)

@@ -38,8 +38,8 @@ def examine(measurements: Measurements) -> Finding:
         return excluded(f"no query grows with its position beyond what its family does{by_design}")
     left = {key: values for key, values in other_settings(measurements.arms).items() if _about_positions(key)}
     if left:
-        said = ", ".join(f"{key}={mine!r} (source: {its!r})" for key, (mine, its) in left.items())
-        return confirmed(f"the config has {said}", REMEDY)
+        evidence = ", ".join(f"{key}={mine!r} (source: {its!r})" for key, (mine, its) in left.items())
+        return confirmed(f"the config has {evidence}", REMEDY)
     return excluded(f"no query grows with its position, and the config's RoPE settings are the source's{by_design}")
 
 

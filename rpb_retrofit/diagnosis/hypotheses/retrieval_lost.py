@@ -34,7 +34,7 @@ def examine(measurements: Measurements) -> Finding:
         gains.append(sum(a for a, _ in pairs) / len(pairs))
     changes = controlled(changes)
     cost = measurements.losses.cost(measurements.text.middle)
-    said = "induction gain against the source: " + ", ".join(
+    evidence = "induction gain against the source: " + ", ".join(
         f"{change.mean:+.2f} of {gain:.2f} nats at distance {distance}"
         for distance, change, gain in zip(distances, changes, gains, strict=True)
     )
@@ -44,7 +44,7 @@ def examine(measurements: Measurements) -> Finding:
         if change.real and gain > 0.3 and -change.mean > LOST * gain
     ]
     if cost is not None:
-        said += f"; text costs {cost.mean:+.3f} nats a token"
+        evidence += f"; text costs {cost.mean:+.3f} nats a token"
     if lost and cost is not None and cost.mean < HOLDS:
-        return confirmed(said, REMEDY, gain=max(-change.mean for change, _ in lost))
-    return excluded(said if not lost else f"{said}: both are lost, not retrieval alone")
+        return confirmed(evidence, REMEDY, gain=max(-change.mean for change, _ in lost))
+    return excluded(evidence if not lost else f"{evidence}: both are lost, not retrieval alone")

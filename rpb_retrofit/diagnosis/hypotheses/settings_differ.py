@@ -21,8 +21,8 @@ def examine(measurements: Measurements) -> Finding:
     """Compare the config with the source's, and the modules with the config."""
     other = other_settings(measurements.arms)
     if other:
-        said = ", ".join(f"{key}={mine!r} (source: {its!r})" for key, (mine, its) in list(other.items())[:4])
-        return confirmed(f"{len(other)} settings are not the source's: {said}", REMEDY)
+        evidence = ", ".join(f"{key}={mine!r} (source: {its!r})" for key, (mine, its) in list(other.items())[:4])
+        return confirmed(f"{len(other)} settings are not the source's: {evidence}", REMEDY)
     settings, arms = measurements.arms.settings, measurements.arms
     kept, meant = (
         settings.get("kept_frequencies", {}),
@@ -36,8 +36,8 @@ def examine(measurements: Measurements) -> Finding:
         )
     odd = _odd_modules(measurements)
     if odd:
-        said = ", ".join(f"{name}={mine!r} (by its config: {its!r})" for name, (mine, its) in list(odd.items())[:4])
-        return confirmed(f"{len(odd)} modules do not have the settings that the config gives them: {said}", REMEDY)
+        evidence = ", ".join(f"{name}={mine!r} (by its config: {its!r})" for name, (mine, its) in list(odd.items())[:4])
+        return confirmed(f"{len(odd)} modules do not have the settings that the config gives them: {evidence}", REMEDY)
     compared = "the config is the source's" if measurements.arms.source is not None else "not compared with a source"
     return excluded(f"{compared}, and every module has its config's settings")
 
@@ -45,7 +45,7 @@ def examine(measurements: Measurements) -> Finding:
 def _odd_modules(measurements: Measurements) -> dict[str, tuple[Any, Any]]:
     """Plain attributes (numbers, words, truth values) of modules that are otherwise in a model made from the config."""
     fresh = dict(measurements.arms.plain.named_modules())
-    found = {}
+    differing = {}
     states = _STATES | (
         {"scaling"} if measurements.arms.settings.get("scale") == UNSCALED else set()
     )  # wrong_scale's concern
@@ -54,8 +54,8 @@ def _odd_modules(measurements: Measurements) -> dict[str, tuple[Any, Any]]:
             other = vars(fresh[name]).get(key) if name in fresh else value
             plain = isinstance(value, int | float | str) and isinstance(other, int | float | str)
             if plain and key not in states and not key.startswith(("_", "rpb_")) and value != other:
-                found[f"{name}.{key}"] = (value, other)
-    return found
+                differing[f"{name}.{key}"] = (value, other)
+    return differing
 
 
 _STATES = {

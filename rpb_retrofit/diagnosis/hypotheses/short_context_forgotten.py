@@ -30,7 +30,7 @@ def examine(measurements: Measurements) -> Finding:
     short, long = (measurements.losses.cost(length, RETROFIT, before) for length in (shortest, longest))
     if short is None or long is None:
         return unknown(f"the {before} could not be measured at both lengths")
-    said = f"against the {before}: {short} nats at {shortest} tokens, {long} at {longest}"
+    evidence = f"against the {before}: {short} nats at {shortest} tokens, {long} at {longest}"
     if short.real and short.mean > NOTABLE and short.mean > 2 * max(long.mean, 0.0) and short.low > long.mean:
-        return confirmed(said, REMEDY, gain=short.mean)
-    return excluded(said)
+        return confirmed(evidence, REMEDY, gain=short.mean)
+    return excluded(evidence)

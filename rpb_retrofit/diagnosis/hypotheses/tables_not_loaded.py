@@ -34,21 +34,21 @@ def examine(measurements: Measurements) -> Finding:
     flat = [name for name, table in tables.items() if float((table.amax(1) - table.amin(1)).max()) < FLAT]
     if flat:
         zero = all(not bool(tables[name].any()) for name in flat)
-        said = (
+        evidence = (
             f"{len(flat)} of {len(tables)} tables {'are zero' if zero else 'hold one number a head'} (init='{init}'): "
             f"{name_layers(flat)}"
         )
         if zero and init == "zeros" and all(is_written(measurements.arms, name, tables[name]) for name in flat):
-            return excluded(f"{said}, as init='zeros' asks")
-        return confirmed(said, REMEDY, effect=with_best(measurements, flat))
+            return excluded(f"{evidence}, as init='zeros' asks")
+        return confirmed(evidence, REMEDY, effect=with_best(measurements, flat))
     alike = [
         name
         for name, table in tables.items()
         if len(table) > 1 and float((_centred(table) - _centred(table)[:1]).abs().max()) < FLAT
     ]
     if alike:
-        said = f"all heads have the same row in {name_layers(alike)}"
-        return confirmed(said, REMEDY, effect=with_best(measurements, alike))
+        evidence = f"all heads have the same row in {name_layers(alike)}"
+        return confirmed(evidence, REMEDY, effect=with_best(measurements, alike))
     return excluded(f"all {len(tables)} tables are finite, differ by head and by bucket")
 
 

@@ -40,22 +40,22 @@ def examine(measurements: Measurements) -> Finding:
     bias = next(iter(measurements.arms.biases.values()))
     distance = first_distances(bias.bucketing)[start]
     how = "training left as they were" if told is not None else "the source's attention says are out of place"
-    said = (
+    evidence = (
         f"buckets {start} to {bias.bucketing.per_direction - 1} (distances from {distance} on) hold numbers that {how}"
     )
     if not measurements.arms.causal:
-        return confirmed(said, REMEDY)
+        return confirmed(evidence, REMEDY)
     longest = max(measurements.text.lengths)
     if distance >= longest:
-        return excluded(f"{said}, but no text that was measured ({longest} tokens) reaches them")
+        return excluded(f"{evidence}, but no text that was measured ({longest} tokens) reaches them")
     effect = measurements.undoing.effect(
         f"continued-{start}", partial(with_tables, measurements.arms.biases, partial(_continued, start)), longest
     )
     undoing = f"continuing bucket {start - 1} instead: "
     far = 1 - start / bias.bucketing.per_direction
     if effect.loss.mean < 0 and explains(measurements, effect, list(measurements.arms.biases), far):
-        return confirmed(said, REMEDY, effect=effect, undoing=undoing)
-    return excluded(with_effect(said, effect, undoing))
+        return confirmed(evidence, REMEDY, effect=effect, undoing=undoing)
+    return excluded(with_effect(evidence, effect, undoing))
 
 
 def _continued(start: int, name: str, bias: RelativePositionBias) -> Tensor:

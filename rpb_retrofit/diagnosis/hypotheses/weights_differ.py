@@ -54,8 +54,10 @@ def examine(measurements: Measurements) -> Finding:
         return excluded(f"all {len(sizes)} weights are the source's{rest}")
     odd = {name: far for name, far in changed.items() if far > max(FAR, OUTLIER * usual)}
     if odd:
-        said = f"{len(odd)} weights moved by up to {max(odd.values()):.0%} of their size, the median one by {usual:.1%}"
-        return _damaged(measurements, odd, said)
+        evidence = (
+            f"{len(odd)} weights moved by up to {max(odd.values()):.0%} of their size, the median one by {usual:.1%}"
+        )
+        return _damaged(measurements, odd, evidence)
     return excluded(
         f"weights moved as training moves them: by {usual:.1%} of their size, at most {max(sizes.values()):.0%}"
     )
@@ -65,7 +67,7 @@ def _others(tuned: set[str]) -> str:
     return f"all others are but for {len(tuned)} that moved with their kind or layer" if tuned else "all others are"
 
 
-def _damaged(measurements: Measurements, odd: dict[str, float], said: str) -> Finding:
+def _damaged(measurements: Measurements, odd: dict[str, float], evidence: str) -> Finding:
     worst = sorted(odd, key=lambda name: -odd[name])
-    said = f"{said}: {', '.join(worst[:3])} (by {odd[worst[0]]:.1%} of its size)"
-    return confirmed(said, REMEDY, effect=weights_back(measurements, worst), undoing="")
+    evidence = f"{evidence}: {', '.join(worst[:3])} (by {odd[worst[0]]:.1%} of its size)"
+    return confirmed(evidence, REMEDY, effect=weights_back(measurements, worst), undoing="")

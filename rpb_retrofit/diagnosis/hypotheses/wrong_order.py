@@ -51,7 +51,7 @@ def examine(measurements: Measurements) -> Finding:
         tables = {
             name: measurements.arms.biases[other].weight.detach().clone() for name, other in layers.others.items()
         }
-        return _confirm(measurements, "layers-put-back", layers.said, tables)
+        return _confirm(measurements, "layers-put-back", layers.evidence, tables)
     if heads:
         biases = measurements.arms.biases
         tables = {name: biases[name].weight.detach()[order].clone() for name, (order, _) in heads.items()}
@@ -59,18 +59,18 @@ def examine(measurements: Measurements) -> Finding:
     return excluded("no exchange of rows or of tables brings the attention nearer to the source's")
 
 
-def _confirm(measurements: Measurements, name: str, said: str, tables: Mapping[str, Tensor]) -> Finding:
+def _confirm(measurements: Measurements, name: str, evidence: str, tables: Mapping[str, Tensor]) -> Finding:
     """Whether it is borne out by the running model with these tables."""
     biases = {name: measurements.arms.biases[name] for name in tables}
     effect = measurements.undoing.attempt(name, partial(with_tables, biases, lambda n, b: tables[n]))
     if effect is None or measurements.alterations is not None or explains(measurements, effect, list(tables)):
-        return confirmed(said, REMEDY, effect=effect, undoing="")
-    return excluded(f"{said}, but {effect}")
+        return confirmed(evidence, REMEDY, effect=effect, undoing="")
+    return excluded(f"{evidence}, but {effect}")
 
 
 def _heads(measurements: Measurements) -> dict[str, tuple[list[int], float]]:
     """The attentions in which heads are to exchange rows: the row of each head, and the KL that it wins, summed."""
-    fidelity, found = measurements.fidelity, dict[str, tuple[list[int], float]]()
+    fidelity, orders = measurements.fidelity, dict[str, tuple[list[int], float]]()
     assert fidelity is not None
     for name, cost in fidelity.swaps.items():
         order, best, now = best_order(cost)
@@ -80,10 +80,10 @@ def _heads(measurements: Measurements) -> dict[str, tuple[list[int], float]]:
         near = best - fidelity.refit[name].sum().item() < left  # random rows, too, suit other heads by chance
         if name in (measurements.alterations or {}):
             if moved and is_written(measurements.arms, name, measurements.arms.biases[name].weight.detach()[order]):
-                found[name] = order, now - best
+                orders[name] = order, now - best
         elif moved and (now - best) / len(moved) > NOTABLE and now - best > WON_BACK * excess and near:
-            found[name] = order, now - best
-    return found
+            orders[name] = order, now - best
+    return orders
 
 
 def _moved(order: list[int]) -> list[int]:
@@ -104,7 +104,7 @@ def _said(heads: Mapping[str, tuple[list[int], float]]) -> str:
 class _Layers(NamedTuple):
     """Exchanged layers: the evidence, the KL that putting them back wins, summed over heads, and whose each is."""
 
-    said: str
+    evidence: str
     brought: float
     others: dict[str, str]
 

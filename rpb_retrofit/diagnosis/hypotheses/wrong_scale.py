@@ -69,8 +69,8 @@ def examine(measurements: Measurements) -> Finding:
                 effect=weights_back(measurements, list(stretched)),
             )
     for meaning in MEANINGS:
-        if (found := meant_otherwise(measurements, meaning, REMEDY)) is not None:
-            return found
+        if (confirming := meant_otherwise(measurements, meaning, REMEDY)) is not None:
+            return confirming
     if not ratios:
         return unknown("the bias acts unscaled; this family keeps its queries to itself, so their scale cannot be seen")
     return excluded(
@@ -85,13 +85,13 @@ def _effect(measurements: Measurements, factor: float) -> Effect | None:
 def _stretched(measurements: Measurements) -> dict[str, float]:
     """The weights of attentions that are the source's times another number than one, or than what was folded in."""
     assert measurements.arms.source is not None
-    factors, found = collinear(measurements.arms.retrofit, measurements.arms.source), {}
+    factors, confirming = collinear(measurements.arms.retrofit, measurements.arms.source), {}
     for attention in measurements.arms.attentions:
         meant = (1.0, scale_in_weights(measurements, attention))
         for name, factor in factors.items():
             if name.startswith(f"{attention}.") and all(abs(factor / one - 1) > APART for one in meant):
-                found[name] = factor
-    return found
+                confirming[name] = factor
+    return confirming
 
 
 def _unfolded(measurements: Measurements) -> list[str]:
