@@ -73,7 +73,7 @@ class Term(Protocol):
         self, source_block: AttentionRows, student_block: AttentionRows, weights: Tensor, content: Tensor, curved: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Its value (heads,), gradient (heads, size) and, where it has to be ``curved``, Hessian (heads, size, size),
-        float64, summed over the rows of a block; ``student_block`` has the weights and the content scores (heads, R, K)."""
+        float64, summed over the rows of a block. Weights and content scores (heads, R, K) are the student's."""
 
 
 def target_of(pairs: RowPairs, layout: ParameterLayout, dtype: torch.dtype = torch.float32) -> Target:
