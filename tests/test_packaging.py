@@ -15,7 +15,7 @@ import pytest
 from rpb_retrofit.runtime.modeling import RUNTIME_FILES
 from rpb_retrofit.version import __version__
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.process]
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("rpb_retrofit", "model_cards", "scripts", "tests")

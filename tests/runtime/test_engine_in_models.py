@@ -159,6 +159,7 @@ def test_no_tensor_of_pairs_is_made(case: Case) -> None:
     assert peak < 60e6
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("way", ["ddp", "fsdp2"])
 def test_two_processes_make_the_gradients_of_one(way: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.support.distributed_worker", way]

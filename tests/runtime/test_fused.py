@@ -18,6 +18,7 @@ from rpb_retrofit.runtime.buckets import Bucketing
 from tests.support.attention_problem import RUNS, TABLE_TOLERANCE, TOLERANCE, Problem, problems, same
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)[: 2 if DEVICE == "cpu" else 3]
@@ -108,6 +109,7 @@ def test_the_operators_keep_their_promises_to_a_compiler(layout: str) -> None:
     torch.library.opcheck(operators.attend_fused_backward, gradients, test_utils=promises)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("capability", [86, 90])
 def test_the_kernels_compile_and_fit_into_a_gpu(capability: int) -> None:
     """Compiled for an RTX 30 and a Hopper GPU, neither of which need be there."""
