@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from rpb_retrofit.checkpoint.load import open_causal_lm
 from rpb_retrofit.errors import ConfigError, DataError
+from rpb_retrofit.instruments.modes import evaluating
 from rpb_retrofit.text import Text, read_text
 
 GivenModel = str | os.PathLike[str] | PreTrainedModel
@@ -36,11 +37,8 @@ class OpenModel:
     @contextmanager
     def evaluating(self) -> Iterator[PreTrainedModel]:
         """The network without dropout; a user's own goes back to the mode that it was in."""
-        training = self.network.training
-        try:
-            yield self.network.eval()
-        finally:
-            self.network.train(training)
+        with evaluating(self.network):
+            yield self.network
 
 
 def name_of(model: GivenModel) -> str:
