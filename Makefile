@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 	$(BIN)/rpb demo --out $(OUT)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile --durations 25
+	$(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 25
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check .
