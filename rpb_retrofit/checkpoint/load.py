@@ -22,6 +22,9 @@ from rpb_retrofit.runtime.loading import architectures
 from rpb_retrofit.runtime.locks import HUB_ARGUMENTS
 from rpb_retrofit.runtime.modeling import retrofit_class
 
+CAUSAL_HEADS = ("ForCausalLM", "LMHeadModel")
+"""How the names of classes end that predict the next token."""
+
 
 def load(path: str | os.PathLike[str], auto_class: Any | None = None, **kwargs: Any) -> Any:
     """Load a retrofitted checkpoint from a folder or the hub.
@@ -82,7 +85,7 @@ def open_causal_lm(name: str, examined: bool = False) -> tuple[Any, Any]:
     """
     if not name.endswith(".gguf"):
         architecture = next(iter(architectures(find(name).config())), "(none)")
-        if not architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        if not architecture.endswith(CAUSAL_HEADS):
             raise DataError(f"'{name}' is a {architecture}: only models that predict the next token can be scored")
     model, tokenizer = open_model(name, examined)
     return on_accelerator(model), tokenizer

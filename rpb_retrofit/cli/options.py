@@ -83,9 +83,3 @@ def unused(context: typer.Context, options: Iterable[str], why: str) -> None:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             raise ConfigError(f"--{name.replace('_', '-')} would go unused: {why}; leave one of the two out")
-
-
-def check_bos(bos: str) -> None:
-    """ConfigError for what is no policy of `rpb_retrofit.text.bos_policy`."""
-    if bos not in ("auto", "always", "never"):
-        raise ConfigError(f"--bos {bos}: choose auto, always or never")

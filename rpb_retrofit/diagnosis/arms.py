@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from rpb_retrofit.checkpoint.load import CAUSAL_HEADS
 from rpb_retrofit.errors import DataError, NotRetrofittedError
 from rpb_retrofit.runtime.anatomy import Anatomy
 from rpb_retrofit.runtime.bias import RelativePositionBias
@@ -91,7 +92,7 @@ class Arms:
     @property
     def causal(self) -> bool:
         """Whether the retrofit predicts next tokens."""
-        return type(self.retrofit).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+        return type(self.retrofit).__name__.endswith(CAUSAL_HEADS)
 
     @property
     def width(self) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from rpb_retrofit.checkpoint.load import open_causal_lm
+from rpb_retrofit.checkpoint.load import CAUSAL_HEADS, open_causal_lm
 from rpb_retrofit.errors import ConfigError, DataError
 from rpb_retrofit.instruments.modes import evaluating
 from rpb_retrofit.text import Text, read_text
@@ -20,9 +20,6 @@ GivenModel = str | os.PathLike[str] | PreTrainedModel
 
 GivenText = str | os.PathLike[str] | Sequence[str] | None
 """A file, a list of documents, or None: Python's help texts."""
-
-CAUSAL = ("ForCausalLM", "LMHeadModel")
-"""How the names of classes end that predict the next token."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ def open_given(model: GivenModel, tokenizer: Any = None) -> OpenModel:
     if isinstance(model, PreTrainedModel):
         if tokenizer is None:
             raise ConfigError(f"'{name_of(model)}' is a loaded model: give its tokenizer too, as tokenizer=...")
-        if not type(model).__name__.endswith(CAUSAL):
+        if not type(model).__name__.endswith(CAUSAL_HEADS):
             raise DataError(
                 f"'{name_of(model)}' is a {type(model).__name__}: only models that predict the next token can be scored"
             )
