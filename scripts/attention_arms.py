@@ -73,7 +73,7 @@ def no_bias_by_cudnn(case: Case) -> tuple[Arm, list[Tensor]]:
     return run_by_cudnn, parameters
 
 
-def ours(case: Case, log_tail: bool = False) -> tuple[Arm, list[Tensor]]:
+def biased(case: Case, log_tail: bool = False) -> tuple[Arm, list[Tensor]]:
     """This project's."""
     from rpb_retrofit.runtime.attention import attention
     from rpb_retrofit.runtime.bias import RelativePositionBias
@@ -123,8 +123,8 @@ CUDNN = "no bias, cuDNN"
 ARMS: dict[str, Callable[[Case], tuple[Arm, list[Tensor]]]] = {
     "no bias": no_bias,
     CUDNN: no_bias_by_cudnn,
-    "ours": ours,
-    "ours, log tail": lambda case: ours(case, log_tail=True),
+    "ours": biased,
+    "ours, log tail": lambda case: biased(case, log_tail=True),
     "position_bias, sdpa": position_bias,
     "position_bias, flex": lambda case: position_bias(case, flex=True),
 }

@@ -71,7 +71,7 @@ def measure(arm: str | None, options: argparse.Namespace) -> dict[str, Any]:
 
     model, tokenizer = load_gguf(options.source or fetch(SMOLLM2))
     model.to(options.device)
-    found: dict[str, Any] = {"arm": arm or "source"}
+    record: dict[str, Any] = {"arm": arm or "source"}
     forget_peak()  # dequantising the file took more than what comes now
     if arm is None:
         with torch.no_grad():
@@ -86,10 +86,10 @@ def measure(arm: str | None, options: argparse.Namespace) -> dict[str, Any]:
             texts["polishing"] = text.polishing(tokenizer, 8192, config.polish)
         start = time.perf_counter()
         report = rpb.retrofit(model, config, **texts)
-        found |= {"seconds": time.perf_counter() - start, "report": str(report)}
-    found["gigabytes"] = kilobytes("/proc/self/status", "VmHWM") / 1e6
+        record |= {"seconds": time.perf_counter() - start, "report": str(report)}
+    record["gigabytes"] = kilobytes("/proc/self/status", "VmHWM") / 1e6
     documents = tokenise(tokenizer, read_text(options.data).documents)
-    return found | {"losses": score(model, documents, options.tokens, options.long)}
+    return record | {"losses": score(model, documents, options.tokens, options.long)}
 
 
 def main() -> None:

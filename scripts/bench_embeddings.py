@@ -54,8 +54,8 @@ def main() -> None:
         model, _ = open_model(name)
         print(f"{name}: cosine with the source, mean and lowest")
         for case, texts in cases.items():
-            found = [float(embed(source, whole(ids)) @ embed(model, whole(ids))) for ids in texts]
-            print(f"{case:>12}  {sum(found) / len(found):.4f}  {min(found):.4f}  ({len(found)} texts)")
+            cosines = [float(embed(source, whole(ids)) @ embed(model, whole(ids))) for ids in texts]
+            print(f"{case:>12}  {sum(cosines) / len(cosines):.4f}  {min(cosines):.4f}  ({len(cosines)} texts)")
         if not options.long:
             continue
         documents = tokenise(tokenizer, [file.read_text() for file in options.long])

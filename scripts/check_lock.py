@@ -83,11 +83,11 @@ def probe(python: Path, retrofits: Path, scratch: Path) -> dict[str, Any]:
     scratch.mkdir(parents=True, exist_ok=True)
     variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     variables |= {"HF_MODULES_CACHE": str(scratch / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    script, found = Path(__file__).with_name("lock_probe.py"), scratch / "found.json"
-    ran = subprocess.run([python, script, retrofits, found], capture_output=True, text=True, env=variables)
+    script, results = Path(__file__).with_name("lock_probe.py"), scratch / "found.json"
+    ran = subprocess.run([python, script, retrofits, results], capture_output=True, text=True, env=variables)
     if ran.returncode:
         raise SystemExit(f"{python}: {ran.stderr}")
-    return json.loads(found.read_text())
+    return json.loads(results.read_text())
 
 
 GIVEN = {
@@ -97,11 +97,11 @@ GIVEN = {
 }
 
 
-def plain_cell(found: dict[str, Any], given: tuple[str, ...]) -> str:
+def plain_cell(results: dict[str, Any], given: tuple[str, ...]) -> str:
     """How many plain loads were refused, and how many errors said what to do, where not all did."""
     errors = [
         error
-        for case in found.values()
+        for case in results.values()
         for how in given
         if case["known"] and how in case["plain"]
         for error in case["plain"][how].values()
@@ -116,9 +116,9 @@ def plain_cell(found: dict[str, Any], given: tuple[str, ...]) -> str:
     return cell if told == len(refused) else f"{cell} ({told} say what to do)"
 
 
-def remote_cell(found: dict[str, Any]) -> str:
+def remote_cell(results: dict[str, Any]) -> str:
     """How many loads with the checkpoint's own code gave the retrofit's logits, or said which release they need."""
-    known = {name: case["remote"] for name, case in found.items() if case["known"]}
+    known = {name: case["remote"] for name, case in results.items() if case["known"]}
     right = {name for name, load in known.items() if load["difference"] is not None and load["difference"] < 1e-5}
     told = {name for name, load in known.items() if "needs Transformers" in (load["error"] or "")}
     parts = [f"{len(right)} of {len(known)} right"] if right else []
@@ -129,27 +129,27 @@ def remote_cell(found: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def table(found: dict[str, dict[str, Any]]) -> str:
+def table(results: dict[str, dict[str, Any]]) -> str:
     """Markdown: a row a release."""
     head = ["Transformers", "models known", *GIVEN, "`trust_remote_code=True`"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for release, cases in found.items():
+    for release, cases in results.items():
         known = f"{sum(case['known'] for case in cases.values())} of {len(cases)}"
         cells = [release, known, *(plain_cell(cases, given) for given in GIVEN.values()), remote_cell(cases)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def card(found: dict[str, dict[str, Any]]) -> str:
+def card(results: dict[str, dict[str, Any]]) -> str:
     """The page."""
     import torch
     import transformers
 
     template = Path(__file__).with_name("lock_card.md").read_text()
     return template.format(
-        cases=len(next(iter(found.values()))),
+        cases=len(next(iter(results.values()))),
         saved=transformers.__version__,
-        table=table(found),
+        table=table(results),
         date=datetime.date.today().isoformat(),
         torch=torch.__version__.split("+")[0],
         python=".".join(map(str, sys.version_info[:2])),
@@ -167,14 +167,14 @@ def main() -> None:
     retrofits, environments = folder / "retrofits", folder / "environments"
     retrofits.mkdir(parents=True, exist_ok=True)
     make_retrofits(retrofits)
-    found = {}
+    results = {}
     for release in arguments.releases.split(",") if arguments.releases else last_patches():
         python = environment(environments, release)
-        found[release] = probe(python, retrofits, folder / "scratch" / release)
-        print(table({release: found[release]}).splitlines()[-1], flush=True)
-    (folder / "found.json").write_text(json.dumps(found, indent=1))
+        results[release] = probe(python, retrofits, folder / "scratch" / release)
+        print(table({release: results[release]}).splitlines()[-1], flush=True)
+    (folder / "found.json").write_text(json.dumps(results, indent=1))
     if arguments.card:
-        arguments.card.write_text(card(found))
+        arguments.card.write_text(card(results))
 
 
 if __name__ == "__main__":

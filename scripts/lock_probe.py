@@ -46,17 +46,21 @@ def probe(case: dict, folder: Path) -> dict:
         given: {cls.__name__: attempt(cls.from_pretrained, path, **kwargs) for cls in classes if cls is not None}
         for given, kwargs in BY_HAND.items()
     }
-    found: list[float] = []
+    differences: list[float] = []
 
     def remote() -> None:
         model = getattr(transformers, case["auto"]).from_pretrained(path, trust_remote_code=True).eval()
         tensors = load_file(path / "expected.tensors")
         want = tensors.pop("logits")
         with torch.no_grad():
-            found.append(((model(**tensors).logits - want).abs().max() / want.abs().max()).item())
+            differences.append(((model(**tensors).logits - want).abs().max() / want.abs().max()).item())
 
     error = attempt(remote)
-    return {"known": known, "plain": plain, "remote": {"error": error, "difference": found[0] if found else None}}
+    return {
+        "known": known,
+        "plain": plain,
+        "remote": {"error": error, "difference": differences[0] if differences else None},
+    }
 
 
 if __name__ == "__main__":

@@ -54,8 +54,8 @@ def far_losses() -> tuple[list[int], dict[str, list[float]]]:
         :1
     ]
     head, _, *rows = (line.strip("|").split("|") for line in table.splitlines())
-    found = {cells[0].strip(): [float(cell.split(";")[0]) for cell in cells[1:]] for cells in rows}
-    return [int(cell.replace(",", "")) for cell in head[1:]], {label: found[arm] for arm, label in LINES.items()}
+    series = {cells[0].strip(): [float(cell.split(";")[0]) for cell in cells[1:]] for cells in rows}
+    return [int(cell.replace(",", "")) for cell in head[1:]], {label: series[arm] for arm, label in LINES.items()}
 
 
 def draw() -> Any:

@@ -141,8 +141,8 @@ def study(folder: Path, size: Size, seeds: int, workers: int) -> Comparison:
         arms = {
             arm: [pool.submit(alone, measure_arm, folder, size, seed, arm) for seed in range(seeds)] for arm in ARMS
         }
-        by_arm = [[found.result() for found in each] for each in arms.values()]
-        ceiling = [found.result() for found in scratches]
+        by_arm = [[future.result() for future in each] for each in arms.values()]
+        ceiling = [future.result() for future in scratches]
     rows = [over_bases(each) for arm in by_arm for each in zip(*arm, strict=True)] + [over_bases(ceiling)]
     rows.sort(key=lambda row: bool(row.tokens))
     timed = alone(time_arms, folder, size)

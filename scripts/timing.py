@@ -47,10 +47,10 @@ def in_turns(
                 times[name].append(time.perf_counter() - begin)
             bar.n = min(seconds, time.perf_counter() - start)
     ratios = {
-        name: statistics.median(a / b for a, b in zip(found, times[first], strict=True))
-        for name, found in times.items()
+        name: statistics.median(a / b for a, b in zip(arm_times, times[first], strict=True))
+        for name, arm_times in times.items()
     }
-    return {name: _quartiles(found) for name, found in times.items()}, ratios
+    return {name: _quartiles(arm_times) for name, arm_times in times.items()}, ratios
 
 
 def _quartiles(seconds: list[float]) -> Timing:

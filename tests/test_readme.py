@@ -128,16 +128,16 @@ def statements(text: str) -> Iterator[str]:
 
 def figures(statement: str) -> set[str]:
     """The figures of a piece of a page."""
-    return {" ".join(found.split()) for found in FIGURE.findall(VERSION.sub("", statement))}
+    return {" ".join(match.split()) for match in FIGURE.findall(VERSION.sub("", statement))}
 
 
 KNOWN = [figures(piece) for card in CARDS for piece in statements(card.read_text(encoding="utf-8"))]
 """The figures of every row, item and paragraph of every card."""
 
 
-def stands_in_a_card(said: set[str]) -> bool:
+def stands_in_a_card(stated: set[str]) -> bool:
     """Whether one row, item or paragraph of a card holds all of these figures."""
-    return any(said <= known for known in KNOWN)
+    return any(stated <= known for known in KNOWN)
 
 
 STATEMENTS = [piece for piece in statements(README) if figures(piece)]
@@ -145,24 +145,24 @@ STATEMENTS = [piece for piece in statements(README) if figures(piece)]
 
 @pytest.mark.parametrize("statement", STATEMENTS, ids=lambda piece: piece[:40])
 def test_figures_stand_in_a_card(statement: str) -> None:
-    said = figures(statement)
-    assert stands_in_a_card(said), f"no row or paragraph of a card holds all of {sorted(said)}"
+    stated = figures(statement)
+    assert stands_in_a_card(stated), f"no row or paragraph of a card holds all of {sorted(stated)}"
 
 
 def test_an_altered_figure_is_noticed() -> None:
     """The test above can fail: hardly any figure could be another one by a digit."""
     unnoticed, tried = [], 0
-    for said in map(figures, STATEMENTS):
-        for figure in said:
+    for stated in map(figures, STATEMENTS):
+        for figure in stated:
             last = max(i for i, letter in enumerate(figure) if letter.isdigit())
             altered = f"{figure[:last]}{(int(figure[last]) + 1) % 10}{figure[last + 1 :]}"
             tried += 1
-            if stands_in_a_card(said - {figure} | {altered}):
+            if stands_in_a_card(stated - {figure} | {altered}):
                 unnoticed.append(figure)
     assert tried > 30
     assert len(unnoticed) <= tried / 10, unnoticed
 
 
 def test_there_are_figures() -> None:
-    said = set().union(*map(figures, STATEMENTS))
-    assert {"+0.36", "2 min", "59 s", "77 of 77", "362 MB", "74 to 81%", "26 model families", "5 minutes"} <= said
+    stated = set().union(*map(figures, STATEMENTS))
+    assert {"+0.36", "2 min", "59 s", "77 of 77", "362 MB", "74 to 81%", "26 model families", "5 minutes"} <= stated

@@ -10,7 +10,7 @@ from rpb_retrofit.diagnosis import plots
 from rpb_retrofit.pages.drawing import as_data_uri
 from rpb_retrofit.pages.page import Exhibit, Table
 from rpb_retrofit.pages.retrieval_exhibits import QUESTIONS, SPANS, answers, shares, shares_width
-from rpb_retrofit.pages.words import EFFECT, begun, effect, found, interval, number
+from rpb_retrofit.pages.words import EFFECT, begun, detected, effect, interval, number
 
 LISTED_OFFSETS = 14
 """Offsets whose numbers the page lists, of all those in its picture: with 270 heads all of them would be megabytes."""
@@ -36,7 +36,7 @@ def exhibits(figures: Mapping[str, Any]) -> Iterator[Exhibit]:
 
 def _losses(losses: Mapping[str, Any]) -> Iterator[Exhibit]:
     key = losses.get("key_tokens")
-    unsure = f": {found(key)}" if key and not key["real"] else ""
+    unsure = f": {detected(key)}" if key and not key["real"] else ""
     far = (
         [
             f"On the {key['tokens']} tokens that the source predicts well only with far context, in windows of "

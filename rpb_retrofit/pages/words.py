@@ -39,7 +39,7 @@ def interval(difference: Mapping[str, Any]) -> str:
     return f"{mean} (95% interval {difference['low']:+.3f} to {difference['high']:+.3f})"
 
 
-def found(difference: Mapping[str, Any]) -> str:
+def detected(difference: Mapping[str, Any]) -> str:
     """Whether a difference was found, and if none was, from what size on it would have been."""
     if difference["real"]:
         return "a difference"
@@ -50,7 +50,7 @@ def found(difference: Mapping[str, Any]) -> str:
 
 def effect(difference: Mapping[str, Any]) -> list[str]:
     """The cells of a difference in a table, below `EFFECT`."""
-    return [*(number(difference[key], "+.3f") for key in ("mean", "low", "high")), found(difference)]
+    return [*(number(difference[key], "+.3f") for key in ("mean", "low", "high")), detected(difference)]
 
 
 EFFECT = ("mean", "low (95%)", "high (95%)", "found")

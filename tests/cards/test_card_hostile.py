@@ -108,7 +108,7 @@ def test_text_from_files_does_nothing_in_a_card(tmp_path: Path) -> None:
 
 
 def test_a_comparison_s_card(tmp_path: Path) -> None:
-    found = {
+    document = {
         **result(("source", "none", "t5")),
         "source": EVIL,
         "text": EVIL,
@@ -116,7 +116,7 @@ def test_a_comparison_s_card(tmp_path: Path) -> None:
         "headline": EVIL,
         "skipped": {EVIL: EVIL},
     }
-    write_card(found, tmp_path / "card.md", EVIL)
+    write_card(document, tmp_path / "card.md", EVIL)
     lines = (tmp_path / "card.md").read_text().splitlines()
     assert [line[:12] for line in lines if line.startswith("#")] == [r"# x\`\\n\\n#"]
     assert "\x1b" not in "\n".join(lines)
@@ -130,7 +130,7 @@ def test_harmless_text_stays_as_it_is(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("files", "said"),
+    ("files", "message"),
     [
         ({"source": "---\nlicense: [a: {\n---\n"}, "the metadata of '{}/README.source.md' is not YAML"),
         ({"source": "---\n- a\n---\n"}, "are a list, not keys with values"),
@@ -150,11 +150,11 @@ def test_harmless_text_stays_as_it_is(text: str) -> None:
         ({"evaluation": {**EVALUATION, "lengths": [{"length": 3, "nll": "low", "tokens": 3}]}}, "evaluate --json"),
     ],
 )  # fmt: skip
-def test_malformed_files_are_one_line(files: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_malformed_files_are_one_line(files: dict[str, Any], message: str, tmp_path: Path) -> None:
     folder = write(tmp_path / "m", **files)
     with pytest.raises(RetrofitError) as raised:
         make_card(folder, [folder / "evaluation.json"] if "evaluation" in files else [])
-    assert said.replace("{}", str(folder)) in str(raised.value)
+    assert message.replace("{}", str(folder)) in str(raised.value)
 
 
 def test_odd_configs_are_no_traceback(tmp_path: Path) -> None:

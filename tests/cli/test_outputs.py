@@ -106,8 +106,8 @@ def test_a_model_of_nan_gives_strict_json(
     asked = ["--data", folder / "text.txt", "--lengths", "32", "--tokens", "128", "--json", out]
     status = rpb_command(monkeypatch, "evaluate", tmp_path, *asked)
     if status == 0:
-        found = json.loads(out.read_text(), parse_constant=lambda name: pytest.fail(name))
-        assert found["lengths"][0]["nll"] is None and found["not_finite"]["lengths.0.nll"] == "nan"
+        document = json.loads(out.read_text(), parse_constant=lambda name: pytest.fail(name))
+        assert document["lengths"][0]["nll"] is None and document["not_finite"]["lengths.0.nll"] == "nan"
     else:
         assert status == 2 and not out.exists() and "finite" in error_line(capsys)
 

@@ -27,5 +27,5 @@ def arm(
 def figures(*candidates: Candidate, sight: float = SIGHT) -> Figures:
     """Whatever differs by ``sight`` nats or more is real. What is broken was not compared."""
     pairs = itertools.combinations([c for c in candidates if not c.broken], 2)
-    found = {(a.name, b.name): difference(b.loss - a.loss, abs(b.loss - a.loss) >= sight) for a, b in pairs}
-    return Figures(TARGET, candidates, found)
+    differences = {(a.name, b.name): difference(b.loss - a.loss, abs(b.loss - a.loss) >= sight) for a, b in pairs}
+    return Figures(TARGET, candidates, differences)

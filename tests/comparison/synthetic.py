@@ -113,7 +113,7 @@ def result(
 ) -> JSON:
     """A whole result, with a recommendation made from its figures; with ``tokens`` each arm comes trained too."""
     rows = [row(name, budget, spread) for budget in ([0, tokens] if tokens else [0]) for name in names]
-    found = {
+    document = {
         "version": "0.1.0",
         "command": f"rpb compare org/model --target-length {TARGET}",
         "source": "org/model",
@@ -131,28 +131,28 @@ def result(
         "skipped": {"interpolated": "the source's positions (rope) are no table of vectors to interpolate"},
         "seconds": 812.4,
     }
-    return recommended(found, **constraints)
+    return recommended(document, **constraints)
 
 
-def recommended(found: JSON, **constraints: Any) -> JSON:
+def recommended(document: JSON, **constraints: Any) -> JSON:
     """The same with the recommendation that its figures lead to."""
     bounds = Constraints(**constraints)
-    answer = recommend(table(found), bounds)
-    return {**found, "headline": answer.headline, "constraints": asdict(bounds), "recommendation": asdict(answer)}
+    answer = recommend(table(document), bounds)
+    return {**document, "headline": answer.headline, "constraints": asdict(bounds), "recommendation": asdict(answer)}
 
 
-def without(found: JSON, *parts: str, of: str | None = None) -> JSON:
+def without(document: JSON, *parts: str, of: str | None = None) -> JSON:
     """The same without some parts of its rows, or of the row ``of``: as if they had not been measured."""
     empty = {"inside": None, "beyond": None}
     rows = [
         {**row, **{part: empty.get(part, []) for part in parts}} if of in (None, row["id"]) else row
-        for row in found["rows"]
+        for row in document["rows"]
     ]
-    return {**found, "rows": rows}
+    return {**document, "rows": rows}
 
 
-def broken(found: JSON, name: str, why: str) -> JSON:
+def broken(document: JSON, name: str, why: str) -> JSON:
     """The same with a row that did not run at the target."""
-    rows = [{**row, "broken": why} if row["id"] == name else row for row in found["rows"]]
-    pairs = [p for p in found["pairs"] if p["at"] == "inside" or name not in (p["a"], p["b"])]
-    return without({**found, "rows": rows, "pairs": pairs}, "beyond", "by_position", of=name)
+    rows = [{**row, "broken": why} if row["id"] == name else row for row in document["rows"]]
+    pairs = [p for p in document["pairs"] if p["at"] == "inside" or name not in (p["a"], p["b"])]
+    return without({**document, "rows": rows, "pairs": pairs}, "beyond", "by_position", of=name)

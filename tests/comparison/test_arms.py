@@ -75,20 +75,20 @@ def test_arms_that_apply_run_and_leave_the_source_alone(case: Case) -> None:
     source, ids = source_of(case), text(24)
     before, weights = logits(source, ids), {k: v.clone() for k, v in source.state_dict().items()}
     config = source.config.to_dict()
-    found, refusals = set(), dict[str, str]()
+    applicable, refusals = set(), dict[str, str]()
     for name in ARMS:
         try:
             model, how = applied(name, source)
         except RetrofitError as error:
             refusals[name] = str(error)
             continue
-        found.add(name)
+        applicable.add(name)
         assert how and "\n" not in how
         if name != "source" and source.config.max_position_embeddings == CONTEXT:
             assert logits(model, text(TARGET)).isfinite().all(), name
         unchanged = sum(p.data_ptr() in {q.data_ptr() for q in source.parameters()} for p in model.parameters())
         assert unchanged >= len(list(source.parameters())) / 2, f"{name} shares its weights with the source"
-    assert found == expected(case), refusals
+    assert applicable == expected(case), refusals
     assert all("\n" not in why and len(why) > 20 for why in refusals.values())
     assert torch.equal(logits(source, ids), before)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in source.state_dict().items())
@@ -126,9 +126,9 @@ def test_ntk_turns_the_lowest_frequency_slower_by_the_factor() -> None:
 def test_local_layers_keep_their_rotation() -> None:
     (case,) = (c for c in CAUSAL if c.family == "gemma3_text")
     model, _ = applied("linear:2", source := source_of(case))
-    ours, theirs = model.model.rotary_emb, source.model.rotary_emb
-    assert torch.equal(ours.sliding_attention_inv_freq, theirs.sliding_attention_inv_freq)
-    assert torch.equal(2 * ours.full_attention_inv_freq, theirs.full_attention_inv_freq)
+    rotary, scaled_rotary = model.model.rotary_emb, source.model.rotary_emb
+    assert torch.equal(rotary.sliding_attention_inv_freq, scaled_rotary.sliding_attention_inv_freq)
+    assert torch.equal(2 * rotary.full_attention_inv_freq, scaled_rotary.full_attention_inv_freq)
 
 
 @pytest.mark.parametrize("case", [c for c in CAUSAL if not c.alibi and c.family != "llama4_text"], ids=str)
@@ -219,7 +219,7 @@ def test_a_t5_arm_is_the_retrofit_that_its_command_makes(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("yran", "did you mean 'yarn'"),
         ("rotary-please", "choose from source, linear"),
@@ -230,10 +230,10 @@ def test_a_t5_arm_is_the_retrofit_that_its_command_makes(name: str) -> None:
         ("yarn:inf", "'inf' is no factor above 0"),
     ],
 )
-def test_wrong_names(name: str, said: str) -> None:
+def test_wrong_names(name: str, message: str) -> None:
     with pytest.raises(ConfigError, match="arm '") as caught:
         parse(name)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_a_target_within_the_context_scales_nothing() -> None:

@@ -13,15 +13,15 @@ NAMES = ("source", "yarn:2", "longrope", "none", "t5", "t5-kept-log")
 
 
 def test_where_t5_loses_is_said_against_the_best_of_the_others() -> None:
-    said = list(where_t5_loses(found := result(NAMES, tokens=1000)))
-    rows = {row["id"]: row for row in found["rows"]}
+    sentences = list(where_t5_loses(document := result(NAMES, tokens=1000)))
+    rows = {row["id"]: row for row in document["rows"]}
     behind = rows["t5-kept-log"]["beyond"]["mean"] - rows["yarn:2"]["beyond"]["mean"]
-    assert said[0].startswith(f"untrained, at 16,384 tokens: t5-kept-log, the best T5 arm, loses {behind:+.3f} (")
-    assert said[0].endswith("nats a token more than yarn:2")
+    assert sentences[0].startswith(f"untrained, at 16,384 tokens: t5-kept-log, the best T5 arm, loses {behind:+.3f} (")
+    assert sentences[0].endswith("nats a token more than yarn:2")
     slower = rows["t5"]["speed"][-1]["prefill_s"] / rows["none"]["speed"][-1]["prefill_s"]
-    assert f"reading a prompt: t5, the fastest T5 arm, takes {slower:.2f} times as long as none" in said
-    assert any(s.startswith("healed, inside") and s.endswith("source healed, no sure difference") for s in said)
-    assert sum("a span repeated" in s for s in said) == 4
+    assert f"reading a prompt: t5, the fastest T5 arm, takes {slower:.2f} times as long as none" in sentences
+    assert any(s.startswith("healed, inside") and s.endswith("source healed, no sure difference") for s in sentences)
+    assert sum("a span repeated" in s for s in sentences) == 4
 
 
 def test_nothing_is_said_where_t5_is_ahead_or_alone() -> None:
@@ -35,12 +35,12 @@ def test_nothing_is_said_where_t5_is_ahead_or_alone() -> None:
 
 
 def test_card(tmp_path: Path) -> None:
-    found = result(NAMES, tokens=1000)
-    write_card(found, tmp_path / "card.md", "A title", "What was done.")
+    document = result(NAMES, tokens=1000)
+    write_card(document, tmp_path / "card.md", "A title", "What was done.")
     text = (tmp_path / "card.md").read_text()
-    assert text.startswith("# A title\n") and "What was done." in text and found["headline"] in text
-    assert text.index("loses to another arm") < text.index(found["headline"]), "what is against it comes first"
-    for row in found["rows"]:
+    assert text.startswith("# A title\n") and "What was done." in text and document["headline"] in text
+    assert text.index("loses to another arm") < text.index(document["headline"]), "what is against it comes first"
+    for row in document["rows"]:
         whole = next(one for one in text.splitlines() if one.startswith(f"| {row['id']} |"))
         assert f"{row['beyond']['mean']:.3f}" in whole and f"{row['inside']['mean']:.3f}" in whole
         assert f"**{row['arm']}**: {row['about']}" in text
@@ -50,7 +50,7 @@ def test_card(tmp_path: Path) -> None:
 
 
 def test_card_without_what_was_not_measured(tmp_path: Path) -> None:
-    found = without(result(("source", "none", "t5")), "speed", "induction", "retrieval", "by_position")
-    write_card(found, tmp_path / "card.md", "A title")
+    document = without(result(("source", "none", "t5")), "speed", "induction", "retrieval", "by_position")
+    write_card(document, tmp_path / "card.md", "A title")
     text = (tmp_path / "card.md").read_text()
     assert "repeated span" not in text and "| none |" in text and not re.search(r"\b(None|nan|inf)\b", text)

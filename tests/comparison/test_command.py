@@ -55,22 +55,22 @@ def test_report(
     card = ("--card", tmp_path / "card.md")
     assert compare(monkeypatch, folder, out, *TIMED, *constraints, *card, "--json", file) == 0
     printed = capsys.readouterr()
-    found = json.loads((out / "report.json").read_text())
-    assert found == json.loads(file.read_text())
-    names = [row["id"] for row in found["rows"]]
+    report = json.loads((out / "report.json").read_text())
+    assert report == json.loads(file.read_text())
+    names = [row["id"] for row in report["rows"]]
     usual = ["source", "linear", "dynamic", "ntk", "yarn", "longrope", "llama3", "alibi", "none", "none-log-n"]
     assert names == [*usual, "t5", "t5-content", "t5-kept", "t5-kept-log"]
-    assert list(found["skipped"]) == ["passkey at 128", "interpolated"], "128 tokens hold no question"
-    assert found["recommendation"]["choice"] in names and found["headline"] in " ".join(printed.out.split())
-    assert found["context"] == 256 and found["target"] == 512 and found["constraints"]["train_tokens"] == 5_000_000
-    for row in found["rows"]:
+    assert list(report["skipped"]) == ["passkey at 128", "interpolated"], "128 tokens hold no question"
+    assert report["recommendation"]["choice"] in names and report["headline"] in " ".join(printed.out.split())
+    assert report["context"] == 256 and report["target"] == 512 and report["constraints"]["train_tokens"] == 5_000_000
+    for row in report["rows"]:
         assert [losses["length"] for losses in row["losses"]] == [64, 256, 512]
         assert row["inside"]["length"] == 256 and row["beyond"]["first"] == 256 and row["broken"] is None
         assert row["speed"][0]["length"] == 64 and row["speed"][0]["prefill_over"] > 0
         assert row["retrieval"] and row["induction"] and row["how"]
         assert row["id"] in printed.out
     assert "<h1" in (out / "report.html").read_text() and not (tmp_path / "out.run").exists()
-    assert found["headline"] in (tmp_path / "card.md").read_text()
+    assert report["headline"] in (tmp_path / "card.md").read_text()
 
 
 def test_a_model_in_memory_has_the_figures_of_the_command(
@@ -102,9 +102,9 @@ def test_every_arm_is_trained_on_the_same_tokens(folder: Path, tmp_path: Path, m
         opened(self, *args)
 
     def taken(self: Rows, rows: int, length: int) -> Any:
-        found = take(self, rows, length)
-        seen[-1] += [part.tolist() for row in found for part in row]
-        return found
+        report = take(self, rows, length)
+        seen[-1] += [part.tolist() for row in report for part in row]
+        return report
 
     monkeypatch.setattr(Rows, "__init__", begin)
     monkeypatch.setattr(Rows, "take", taken)
@@ -117,8 +117,8 @@ def test_every_arm_is_trained_on_the_same_tokens(folder: Path, tmp_path: Path, m
     options = ("--heal", "512", "--train-data", folder / "trained.txt", "--recipe", recipe, "--rates", "1e-3,3e-3")
     arms = ("--arms", "yarn,t5", "--seeds", "2", "--rounds", "0")
     assert compare(monkeypatch, folder, out, *options, *arms) == 0
-    found = json.loads((out / "report.json").read_text())
-    rows = {row["id"]: row for row in found["rows"]}
+    report = json.loads((out / "report.json").read_text())
+    rows = {row["id"]: row for row in report["rows"]}
     assert [*rows] == ["source", "yarn", "t5", "source healed", "yarn healed", "t5 healed"]
     each = len(seen) // 3
     assert each == 4, "two rates are tried, then two seeds trained"
@@ -173,31 +173,31 @@ def test_arms_that_do_not_apply_are_named_and_the_others_go_on(
     out = tmp_path / "out"
     arms = ("--arms", "yarn,interpolated,none,t5", "--rounds", "0")
     assert compare(monkeypatch, folder, out, *arms, source="learned") == 0
-    said = capsys.readouterr().err.splitlines()
-    assert [line for line in said if "does not apply" in line] == [
+    message = capsys.readouterr().err.splitlines()
+    assert [line for line in message if "does not apply" in line] == [
         "yarn does not apply: the source has learned positions, and there is no RoPE to scale"
     ]
-    found = json.loads((out / "report.json").read_text())
-    rows = {row["id"]: row for row in found["rows"]}
-    assert [*rows] == ["source", "interpolated", "none", "t5"] and "yarn" in found["skipped"]
+    report = json.loads((out / "report.json").read_text())
+    rows = {row["id"]: row for row in report["rows"]}
+    assert [*rows] == ["source", "interpolated", "none", "t5"] and "yarn" in report["skipped"]
     assert "has a table of 256 positions" in rows["source"]["broken"], "it cannot read the target"
     assert rows["interpolated"]["broken"] is None and rows["t5"]["beyond"]["above"] is None
-    assert found["recommendation"]["choice"] in ("interpolated", "none", "t5")
+    assert report["recommendation"]["choice"] in ("interpolated", "none", "t5")
 
 
 def test_nothing_meets_the_constraints(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ("--arms", "yarn,none", *TIMED, "--max-slowdown", "0.01")
     assert compare(monkeypatch, folder, tmp_path / "out", *options) == 0
-    found = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert found["recommendation"]["choice"] is None
-    assert found["headline"].startswith("Nothing meets the constraints") and "max-slowdown 0.01" in found["headline"]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["recommendation"]["choice"] is None
+    assert report["headline"].startswith("Nothing meets the constraints") and "max-slowdown 0.01" in report["headline"]
 
 
 def test_wrong_input(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "short.txt").write_text("too short")
-    for options, said in (
+    for options, message in (
         (("--arms", "yran"), "arm 'yran': there is none of that name; did you mean 'yarn'?"),
         (("--arms", "base"), "it takes a number, the base"),
         (("--heal", "5M", "--train-tokens", "1M"), "--heal 5M and --train-tokens 1M contradict each other"),
@@ -220,7 +220,7 @@ def test_wrong_input(
     ):
         assert compare(monkeypatch, folder, tmp_path / "out", *options) == 2, options
         errors = capsys.readouterr().err.strip().splitlines()
-        assert said in errors[-1], (options, errors[-1])
+        assert message in errors[-1], (options, errors[-1])
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.run").exists()
 
 

@@ -34,8 +34,8 @@ def measured(inside: float, beyond: float, seed: int = 0, lengths: tuple[int, ..
     return Measured({n: losses(n, inside, beyond, seed) for n in lengths}, [], [], failed)
 
 
-def row(name: str, *found: Measured, tokens: int = 0) -> Row:
-    return Row(name, f"about {name}", Made("do it", 2.0), list(found), tokens, 1e-3 if tokens else None, 10.0)
+def row(name: str, *measured_rows: Measured, tokens: int = 0) -> Row:
+    return Row(name, f"about {name}", Made("do it", 2.0), list(measured_rows), tokens, 1e-3 if tokens else None, 10.0)
 
 
 def comparison() -> Comparison:
@@ -61,9 +61,9 @@ def timed() -> dict[str, list[SpeedResult | Skipped]]:
 
 
 def test_rows() -> None:
-    found = {r["id"]: r for r in figures(comparison())["rows"]}
-    assert [*found] == ["source", "better", "short", "source healed", "better healed"]
-    better = found["better"]
+    measured_rows = {r["id"]: r for r in figures(comparison())["rows"]}
+    assert [*measured_rows] == ["source", "better", "short", "source healed", "better healed"]
+    better = measured_rows["better"]
     assert better["inside"]["length"] == CONTEXT and better["beyond"]["first"] == CONTEXT
     assert better["inside"]["above"]["mean"] == pytest.approx(0.1, abs=0.02)
     assert better["beyond"]["above"]["mean"] == pytest.approx(-1.0, abs=0.02) and better["beyond"]["above"]["real"]
@@ -71,12 +71,14 @@ def test_rows() -> None:
     share = (CONTEXT - 1) / (TARGET - 1)
     whole = next(r for r in better["losses"] if r["length"] == TARGET)
     assert whole["mean"] == pytest.approx(2.1 * share + 4.0 * (1 - share), abs=0.05)
-    assert found["source"]["inside"]["above"] is None and found["source healed"]["inside"]["above"] is None
-    healed = found["better healed"]
+    assert (
+        measured_rows["source"]["inside"]["above"] is None and measured_rows["source healed"]["inside"]["above"] is None
+    )
+    healed = measured_rows["better healed"]
     assert healed["inside"]["above"]["mean"] == pytest.approx(0.1, abs=0.02), "held against the source healed alike"
     assert healed["beyond"]["mean"] == pytest.approx(3.7, abs=0.05) and healed["seeds"] == 2
-    assert found["short"]["broken"] == "at 256 tokens: no memory" and found["short"]["beyond"] is None
-    assert [r["length"] for r in found["short"]["losses"]] == [32, CONTEXT]
+    assert measured_rows["short"]["broken"] == "at 256 tokens: no memory" and measured_rows["short"]["beyond"] is None
+    assert [r["length"] for r in measured_rows["short"]["losses"]] == [32, CONTEXT]
     by_position = {r["first"]: r for r in better["by_position"]}
     assert by_position[128]["nll"] == pytest.approx(4.0, abs=0.1) and by_position[16]["nll"] == pytest.approx(
         2.1, abs=0.2
@@ -84,11 +86,11 @@ def test_rows() -> None:
 
 
 def test_times_are_held_against_the_sources_of_the_same_round() -> None:
-    found = {r["id"]: r for r in figures(comparison())["rows"]}
-    speed, skipped = found["better"]["speed"]
+    measured_rows = {r["id"]: r for r in figures(comparison())["rows"]}
+    speed, skipped = measured_rows["better"]["speed"]
     assert speed["prefill_over"] == pytest.approx(1.5) and speed["decode_over"] == pytest.approx(2.0)
     assert skipped == {"length": 256, "skipped": "no memory"}
-    assert found["source"]["speed"][0]["prefill_over"] == 1.0
+    assert measured_rows["source"]["speed"][0]["prefill_over"] == 1.0
     candidates = {c.name: c for c in table(figures(comparison())).candidates}
     assert candidates["better"].slowdown == pytest.approx(2.0), "the slower of the two"
     assert candidates["better"].memory == 1.5 and candidates["better"].seconds == 12.0
@@ -123,16 +125,23 @@ def test_a_target_within_the_context() -> None:
         row(name, Measured({n: losses(n, level, 9.0, seed) for n in plan.lengths}, [], []))
         for name, level, seed in (("source", 2.0, 0), ("other", 2.5, 1))
     ]
-    found = figures(Comparison(plan, CONTEXT, rows))
-    assert found["rows"][1]["beyond"]["first"] == 1
-    assert found["rows"][1]["beyond"]["above"]["mean"] == pytest.approx(0.5, abs=0.02)
-    assert found["rows"][1]["inside"]["length"] == 32
+    measured_rows = figures(Comparison(plan, CONTEXT, rows))
+    assert measured_rows["rows"][1]["beyond"]["first"] == 1
+    assert measured_rows["rows"][1]["beyond"]["above"]["mean"] == pytest.approx(0.5, abs=0.02)
+    assert measured_rows["rows"][1]["inside"]["length"] == 32
 
 
 def test_result() -> None:
-    found = ComparisonResult.of(comparison(), Constraints(must_keep=0.2), {"source": "model", "seconds": 1.0}).document
-    assert found["recommendation"]["choice"] == "better" or found["recommendation"]["choice"] == "better healed"
-    assert found["headline"] == found["recommendation"]["headline"]
-    assert found["skipped"] == {"yarn": "it does not apply"} and found["constraints"]["must_keep"] == 0.2
-    assert "short" in found["recommendation"]["rejected"]
-    assert math.isfinite(found["rows"][0]["beyond"]["mean"])
+    measured_rows = ComparisonResult.of(
+        comparison(), Constraints(must_keep=0.2), {"source": "model", "seconds": 1.0}
+    ).document
+    assert (
+        measured_rows["recommendation"]["choice"] == "better"
+        or measured_rows["recommendation"]["choice"] == "better healed"
+    )
+    assert measured_rows["headline"] == measured_rows["recommendation"]["headline"]
+    assert (
+        measured_rows["skipped"] == {"yarn": "it does not apply"} and measured_rows["constraints"]["must_keep"] == 0.2
+    )
+    assert "short" in measured_rows["recommendation"]["rejected"]
+    assert math.isfinite(measured_rows["rows"][0]["beyond"]["mean"])

@@ -32,25 +32,25 @@ def infinite() -> dict[str, Any]:
 
 
 def untimed_here_and_there() -> dict[str, Any]:
-    found = result(FEW)
-    found["rows"][1]["speed"][1] = {"length": 2048, "skipped": "no memory for it"}
-    found["rows"][2]["speed"] = [{"length": n, "skipped": "no memory for it"} for n in (512, 2048)]
-    for timed in (timed for row in found["rows"] for timed in row["speed"]):
+    document = result(FEW)
+    document["rows"][1]["speed"][1] = {"length": 2048, "skipped": "no memory for it"}
+    document["rows"][2]["speed"] = [{"length": n, "skipped": "no memory for it"} for n in (512, 2048)]
+    for timed in (timed for row in document["rows"] for timed in row["speed"]):
         timed["peak_bytes"] = None
-    return recommended(found)
+    return recommended(document)
 
 
 def target_inside() -> dict[str, Any]:
-    found = result(FEW)
-    rows = [{**row, "beyond": {**row["beyond"], "first": 1}} for row in found["rows"]]
-    return {**found, "rows": rows, "context": 2 * TARGET}
+    document = result(FEW)
+    rows = [{**row, "beyond": {**row["beyond"], "first": 1}} for row in document["rows"]]
+    return {**document, "rows": rows, "context": 2 * TARGET}
 
 
 def nothing_works() -> dict[str, Any]:
-    found = result(("source", "yarn:2"))
+    document = result(("source", "yarn:2"))
     for name in ("source", "yarn:2"):
-        found = broken(found, name, "at 16384 tokens: no memory for it")
-    return recommended(found)
+        document = broken(document, name, "at 16384 tokens: no memory for it")
+    return recommended(document)
 
 
 CASES = {
@@ -73,15 +73,15 @@ CASES = {
 @pytest.fixture(scope="module", params=CASES)
 def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, str]:
     """A result with its page."""
-    found = CASES[request.param]()
+    document = CASES[request.param]()
     file = tmp_path_factory.mktemp("page") / "report.html"
-    write_page(found, file)
+    write_page(document, file)
     assert [path.name for path in file.parent.iterdir()] == ["report.html"]
-    return found, file.read_text()
+    return document, file.read_text()
 
 
-def render(found: dict[str, Any], folder: Path) -> tuple[Page, str]:
-    write_page(found, folder / "report.html")
+def render(document: dict[str, Any], folder: Path) -> tuple[Page, str]:
+    write_page(document, folder / "report.html")
     source = (folder / "report.html").read_text()
     return Page(source), source
 
@@ -110,16 +110,16 @@ def test_the_page_is_whole_and_needs_nothing_else(written: tuple[Any, str]) -> N
 
 
 def test_the_answer_stands_on_top(written: tuple[Any, str]) -> None:
-    found, source = written
-    answer, said = found["recommendation"], inside(source, "header").text
-    assert inside(source, "h1").text == found["headline"]
+    document, source = written
+    answer, words = document["recommendation"], inside(source, "header").text
+    assert inside(source, "h1").text == document["headline"]
     for key in ("reasons", "costs", "changes", "failures"):
-        assert all(sentence in said for sentence in answer[key])
-    assert all(f"{name}: {why}" in said for name, why in answer["rejected"].items())
+        assert all(sentence in words for sentence in answer[key])
+    assert all(f"{name}: {why}" in words for name, why in answer["rejected"].items())
     if answer["choice"] is not None:
-        assert next(row["how"] for row in found["rows"] if row["id"] == answer["choice"]) in said
+        assert next(row["how"] for row in document["rows"] if row["id"] == answer["choice"]) in words
     if answer["runner_up"] is not None:
-        assert f"Runner-up {answer['runner_up']}: " in said
+        assert f"Runner-up {answer['runner_up']}: " in words
 
 
 def test_no_number_leaks_as_python_writes_it(written: tuple[Any, str]) -> None:
@@ -129,12 +129,12 @@ def test_no_number_leaks_as_python_writes_it(written: tuple[Any, str]) -> None:
 
 
 def test_every_row_is_listed_with_its_figures(written: tuple[Any, str]) -> None:
-    found, source = written
+    document, source = written
     listed = inside(source, "section", "arms").text
-    for row in found["rows"]:
-        name = Ranking(found).titled(row["id"])
+    for row in document["rows"]:
+        name = Ranking(document).titled(row["id"])
         loss = f"{row['beyond']['mean']:.3f}" if row["beyond"] else "not measured"
-        if any(other["beyond"] for other in found["rows"]):
+        if any(other["beyond"] for other in document["rows"]):
             assert f" {name} {loss} " in listed
         assert row["how"] in listed
         if row["broken"]:
@@ -142,8 +142,8 @@ def test_every_row_is_listed_with_its_figures(written: tuple[Any, str]) -> None:
 
 
 def test_what_was_not_measured_has_no_exhibit(tmp_path: Path) -> None:
-    def anchors(found: dict[str, Any]) -> set[str]:
-        return set(render(found, tmp_path)[0].values("id"))
+    def anchors(document: dict[str, Any]) -> set[str]:
+        return set(render(document, tmp_path)[0].values("id"))
 
     whole = anchors(result(FEW))
     assert {"quality", "inside", "lengths", "positions", "questions-passkey", "induction", "speed", "pairs"} <= whole
@@ -155,9 +155,9 @@ def test_what_was_not_measured_has_no_exhibit(tmp_path: Path) -> None:
 
 
 def test_the_numbers_of_the_pictures_are_in_tables(tmp_path: Path) -> None:
-    found = result(FEW, tokens=51200)
-    _, source = render(found, tmp_path)
-    row = next(row for row in found["rows"] if row["id"] == "yarn:2 healed")
+    document = result(FEW, tokens=51200)
+    _, source = render(document, tmp_path)
+    row = next(row for row in document["rows"] if row["id"] == "yarn:2 healed")
     quality = inside(source, "section", "quality").text
     assert f"{row['beyond']['mean']:.3f}" in quality
     gap = row["inside"]["above"]
@@ -168,7 +168,7 @@ def test_the_numbers_of_the_pictures_are_in_tables(tmp_path: Path) -> None:
     assert f"yarn:2 healed {CONTEXT} to {TARGET - 1} {last['nll']:.3f}" in inside(source, "section", "positions").text
     assert "yarn:2 healed passkey 2048 90% 4 100%" in inside(source, "section", "questions-passkey").text
     assert "t5 2,048 1.354 1.10 1.384 32.9 1.06 107.6 1.10" in inside(source, "section", "speed").text
-    pair = next(p for p in found["pairs"] if (p["a"], p["b"], p["at"]) == ("yarn:2", "t5", "target"))
+    pair = next(p for p in document["pairs"] if (p["a"], p["b"], p["at"]) == ("yarn:2", "t5", "target"))
     assert f"yarn:2 t5 {pair['mean']:+.3f}" in inside(source, "section", "pairs").text
     assert "--target-length 16384" in inside(source, "section", "repeat").text
     assert "interpolated: the source's positions" in inside(source, "section", "skipped").text
@@ -176,10 +176,10 @@ def test_the_numbers_of_the_pictures_are_in_tables(tmp_path: Path) -> None:
 
 def test_who_is_not_told_apart_is_said_so(tmp_path: Path) -> None:
     _, source = render(result(("source", "yarn:2", "longrope", "t5")), tmp_path)
-    said = inside(source, "section", "pairs").text
-    assert "Of 6 pairs 5 really differ." in said
-    assert "Not told apart from yarn:2: longrope." in said
-    assert "1. yarn:2, choice ≈ -0.007 -1.396 -2.339" in said
+    words = inside(source, "section", "pairs").text
+    assert "Of 6 pairs 5 really differ." in words
+    assert "Not told apart from yarn:2: longrope." in words
+    assert "1. yarn:2, choice ≈ -0.007 -1.396 -2.339" in words
 
 
 def test_the_context_is_marked_only_where_it_ends_in_the_picture(tmp_path: Path) -> None:
@@ -189,10 +189,10 @@ def test_the_context_is_marked_only_where_it_ends_in_the_picture(tmp_path: Path)
 
 
 def test_hostile_names_are_text(tmp_path: Path) -> None:
-    found = result(FEW)
-    found["source"] = "<script>alert(1)</script>"
-    found["rows"][1]["how"] = '"><img src=x onerror=alert(1)>'
-    page, source = render(found, tmp_path)
+    document = result(FEW)
+    document["source"] = "<script>alert(1)</script>"
+    document["rows"][1]["how"] = '"><img src=x onerror=alert(1)>'
+    page, source = render(document, tmp_path)
     assert "<script" not in source
     assert "onerror" in page.text
     assert not page.values("onerror")

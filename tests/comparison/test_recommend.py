@@ -46,11 +46,11 @@ ARMS = figures(
     ],
 )
 def test_the_lowest_that_meets_all_constraints(constraints: dict[str, Any], choice: str, runner_up: str | None) -> None:
-    found = recommend(ARMS, Constraints(**constraints))
-    assert (found.choice, found.runner_up) == (choice, runner_up)
-    assert choice in found.headline and f"{TARGET:,} tokens" in found.headline
-    assert not found.failures
-    assert found.rejected["alibi"] == "does not run at 16384 tokens: killed"
+    advice = recommend(ARMS, Constraints(**constraints))
+    assert (advice.choice, advice.runner_up) == (choice, runner_up)
+    assert choice in advice.headline and f"{TARGET:,} tokens" in advice.headline
+    assert not advice.failures
+    assert advice.rejected["alibi"] == "does not run at 16384 tokens: killed"
 
 
 TWIN, LATE = arm("twin", 2.5, slowdown=1.2), arm("late", 2.49, slowdown=1.2, tokens=1000)
@@ -80,10 +80,10 @@ CLEAR = {"slowdown": 1.2 - 2 * CLEARLY}
     ],
 )
 def test_of_those_that_are_tied_the_least_work(candidates: tuple[Candidate, ...], choice: str, says: str) -> None:
-    found = recommend(figures(*candidates), Constraints())
-    assert found.choice == choice
-    assert says in found.headline
-    told = [change for change in found.changes if change.startswith(f"Tied with {choice}: ")]
+    advice = recommend(figures(*candidates), Constraints())
+    assert advice.choice == choice
+    assert says in advice.headline
+    told = [change for change in advice.changes if change.startswith(f"Tied with {choice}: ")]
     assert len(told) == (says != "the lowest of those that can be taken.")
     assert all("where 0.050 would show" in change for change in told)
 
@@ -92,8 +92,8 @@ def test_tied_with_the_lowest_is_not_enough_where_another_tied_one_is_really_bet
     """The spread of a noisy arm hides that the source is beaten by a third."""
     table = figures(SOURCE, noisy := arm("noisy", 2.4), sound := arm("sound", 2.5), sight=0.0)
     hidden = {pair: replace(d, p=0.5) for pair, d in table.differences.items() if noisy.name in pair}
-    found = recommend(replace(table, differences={**table.differences, **hidden}), Constraints())
-    assert found.choice == noisy.name and found.runner_up == sound.name
+    advice = recommend(replace(table, differences={**table.differences, **hidden}), Constraints())
+    assert advice.choice == noisy.name and advice.runner_up == sound.name
 
 
 @pytest.mark.parametrize(
@@ -150,27 +150,27 @@ def test_tied_with_the_lowest_is_not_enough_where_another_tied_one_is_really_bet
 def test_where_nothing_fits_it_says_by_how_much(
     candidates: tuple[Candidate, ...], constraints: dict[str, Any], headline: str, last: str
 ) -> None:
-    found = recommend(figures(*candidates), Constraints(**constraints))
-    assert found.choice is None and found.runner_up is None
-    assert found.headline == f"Nothing meets the constraints: {headline}"
-    assert found.failures[0][1:] == headline[1:]
-    assert found.failures[-1] == last
-    assert set(found.rejected) == {c.name for c in candidates}
-    assert not found.reasons and not found.costs
+    advice = recommend(figures(*candidates), Constraints(**constraints))
+    assert advice.choice is None and advice.runner_up is None
+    assert advice.headline == f"Nothing meets the constraints: {headline}"
+    assert advice.failures[0][1:] == headline[1:]
+    assert advice.failures[-1] == last
+    assert set(advice.rejected) == {c.name for c in candidates}
+    assert not advice.reasons and not advice.costs
 
 
 def test_two_constraints_that_exclude_each_other_are_both_named() -> None:
     table = figures(SOURCE, arm("quick", 2.5, 0.0412, 0.8))
-    found = recommend(table, Constraints(max_slowdown=0.9, must_keep=0.02))
-    assert "The nearest to --must-keep 0.02 that meets the rest, quick, " in found.failures[1]
-    assert "0.022 too much" in found.failures[1]  # rounded up: relaxing by less would not let it in
-    assert "At --must-keep 0.042, quick is taken." in found.changes
+    advice = recommend(table, Constraints(max_slowdown=0.9, must_keep=0.02))
+    assert "The nearest to --must-keep 0.02 that meets the rest, quick, " in advice.failures[1]
+    assert "0.022 too much" in advice.failures[1]  # rounded up: relaxing by less would not let it in
+    assert "At --must-keep 0.042, quick is taken." in advice.changes
 
 
 def test_a_constraint_that_is_met_is_not_said_to_fail() -> None:
     table = figures(replace(SOURCE, kept=difference(0.04, True)), arm("slow", 2.5, 0.03, 1.3))
-    found = recommend(table, Constraints(max_slowdown=1.05, must_keep=0.02))
-    assert [failure.split(",")[0] for failure in found.failures] == [
+    advice = recommend(table, Constraints(max_slowdown=1.05, must_keep=0.02))
+    assert [failure.split(",")[0] for failure in advice.failures] == [
         "The nearest to --must-keep 0.02 that meets the rest",
         "Not all constraints can be met: without --must-keep 0.02",
     ]
@@ -178,17 +178,17 @@ def test_a_constraint_that_is_met_is_not_said_to_fail() -> None:
 
 @pytest.mark.parametrize(("slowdown", "step"), [(1.037, "1.03"), (1.031, "1.03"), (1.03, "1.03"), (1.1, "1.1")])
 def test_a_threshold_is_rounded_to_the_side_on_which_it_holds(slowdown: float, step: str) -> None:
-    found = recommend(figures(SOURCE, arm("t5", 2.5, slowdown=slowdown)), Constraints())
-    assert f"Below --max-slowdown {step}, rope is taken instead." in found.changes
+    advice = recommend(figures(SOURCE, arm("t5", 2.5, slowdown=slowdown)), Constraints())
+    assert f"Below --max-slowdown {step}, rope is taken instead." in advice.changes
 
 
 def test_all_that_is_said_of_a_choice() -> None:
-    found = recommend(ARMS, Constraints(max_slowdown=1.05, train_tokens=5_000_000, must_keep=0.007))
+    advice = recommend(ARMS, Constraints(max_slowdown=1.05, train_tokens=5_000_000, must_keep=0.007))
     assert (
-        found.headline
+        advice.headline
         == "Take yarn healed: 2.400 nats a token at 16,384 tokens, the lowest of those that can be taken."
     )
-    assert found.reasons == (
+    assert advice.reasons == (
         "At 16,384 tokens yarn healed loses 2.400 nats a token; against the source, rope: -0.600 (-0.610 to -0.590).",
         "It takes 1.01 times the source's time.",
         "It loses +0.005 (+0.000 to +0.010) nats a token inside the context, which could be as much as 0.010, "
@@ -197,19 +197,19 @@ def test_all_that_is_said_of_a_choice() -> None:
         "It answers 75% of the retrieval questions right and takes 1.10 times the source's memory, "
         "which the choice does not weigh.",
     )
-    assert found.costs == (
+    assert advice.costs == (
         "--max-slowdown 1.05 costs +0.200 (+0.190 to +0.210) nats a token: without it t5 healed is taken.",
         "--train-tokens 5,000,000 costs nothing: yarn healed is taken without it too.",
         "--must-keep 0.007 costs nothing: yarn healed is taken without it too.",
     )
-    assert found.changes == (
+    assert advice.changes == (
         "Below --max-slowdown 1.01, rope is taken instead.",
         "Below --train-tokens 100,000, rope is taken instead.",
         "Below --must-keep 0.005, rope is taken instead.",
         "At --max-slowdown 1.3, t5 healed is taken: -0.200 (-0.210 to -0.190) nats a token.",
         "More training than the 100,000 tokens measured, up to --train-tokens 5,000,000, may reorder them.",
     )
-    assert found.rejected == {
+    assert advice.rejected == {
         "yarn": "--must-keep 0.007: loses +0.030 (+0.025 to +0.035) nats a token inside the context, 0.023 too much",
         "t5": "--max-slowdown 1.05: takes 1.30 times the source's time, 0.25 too much; "
         "--must-keep 0.007: loses +0.010 (+0.005 to +0.015) nats a token inside the context, 0.003 too much",
@@ -217,12 +217,12 @@ def test_all_that_is_said_of_a_choice() -> None:
         "alibi": "does not run at 16384 tokens: killed",
         "nope": "its logits are no numbers",
     }
-    assert asdict(found)["choice"] == "yarn healed"
+    assert asdict(advice)["choice"] == "yarn healed"
 
 
 def test_source_and_runner_up_are_both_held_against_the_choice() -> None:
-    found = recommend(figures(SOURCE, arm("t5", 2.5), arm("yarn", 2.52)), Constraints())
-    assert found.reasons[0] == (
+    advice = recommend(figures(SOURCE, arm("t5", 2.5), arm("yarn", 2.52)), Constraints())
+    assert advice.reasons[0] == (
         "At 16,384 tokens t5 loses 2.500 nats a token; against the runner-up, yarn: "
         "-0.020 (-0.030 to -0.010): no difference found, of 0.050 or more; against the source, rope: "
         "-0.500 (-0.510 to -0.490)."
@@ -230,36 +230,36 @@ def test_source_and_runner_up_are_both_held_against_the_choice() -> None:
 
 
 def test_a_constraint_that_only_costs_a_tie_costs_nothing_that_shows() -> None:
-    found = recommend(figures(SOURCE, TWIN, arm("quick", 2.53, 0.03, **CLEAR)), Constraints(must_keep=0.02))
-    assert found.choice == "twin"
-    assert found.costs == (
+    advice = recommend(figures(SOURCE, TWIN, arm("quick", 2.53, 0.03, **CLEAR)), Constraints(must_keep=0.02))
+    assert advice.choice == "twin"
+    assert advice.costs == (
         "--must-keep 0.02 costs nothing that this text shows, -0.030 (-0.040 to -0.020): without it quick is taken.",
     )
-    assert not any(change.startswith("At ") for change in found.changes)  # it is not really better
+    assert not any(change.startswith("At ") for change in advice.changes)  # it is not really better
 
 
 def test_what_was_not_timed_meets_no_bound() -> None:
     table = figures(SOURCE, arm("untimed", 2.0, slowdown=None))
     assert recommend(table, Constraints()).reasons[1].startswith("It has not been timed")
-    found = recommend(table, Constraints(max_slowdown=100))
-    assert found.choice == "rope"
-    assert found.rejected == {
+    advice = recommend(table, Constraints(max_slowdown=100))
+    assert advice.choice == "rope"
+    assert advice.rejected == {
         "untimed": "--max-slowdown 100: has not been timed, so nothing shows that it is fast enough"
     }
 
 
 def test_one_stretch_of_text_shows_nothing_so_the_source_stays() -> None:
     blind = Difference(-0.5, -math.inf, math.inf, 1.0, math.inf, 16000, 1)
-    found = recommend(Figures(TARGET, (SOURCE, arm("t5", 2.5)), {("rope", "t5"): blind}), Constraints())
-    assert found.choice == "rope"
-    assert any("t5 (-0.500, where no difference would show)" in change for change in found.changes)
+    advice = recommend(Figures(TARGET, (SOURCE, arm("t5", 2.5)), {("rope", "t5"): blind}), Constraints())
+    assert advice.choice == "rope"
+    assert any("t5 (-0.500, where no difference would show)" in change for change in advice.changes)
 
 
 @pytest.mark.parametrize("tokens", [None, 1000, 1001])
 def test_a_budget_beyond_what_was_measured_is_said(tokens: int | None) -> None:
-    found = recommend(figures(SOURCE, LATE), Constraints(train_tokens=tokens))
-    said = "More training than the 1,000 tokens measured, up to --train-tokens 1,001, may reorder them."
-    assert (said in found.changes) == (tokens == 1001) == any("reorder" in change for change in found.changes)
+    advice = recommend(figures(SOURCE, LATE), Constraints(train_tokens=tokens))
+    sentence = "More training than the 1,000 tokens measured, up to --train-tokens 1,001, may reorder them."
+    assert (sentence in advice.changes) == (tokens == 1001) == any("reorder" in change for change in advice.changes)
 
 
 def test_differences_are_read_in_either_order() -> None:

@@ -37,10 +37,10 @@ def tables(draw: st.DrawFn, exact: bool = False) -> Figures:
     ]
     table = figures(*candidates, sight=0.0)
     real = draw(st.lists(st.booleans(), min_size=len(table.differences), max_size=len(table.differences)))
-    found = {
+    advice = {
         pair: replace(d, p=0.0 if r else 1.0) for (pair, d), r in zip(table.differences.items(), real, strict=True)
     }
-    return replace(table, differences=found)
+    return replace(table, differences=advice)
 
 
 def limits(exact: bool = False) -> st.SearchStrategy[Constraints]:
@@ -72,31 +72,31 @@ def beats(table: Figures, a: str | None, b: str | None) -> bool:
     if a is None or b is None:
         return a is not None
     loss = {c.name: c.loss for c in table.candidates}
-    found = table.differences.get((a, b)) or table.differences[b, a]
-    return found.real and loss[a] < loss[b]
+    advice = table.differences.get((a, b)) or table.differences[b, a]
+    return advice.real and loss[a] < loss[b]
 
 
-def thresholds(found: Recommendation, word: str) -> dict[str, tuple[float, str]]:
+def thresholds(advice: Recommendation, word: str) -> dict[str, tuple[float, str]]:
     """The values that the answer states, by constraint, and who is said to be taken there."""
-    said = {}
-    for change in found.changes:
+    lasting = {}
+    for change in advice.changes:
         if match := re.match(rf"{word} --(\S+) (\S+), (.+?) is taken", change):
-            said[match[1].replace("-", "_")] = float(match[2].replace(",", "")), match[3]
-    return said
+            lasting[match[1].replace("-", "_")] = float(match[2].replace(",", "")), match[3]
+    return lasting
 
 
 @given(tables(), limits())
 def test_the_choice_is_admissible_and_never_really_beaten(table: Figures, constraints: Constraints) -> None:
-    found = recommend(table, constraints)
+    advice = recommend(table, constraints)
     able = [c.name for c in table.candidates if meets(c, constraints)]
-    assert (found.choice is None) == (not able) == bool(found.failures)
-    assert set(found.rejected) == {c.name for c in table.candidates} - set(able)
-    assert all(found.rejected.values())
-    if found.choice is not None:
-        assert found.choice in able
-        assert not any(beats(table, other, found.choice) for other in able if other != found.choice)
-        assert (found.runner_up is None) == (len(able) == 1)
-        assert found.runner_up != found.choice
+    assert (advice.choice is None) == (not able) == bool(advice.failures)
+    assert set(advice.rejected) == {c.name for c in table.candidates} - set(able)
+    assert all(advice.rejected.values())
+    if advice.choice is not None:
+        assert advice.choice in able
+        assert not any(beats(table, other, advice.choice) for other in able if other != advice.choice)
+        assert (advice.runner_up is None) == (len(able) == 1)
+        assert advice.runner_up != advice.choice
 
 
 @given(tables(), limits(), st.sampled_from(list(VALUES)))
@@ -109,21 +109,21 @@ def test_dropping_a_constraint_never_ends_in_a_worse_one(table: Figures, constra
 
 @given(tables(), limits())
 def test_stated_thresholds_change_the_answer_as_stated(table: Figures, constraints: Constraints) -> None:
-    found = recommend(table, constraints)
-    for field, (value, name) in thresholds(found, "At").items():
+    advice = recommend(table, constraints)
+    for field, (value, name) in thresholds(advice, "At").items():
         assert value > getattr(constraints, field)
         then = recommend(table, replace(constraints, **{field: value})).choice
-        assert then == name and beats(table, name, found.choice)
-    for field, (value, name) in thresholds(found, "Below").items():
+        assert then == name and beats(table, name, advice.choice)
+    for field, (value, name) in thresholds(advice, "Below").items():
         then = recommend(table, replace(constraints, **{field: math.nextafter(value, 0)})).choice
-        assert (then or "nothing") == name != found.choice
+        assert (then or "nothing") == name != advice.choice
 
 
 @settings(max_examples=200)
 @given(tables(exact=True), limits(exact=True))
 def test_stated_thresholds_are_the_nearest_and_none_is_missed(table: Figures, constraints: Constraints) -> None:
-    found = recommend(table, constraints)
-    relaxed, tightened = thresholds(found, "At"), thresholds(found, "Below")
+    advice = recommend(table, constraints)
+    relaxed, tightened = thresholds(advice, "At"), thresholds(advice, "Below")
     for field, value in VALUES.items():
         bound = getattr(constraints, field)
         steps = sorted({v for c in table.candidates if (v := value(c)) is not None and v > 0})
@@ -132,10 +132,10 @@ def test_stated_thresholds_are_the_nearest_and_none_is_missed(table: Figures, co
             for step in steps
             if bound is not None and step > bound
             for then in [recommend(table, replace(constraints, **{field: step})).choice]
-            if then not in (None, found.choice) and beats(table, then, found.choice)
+            if then not in (None, advice.choice) and beats(table, then, advice.choice)
         ]
         assert relaxed.get(field) == (ends[0] if ends else None)
-        chosen = next((c for c in table.candidates if c.name == found.choice), None)
+        chosen = next((c for c in table.candidates if c.name == advice.choice), None)
         if chosen is None or value(chosen) is None:
             assert field not in tightened
             continue
@@ -144,7 +144,7 @@ def test_stated_thresholds_are_the_nearest_and_none_is_missed(table: Figures, co
             for step in steps
             if bound is None or step <= bound
             for then in [recommend(table, replace(constraints, **{field: math.nextafter(step, 0)})).choice]
-            if then != found.choice
+            if then != advice.choice
         ]
         expected = ends[-1] if ends and not (bound is None and ends[-1][1] == "nothing") else None
         assert tightened.get(field) == expected

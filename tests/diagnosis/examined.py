@@ -21,8 +21,8 @@ def measurements_of(arms: Arms, lengths: tuple[int, ...] = LENGTHS, text: Any = 
     return Measurements(arms, [text(8192, 4321)], None, DiagnosisPlan(**plan))
 
 
-def verdicts(found: Diagnosis) -> dict[str, Verdict]:
-    return {outcome.name: outcome.finding.verdict for outcome in found.outcomes}
+def verdicts(diagnosis: Diagnosis) -> dict[str, Verdict]:
+    return {outcome.name: outcome.finding.verdict for outcome in diagnosis.outcomes}
 
 
 def forget_checksums(model: Any) -> None:

@@ -30,14 +30,14 @@ def test_report(
     out, file = tmp_path / "out", tmp_path / "found.json"
     assert diagnose(monkeypatch, checkpoints, "--out", out, "--json", file) == 0
     printed = capsys.readouterr()
-    found = json.loads((out / "report.json").read_text())
-    assert found == json.loads(file.read_text())
-    assert found["arms"] == {"source": str(checkpoints / "source"), "retrofit": str(checkpoints / "retrofit")}
-    assert found["headline"] in " ".join(printed.out.split()) and "[1/" in printed.err
-    assert found["command"].startswith("rpb diagnose") and not (tmp_path / "out.run").exists()
+    document = json.loads((out / "report.json").read_text())
+    assert document == json.loads(file.read_text())
+    assert document["arms"] == {"source": str(checkpoints / "source"), "retrofit": str(checkpoints / "retrofit")}
+    assert document["headline"] in " ".join(printed.out.split()) and "[1/" in printed.err
+    assert document["command"].startswith("rpb diagnose") and not (tmp_path / "out.run").exists()
     assert "<h1" in (out / "report.html").read_text()
-    assert not [h["name"] for h in found["hypotheses"] if h["finding"]["failed"]]
-    assert {row["kind"] for row in found["figures"]["retrieval"]["questions"]} or found["skipped"]
+    assert not [h["name"] for h in document["hypotheses"] if h["finding"]["failed"]]
+    assert {row["kind"] for row in document["figures"]["retrieval"]["questions"]} or document["skipped"]
 
 
 MEASURES = [
@@ -125,8 +125,8 @@ def test_a_damaged_journal_is_measured_again(
     (journal / "identity.json").write_text("{")
     capsys.readouterr()
     assert diagnose(monkeypatch, checkpoints, "--out", tmp_path / "out") == 0
-    said = capsys.readouterr().err
-    assert "cut short or changed): measuring again" in said and "identity.json' is not JSON" in said
+    message = capsys.readouterr().err
+    assert "cut short or changed): measuring again" in message and "identity.json' is not JSON" in message
     first, second = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("whole", "out"))
     assert first["hypotheses"] == second["hypotheses"] and not second["failed"]
 
@@ -144,8 +144,8 @@ def test_a_probe_that_fails(
     printed = " ".join(capsys.readouterr().out.split())
     assert "measuring cached_decoding failed, so this says nothing of it: ValueError: the probe broke" in printed
     assert printed.index("measuring cached_decoding failed") < printed.index("hypothesis")
-    found = json.loads((tmp_path / "plain" / "report.json").read_text())
-    assert found["failed"]["cached_decoding"] == "ValueError: the probe broke"
+    document = json.loads((tmp_path / "plain" / "report.json").read_text())
+    assert document["failed"]["cached_decoding"] == "ValueError: the probe broke"
     page = (tmp_path / "plain" / "report.html").read_text()
     first_screen = page[: page.index('id="repeat"')]
     assert "Probes that failed" in first_screen and first_screen.count("ValueError: the probe broke") >= 1
@@ -180,8 +180,8 @@ def test_figures_that_fail(
     monkeypatch.setattr(module, name, broken)
     assert diagnose(monkeypatch, checkpoints, "--out", tmp_path / "out", "--fail-on-regression", 1e3) == status
     assert f"measuring {what} failed" in " ".join(capsys.readouterr().out.split())
-    found = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert found["failed"][what] == "AttributeError: no such thing" and found["hypotheses"]
+    document = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert document["failed"][what] == "AttributeError: no such thing" and document["hypotheses"]
     page = (tmp_path / "out" / "report.html").read_text()
     assert f"{what}: AttributeError" in page[: page.index('id="repeat"')]
 
@@ -192,8 +192,8 @@ def test_a_length_that_was_not_measured(
     options = ("--lengths", "32,96,4096")
     assert diagnose(monkeypatch, checkpoints, "--out", tmp_path / "out", *options) == 0
     status = diagnose(monkeypatch, checkpoints, "--out", tmp_path / "asked", *options, "--fail-on-regression", 1e3)
-    said = capsys.readouterr().out
-    assert status == 1 and "not measured: the loss above the source at 4096 tokens: the text's longest" in said
+    message = capsys.readouterr().out
+    assert status == 1 and "not measured: the loss above the source at 4096 tokens: the text's longest" in message
 
 
 @pytest.mark.parametrize(("retrofit", "cause"), [("dropped", "tables_not_loaded"), ("nan", "not_finite")])
@@ -203,8 +203,8 @@ def test_broken_checkpoints(
     status = diagnose(
         monkeypatch, checkpoints, "--out", tmp_path / "out", "--fail-on-regression", 1e3, retrofit=retrofit
     )
-    found = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert found["causes"][0] == cause
+    document = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert document["causes"][0] == cause
     assert status == (1 if cause == "not_finite" else 0)
 
 
@@ -212,11 +212,11 @@ def test_fail_on_regression(
     checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert diagnose(monkeypatch, checkpoints, "--out", tmp_path / "out", "--fail-on-regression", 1e-7) == 1
-    said = capsys.readouterr().out
-    found = json.loads((tmp_path / "out" / "report.json").read_text())
-    worse = [c for c in found["figures"]["loss"]["costs"] if c["mean"] > 1e-7]
-    assert said.count("regression: ") == len(worse) > 0
-    assert "could see differences of" in said
+    message = capsys.readouterr().out
+    document = json.loads((tmp_path / "out" / "report.json").read_text())
+    worse = [c for c in document["figures"]["loss"]["costs"] if c["mean"] > 1e-7]
+    assert message.count("regression: ") == len(worse) > 0
+    assert "could see differences of" in message
 
 
 def test_only(checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,7 +235,7 @@ def test_wrong_input(
     tokenizer.add_tokens(["the"])
     tokenizer.save_pretrained(other)
     (tmp_path / "short.txt").write_text("too short")
-    for options, said in (
+    for options, message in (
         (("--only", "nonsense"), "--only nonsense: no such hypothesis; choose from"),
         (("--lengths", "1"), "'1' is not a length"),
         (("--items", "-1"), "--items -1: at least 0"),
@@ -249,5 +249,5 @@ def test_wrong_input(
     ):
         assert diagnose(monkeypatch, checkpoints, "--out", tmp_path / "out", *options) == 2, options
         errors = capsys.readouterr().err.strip().splitlines()
-        assert said in errors[-1], (options, errors[-1])
+        assert message in errors[-1], (options, errors[-1])
     assert not (tmp_path / "out").exists()

@@ -122,8 +122,8 @@ def test_float32_for_a_while(source: PreTrainedModel, monkeypatch: pytest.Monkey
 def test_distance_is_the_divergence_of_predictions(source: PreTrainedModel, fitted: PreTrainedModel) -> None:
     documents = [language(600, 9)]
     assert source.config.vocab_size <= LIKELIEST, "so it is exact"
-    losses, theirs = predictions(source, documents, 64, 256, None)
-    own = scores(fitted, documents, 64, 256, None, theirs)
+    losses, labels = predictions(source, documents, 64, 256, None)
+    own = scores(fitted, documents, 64, 256, None, labels)
     with torch.no_grad():
         for window in range(4):
             ids = documents[0][None, 64 * window : 64 * window + 64]
@@ -177,8 +177,8 @@ def test_every_meaning_is_some_hypothesis_and_needs_no_source(fitted: PreTrained
         measurements = Measurements(
             Arms(model), [language(600, 9)], None, DiagnosisPlan(lengths=(64,), tokens=512, probed=128)
         )
-        found = (wrong_scale if what == "negated" else offset_reversed).examine(measurements)
-        assert found.verdict is Verdict.CONFIRMED and what in found.because
+        result = (wrong_scale if what == "negated" else offset_reversed).examine(measurements)
+        assert result.verdict is Verdict.CONFIRMED and what in result.because
 
 
 def built(family: str, **config: Any) -> Any:
@@ -285,5 +285,5 @@ def test_what_overflows_in_half_precision_alone(source: PreTrainedModel) -> None
     plan = DiagnosisPlan(lengths=(64,), tokens=512)
     assert not_finite.examine(Measurements(arms, documents, None, plan)).verdict is Verdict.EXCLUDED
     next(iter(arms.attentions.values())).register_forward_hook(lambda m, args, out: (out[0] * 1e6 / 1e6, *out[1:]))
-    found = not_finite.examine(Measurements(arms, documents, None, plan))
-    assert found.verdict is Verdict.CONFIRMED and "left padding" in found.because
+    result = not_finite.examine(Measurements(arms, documents, None, plan))
+    assert result.verdict is Verdict.CONFIRMED and "left padding" in result.because

@@ -27,9 +27,9 @@ from tests.support.tiny_models import build
 def test_planted_fault_is_named_first(fault: Fault, source: PreTrainedModel, healthy: str) -> None:
     arms = Arms(rpb.load(healthy).eval(), copy.deepcopy(source))
     arms = fault.plant(arms) or arms
-    found = run_diagnosis(measurements_of(arms, fault.lengths, fault.text), figures=False)
-    assert [cause.name for cause in found.causes][:1] == [fault.cause], found.headline
-    assert found.causes[0].finding.remedy
+    diagnosis = run_diagnosis(measurements_of(arms, fault.lengths, fault.text), figures=False)
+    assert [cause.name for cause in diagnosis.causes][:1] == [fault.cause], diagnosis.headline
+    assert diagnosis.causes[0].finding.remedy
 
 
 SLIGHT = ("one layer", "one head's row")
@@ -47,8 +47,8 @@ def test_planted_fault_is_named_without_checksums(fault: Fault, source: PreTrain
     forget_checksums(arms.retrofit)
     arms = fault.plant(arms) or arms
     deep = [h for h in HYPOTHESES if h.kind in (CauseKind.RUNNING, CauseKind.NUMBERS)]
-    found = run_diagnosis(measurements_of(arms, fault.lengths, fault.text), hypotheses=deep, figures=False)
-    assert [cause.name for cause in found.causes][:1] == [fault.cause], found.headline
+    diagnosis = run_diagnosis(measurements_of(arms, fault.lengths, fault.text), hypotheses=deep, figures=False)
+    assert [cause.name for cause in diagnosis.causes][:1] == [fault.cause], diagnosis.headline
 
 
 def test_every_hypothesis_has_its_fault() -> None:
@@ -59,10 +59,10 @@ def test_every_hypothesis_has_its_fault() -> None:
 @pytest.mark.parametrize(("family", "seed", "settings"), HEALTHY, ids=str)
 def test_healthy_retrofits_are_left_in_peace(family: str, seed: int, settings: dict[str, Any]) -> None:
     model = trained("llama") if (family, seed) == ("llama", 0) else trained(family, seed, first=0, then=60)
-    found = run_diagnosis(measurements_of(Arms(retrofitted(model, **settings), model)), figures=False)
-    assert not found.causes, found.headline
-    assert not [outcome for outcome in found.outcomes if outcome.finding.failed]
-    assert "No cause" in found.headline
+    diagnosis = run_diagnosis(measurements_of(Arms(retrofitted(model, **settings), model)), figures=False)
+    assert not diagnosis.causes, diagnosis.headline
+    assert not [outcome for outcome in diagnosis.outcomes if outcome.finding.failed]
+    assert "No cause" in diagnosis.headline
 
 
 @pytest.mark.parametrize("init", ["alibi", "zeros"])
@@ -71,9 +71,9 @@ def test_what_the_settings_say_is_no_fault(init: str, source: PreTrainedModel) -
     as it should."""
     model = copy.deepcopy(source)
     rpb.retrofit(model, rpb.RetrofitConfig(init=init))
-    found = run_diagnosis(measurements_of(Arms(model, source)), figures=False)
-    wrong = [cause for cause in found.causes if cause.kind is CauseKind.RUNNING or cause.name == "tables_shared"]
-    assert not wrong, found.headline
+    diagnosis = run_diagnosis(measurements_of(Arms(model, source)), figures=False)
+    wrong = [cause for cause in diagnosis.causes if cause.kind is CauseKind.RUNNING or cause.name == "tables_shared"]
+    assert not wrong, diagnosis.headline
 
 
 CAUSAL = [case for case in CASES if case.kind == "causal" and case.name != "llama-dynamic"]
@@ -92,10 +92,10 @@ def test_every_family_runs_as_it_should(case: Any) -> None:
         Arms(model, build(case)), documents, None, DiagnosisPlan(lengths=(24, 40), tokens=400, probed=80, rounds=0)
     )
     running = [h for h in HYPOTHESES if h.kind <= CauseKind.NUMBERS]
-    found = run_diagnosis(measurements, hypotheses=running, figures=False)
-    assert not found.causes, found.headline
-    assert not [o.finding.because for o in found.outcomes if o.finding.failed]
-    excluded = [name for name, verdict in verdicts(found).items() if verdict is Verdict.EXCLUDED]
+    diagnosis = run_diagnosis(measurements, hypotheses=running, figures=False)
+    assert not diagnosis.causes, diagnosis.headline
+    assert not [o.finding.because for o in diagnosis.outcomes if o.finding.failed]
+    excluded = [name for name, verdict in verdicts(diagnosis).items() if verdict is Verdict.EXCLUDED]
     assert len(excluded) >= len(running) - 2
 
 
@@ -103,12 +103,12 @@ def test_without_the_source_it_cannot_tell(source: PreTrainedModel) -> None:
     model = retrofitted(source)
     for bias in Arms(model).biases.values():
         bias.weight.data.copy_(bias.weight.data.roll(1, 0))
-    found = run_diagnosis(measurements_of(Arms(model)), figures=False)
-    assert verdicts(found)["wrong_order"] is Verdict.CONFIRMED, "the checksums of what was written tell"
+    diagnosis = run_diagnosis(measurements_of(Arms(model)), figures=False)
+    assert verdicts(diagnosis)["wrong_order"] is Verdict.CONFIRMED, "the checksums of what was written tell"
     forget_checksums(model)
-    found = run_diagnosis(measurements_of(Arms(model)), figures=False)
-    assert verdicts(found)["wrong_order"] is Verdict.UNKNOWN
-    assert "source" in found.missing and not found.causes
+    diagnosis = run_diagnosis(measurements_of(Arms(model)), figures=False)
+    assert verdicts(diagnosis)["wrong_order"] is Verdict.UNKNOWN
+    assert "source" in diagnosis.missing and not diagnosis.causes
 
 
 def test_symptoms(source: PreTrainedModel) -> None:
@@ -118,6 +118,6 @@ def test_symptoms(source: PreTrainedModel) -> None:
         bias.weight.data *= 0.8
     for attention in Arms(model).attentions.values():
         attention.q_proj.weight.data *= 0.1
-    found = run_diagnosis(measurements_of(Arms(model), probed=4096), figures=False)
-    assert "other_temperature" in [cause.name for cause in found.causes]
-    assert (found.causes[-1].finding.gain or 0) > 0
+    diagnosis = run_diagnosis(measurements_of(Arms(model), probed=4096), figures=False)
+    assert "other_temperature" in [cause.name for cause in diagnosis.causes]
+    assert (diagnosis.causes[-1].finding.gain or 0) > 0

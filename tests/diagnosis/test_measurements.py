@@ -36,18 +36,18 @@ def test_the_model_uses_positions(source: PreTrainedModel) -> None:
 def test_a_row_is_spoiled_where_what_it_hands_on_is_farther_too(source: PreTrainedModel) -> None:
     """Fitted tables give up some of the attention for the outputs: far in attention alone is no fault."""
     measurements = measurements_of(Arms(retrofitted(source), source))
-    found = measurements.fidelity
-    assert found is not None and set(found.missed) == set(found.own)
-    assert found.mean(found.missed) < found.mean(found.missed_without)
-    assert found.mean(found.missed) < found.mean(found.missed_by_attention)
-    name, head = next(iter(found.own)), 2
-    far = {**found.own, name: found.own[name].clone()}
-    far[name][head] = found.zeros[name][head] + 1
-    assert foreign_tables._spoiled_rows(measurements, replace(found, own=far)) == ""
-    none = {**found.missed, name: found.missed[name].clone()}
-    none[name][head] = found.missed_without[name][head] + 0.1
-    assert foreign_tables._spoiled_rows(measurements, replace(found, own=far, missed=none)).endswith(f": {head}")
-    assert foreign_tables._spoiled_rows(measurements, replace(found, missed=none)) == ""
+    result = measurements.fidelity
+    assert result is not None and set(result.missed) == set(result.own)
+    assert result.mean(result.missed) < result.mean(result.missed_without)
+    assert result.mean(result.missed) < result.mean(result.missed_by_attention)
+    name, head = next(iter(result.own)), 2
+    far = {**result.own, name: result.own[name].clone()}
+    far[name][head] = result.zeros[name][head] + 1
+    assert foreign_tables._spoiled_rows(measurements, replace(result, own=far)) == ""
+    none = {**result.missed, name: result.missed[name].clone()}
+    none[name][head] = result.missed_without[name][head] + 0.1
+    assert foreign_tables._spoiled_rows(measurements, replace(result, own=far, missed=none)).endswith(f": {head}")
+    assert foreign_tables._spoiled_rows(measurements, replace(result, missed=none)) == ""
 
 
 SORTS: dict[str, dict[str, Any]] = {
@@ -86,8 +86,8 @@ def test_every_crossing_and_twin_runs_on_every_sort(sort: str) -> None:
     cells = crossings["RoPE scaling"].cells
     rotates = bool(config.keep_frequencies)
     assert (cells[2] != cells[3]) or not rotates, "kept frequencies are scaled with the rest"
-    found = measurements.rebuilt
-    assert found is not None and found.module is None, found
+    result = measurements.rebuilt
+    assert result is not None and result.module is None, result
     with torch.no_grad():
         assert torch.equal(model(ids).logits, before), "every change was undone"
 
@@ -98,20 +98,20 @@ def test_nearer_in_attention_alone_is_no_mistake(source: PreTrainedModel) -> Non
     model = retrofitted(source)
     forget_checksums(model)
     measurements = measurements_of(Arms(model, source))
-    found = measurements.fidelity
-    assert found is not None
-    name, meaning = next(iter(found.own)), "shifted by minus one bucket"
-    near = {**found.meant[name], meaning: found.refit[name].clone()}
-    far = {**found.own, name: found.refit[name] + 1}
-    without = {**found.zeros, name: found.refit[name] + 8}
-    missed = {"less": found.missed[name] / 2, "more": found.missed[name] * 2}
+    result = measurements.fidelity
+    assert result is not None
+    name, meaning = next(iter(result.own)), "shifted by minus one bucket"
+    near = {**result.meant[name], meaning: result.refit[name].clone()}
+    far = {**result.own, name: result.refit[name] + 1}
+    without = {**result.zeros, name: result.refit[name] + 8}
+    missed = {"less": result.missed[name] / 2, "more": result.missed[name] * 2}
     for handed_on, missed_then in missed.items():
         measurements.fidelity = replace(
-            found,
+            result,
             own=far,
             zeros=without,
-            meant={**found.meant, name: near},
-            missed_if_meant={**found.missed_if_meant, name: {meaning: missed_then}},
+            meant={**result.meant, name: near},
+            missed_if_meant={**result.missed_if_meant, name: {meaning: missed_then}},
         )
         assert shared_evidence._hands_on_more(measurements.fidelity, name, meaning) == (handed_on == "less")
         assert shared_evidence.meant_otherwise(measurements, meaning, "") is None, "moving them does not lower the loss"
@@ -130,8 +130,8 @@ def test_factorial_recovers_planted_effects(source: PreTrainedModel, factor: flo
         return model
 
     measurements = measurements_of(Arms(planted(factor, True), source), probed=4096)
-    found = {crossing.name: crossing for crossing in factorial(measurements)}[SCALE]
-    assert found.gap.mean == pytest.approx(found.method.mean + found.factor.mean + found.both.mean, abs=1e-9)
+    result = {crossing.name: crossing for crossing in factorial(measurements)}[SCALE]
+    assert result.gap.mean == pytest.approx(result.method.mean + result.factor.mean + result.both.mean, abs=1e-9)
 
     fresh = [language(30_000, 777_000)]
     scaled = copy.deepcopy(source)
@@ -147,9 +147,9 @@ def test_factorial_recovers_planted_effects(source: PreTrainedModel, factor: flo
         }.items()
     }
     for effect, truth in (
-        (found.method, difference(losses["plain"], losses["tables"]).mean),
-        (found.factor, difference(losses["plain"], losses["scaled"]).mean),
-        (found.gap, difference(losses["plain"], losses["both"]).mean),
+        (result.method, difference(losses["plain"], losses["tables"]).mean),
+        (result.factor, difference(losses["plain"], losses["scaled"]).mean),
+        (result.gap, difference(losses["plain"], losses["both"]).mean),
     ):
         slack = 0.5 * (effect.high - effect.low)  # the truth was measured on text, too
         assert effect.low - slack <= truth <= effect.high + slack
@@ -159,8 +159,8 @@ def test_factorial_recovers_planted_effects(source: PreTrainedModel, factor: flo
 def test_figures_of_all_arms(source: PreTrainedModel, healthy: str) -> None:
     retrofit = rpb.load(healthy).eval()
     arms = Arms(retrofit, source, untrained=retrofit, control=source)
-    found = run_diagnosis(measurements_of(arms, rounds=1)).to_dict()
-    figures = found["figures"]
+    result = run_diagnosis(measurements_of(arms, rounds=1)).to_dict()
+    figures = result["figures"]
     assert set(figures["loss"]["mean"]) == {"source", "control", "untrained", "retrofit"}
     costs = {(c["arm"], c["above"], c["length"]): c for c in figures["loss"]["costs"]}
     assert costs["control", "source", 256]["mean"] == 0 and not costs["control", "source", 256]["real"]
@@ -174,9 +174,9 @@ def test_figures_of_all_arms(source: PreTrainedModel, healthy: str) -> None:
 def test_lengths_that_do_not_fit_are_named(source: PreTrainedModel) -> None:
     gpt2 = trained("gpt2", 0, first=0, then=60)
     measurements = measurements_of(Arms(retrofitted(gpt2), gpt2), lengths=(64, 512, 9000))
-    found = run_diagnosis(measurements)
-    assert "9000" in " ".join(found.skipped) and any("source-512" in name for name in found.skipped)
-    means = found.figures["loss"]["mean"]
+    result = run_diagnosis(measurements)
+    assert "9000" in " ".join(result.skipped) and any("source-512" in name for name in result.skipped)
+    means = result.figures["loss"]["mean"]
     assert set(means["source"]) == {"64"} and set(means["retrofit"]) == {"64", "512"}
 
 

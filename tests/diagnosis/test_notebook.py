@@ -57,13 +57,13 @@ def test_models_in_memory_are_told_what_saved_ones_are(
 
 def test_the_running_model_is_diagnosed_not_its_weights(checkpoints: Path) -> None:
     """What was set in this process is seen; nothing is written, and nothing opened but the source that it names."""
-    model, said = rpb.load(checkpoints / "retrofit").eval(), list[str]()
+    model, messages = rpb.load(checkpoints / "retrofit").eval(), list[str]()
     model.config._attn_implementation = "sdpa"
     diagnosis = rpb.diagnose(
-        model, tokenizer=tokenizer_of(checkpoints), data=TEXT, only=["bias_dropped"], say=said.append, **PLAN
+        model, tokenizer=tokenizer_of(checkpoints), data=TEXT, only=["bias_dropped"], say=messages.append, **PLAN
     )
     assert [cause.name for cause in diagnosis.causes] == ["bias_dropped"] and not diagnosis.figures
-    assert set(diagnosis.arms) == {"retrofit", "source"} and len(said) == 1
+    assert set(diagnosis.arms) == {"retrofit", "source"} and len(messages) == 1
 
 
 def test_a_model_in_memory_needs_its_tokenizer(checkpoints: Path) -> None:

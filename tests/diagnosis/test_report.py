@@ -22,8 +22,8 @@ from tests.support.page import Page
 COMMAND = "rpb diagnose out --source org/model"
 
 
-def render(found: dict[str, Any], folder: Path) -> tuple[Page, str]:
-    write_report({**found, "summary": summary(found)}, COMMAND, folder / "report.html")
+def render(document: dict[str, Any], folder: Path) -> tuple[Page, str]:
+    write_report({**document, "summary": summary(document)}, COMMAND, folder / "report.html")
     source = (folder / "report.html").read_text()
     return Page(source), source
 
@@ -60,19 +60,19 @@ def verdict(source: str) -> str:
 
 
 def test_the_verdict_names_the_first_cause_with_evidence_gain_and_remedy(tmp_path: Path) -> None:
-    found = result(
+    document = result(
         ("wrong_scale", "foreign_tables"), missing={"control": "what the text did"}, skipped={"a": "too long"}
     )
-    page, source = render(found, tmp_path)
-    said = verdict(source)
-    assert "First cause: the bias is scaled, or the content is not." in said
-    assert "Also confirmed: the tables do not suit this source." in said
-    assert "Evidence of wrong_scale." in said
-    assert "Undoing it brings back 0.321 nats a token, 60% of what was lost." in said
-    assert "Remedy of wrong_scale." in said
-    assert "+0.200 (95% interval +0.180 to +0.220) nats a token against the source in windows of 256" in said
-    assert "control: what the text did, cannot be told" in said
-    assert "a: too long" in said
+    page, source = render(document, tmp_path)
+    sentence = verdict(source)
+    assert "First cause: the bias is scaled, or the content is not." in sentence
+    assert "Also confirmed: the tables do not suit this source." in sentence
+    assert "Evidence of wrong_scale." in sentence
+    assert "Undoing it brings back 0.321 nats a token, 60% of what was lost." in sentence
+    assert "Remedy of wrong_scale." in sentence
+    assert "+0.200 (95% interval +0.180 to +0.220) nats a token against the source in windows of 256" in sentence
+    assert "control: what the text did, cannot be told" in sentence
+    assert "a: too long" in sentence
     assert f"{COMMAND} --only wrong_scale" in page.text
     assert 'href="#factorial"' in source[: source.index("</header>")]
 
@@ -80,14 +80,14 @@ def test_the_verdict_names_the_first_cause_with_evidence_gain_and_remedy(tmp_pat
 def test_a_healthy_model_is_told_what_was_not_found(tmp_path: Path) -> None:
     costs = [cost(64, 0.001, real=False), cost(256, 0.01, real=False)]
     _, source = render(result(costs=costs), tmp_path)
-    said = verdict(source)
-    assert "No cause of a regression found" in said
-    assert "may still be there" in said
-    assert "Could not be told domain drift, not positions ." in said
-    assert "No difference found: +0.010" in said
-    assert "That is not to say that there is none: the smallest effect" in said
-    assert "4 times in 5 is 0.030." in said
-    assert "The retrofit does lose" not in said
+    sentence = verdict(source)
+    assert "No cause of a regression found" in sentence
+    assert "may still be there" in sentence
+    assert "Could not be told domain drift, not positions ." in sentence
+    assert "No difference found: +0.010" in sentence
+    assert "That is not to say that there is none: the smallest effect" in sentence
+    assert "4 times in 5 is 0.030." in sentence
+    assert "The retrofit does lose" not in sentence
 
 
 def test_a_cost_that_nothing_explains_is_said_to_be_one(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_a_cost_that_nothing_explains_is_said_to_be_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("costs", "said"),
+    ("costs", "sentence"),
     [
         ([cost(64, 0.1), cost(64, 0.5, above="control")], "+0.520) nats a token against the control"),
         ([cost(64, 0.9, real=False), cost(256, 0.2)], "+0.200 (95%"),
@@ -106,8 +106,8 @@ def test_a_cost_that_nothing_explains_is_said_to_be_one(tmp_path: Path) -> None:
     ],
     ids=["control", "real", "lower", "one cluster", "none"],
 )  # fmt: skip
-def test_the_cost_that_is_named(costs: list[dict[str, Any]], said: str, tmp_path: Path) -> None:
-    assert said in verdict(render(result(costs=costs), tmp_path)[1])
+def test_the_cost_that_is_named(costs: list[dict[str, Any]], sentence: str, tmp_path: Path) -> None:
+    assert sentence in verdict(render(result(costs=costs), tmp_path)[1])
 
 
 def test_infinities_are_words(tmp_path: Path) -> None:
@@ -121,10 +121,10 @@ def test_infinities_are_words(tmp_path: Path) -> None:
 
 
 def test_hostile_names_are_text(tmp_path: Path) -> None:
-    found = result(text="<b>bold")
-    found["arms"]["retrofit"] = "<script>alert(1)</script>"
-    found["hypotheses"][0]["finding"]["because"] = '"><img src=x onerror=alert(1)>'
-    page, source = render(found, tmp_path)
+    document = result(text="<b>bold")
+    document["arms"]["retrofit"] = "<script>alert(1)</script>"
+    document["hypotheses"][0]["finding"]["because"] = '"><img src=x onerror=alert(1)>'
+    page, source = render(document, tmp_path)
     assert "<script" not in source
     assert "<script>alert(1)</script>" in page.text
     assert "onerror" in page.text
@@ -132,10 +132,10 @@ def test_hostile_names_are_text(tmp_path: Path) -> None:
 
 
 def test_a_probe_that_failed_is_said_to_have(tmp_path: Path) -> None:
-    found = result()
-    assert "Its probe ended in an error" not in render(found, tmp_path)[0].text
-    found["hypotheses"][0]["finding"].update(verdict="can't tell", failed=True, because="RuntimeError: <x>")
-    text = render(found, tmp_path)[0].text
+    document = result()
+    assert "Its probe ended in an error" not in render(document, tmp_path)[0].text
+    document["hypotheses"][0]["finding"].update(verdict="can't tell", failed=True, because="RuntimeError: <x>")
+    text = render(document, tmp_path)[0].text
     assert "Its probe ended in an error , so this says nothing of the model: RuntimeError: <x>" in text
 
 

@@ -12,13 +12,13 @@ from tests.diagnosis.report_cases import result
 
 def test_the_first_screen_answers_in_order() -> None:
     """Does it run right; what was lost, where; the likely cause with its share; the command to type."""
-    said = summary(result(("wrong_scale", "heads_lost")))
-    assert list(said) == [RUNS, LOST, CAUSE, NEXT]
-    assert said[RUNS] == ["No: the bias is scaled, or the content is not."]
-    assert "+0.100 at 64 tokens, +0.200 at 256 tokens" in said[LOST][0] and "above the source" in said[LOST][0]
-    assert any("repeated span" in line for line in said[LOST])
-    assert said[CAUSE][0] == "The bias is scaled, or the content is not (60% of what was lost)."
-    assert said[NEXT] == ["rpb retrofit org/source org/retrofit-again --calibration TEXT"]
+    parts = summary(result(("wrong_scale", "heads_lost")))
+    assert list(parts) == [RUNS, LOST, CAUSE, NEXT]
+    assert parts[RUNS] == ["No: the bias is scaled, or the content is not."]
+    assert "+0.100 at 64 tokens, +0.200 at 256 tokens" in parts[LOST][0] and "above the source" in parts[LOST][0]
+    assert any("repeated span" in line for line in parts[LOST])
+    assert parts[CAUSE][0] == "The bias is scaled, or the content is not (60% of what was lost)."
+    assert parts[NEXT] == ["rpb retrofit org/source org/retrofit-again --calibration TEXT"]
     fine = summary(result())
     assert fine[RUNS][0].startswith("Yes") and fine[CAUSE] == ["None was found."]
     assert fine[NEXT] == ["rpb finetune org/retrofit org/retrofit-healed --data TEXT"]
@@ -32,8 +32,8 @@ def test_what_explains_little_is_not_the_cause() -> None:
     told = result(("heads_lost",))
     for hypothesis in told["hypotheses"]:
         hypothesis |= {"explains": False, "share": 0.16 if hypothesis["confirmed"] else None}
-    (said,) = summary(told)[CAUSE]
-    assert said.startswith("No single one explains 25% of what was lost. Contributing: heads") and "(16% of" in said
+    (parts,) = summary(told)[CAUSE]
+    assert parts.startswith("No single one explains 25% of what was lost. Contributing: heads") and "(16% of" in parts
 
 
 def test_every_command_is_one_that_there_is() -> None:

@@ -84,14 +84,14 @@ def evaluated(base: Path, model: Any, **options: Any) -> dict[str, Any]:
     """The harness' answer for all tasks, at most three requests at once, so that they are padded."""
     tasks = TaskManager(include_path=str(base / "tasks"), include_defaults=False)
     settings = {"tasks": [*TASKS], "task_manager": tasks, "batch_size": 3, "device": "cpu", "bootstrap_iters": 0}
-    found = lm_eval.simple_evaluate(model=model, **settings, **options)
-    assert found is not None
-    return found
+    result = lm_eval.simple_evaluate(model=model, **settings, **options)
+    assert result is not None
+    return result
 
 
-def responses(found: dict[str, Any], task: str) -> list[list[Any]]:
+def responses(result: dict[str, Any], task: str) -> list[list[Any]]:
     """By row, what the model answered to each of its requests."""
-    samples = sorted(found["samples"][task], key=lambda sample: sample["doc_id"])
+    samples = sorted(result["samples"][task], key=lambda sample: sample["doc_id"])
     return [[answer for (answer,) in sample["resps"]] for sample in samples]
 
 
@@ -119,27 +119,27 @@ def test_evaluation_harness(by: str, harness: Path, one_thread: None) -> None:
     # The harness cuts text at `max_position_embeddings`, which in a retrofit is only the source's: it must be told.
     if by == "folder":
         arguments = {"pretrained": str(harness / "retrofit"), "trust_remote_code": True, "max_length": 1024}
-        found = evaluated(harness, "hf", model_args=arguments)
+        result = evaluated(harness, "hf", model_args=arguments)
     else:
-        found = evaluated(harness, HFLM(pretrained=retrofit, tokenizer=tokenizer, max_length=1024, batch_size=3))
+        result = evaluated(harness, HFLM(pretrained=retrofit, tokenizer=tokenizer, max_length=1024, batch_size=3))
 
     correct = []
-    for row, answers in zip(ROWS, responses(found, "choose"), strict=True):
+    for row, answers in zip(ROWS, responses(result, "choose"), strict=True):
         before = tokenizer.encode(row["context"])
         by_hand = [log_likelihood(retrofit, before, tokenizer.encode(f" {choice}")) for choice in row["choices"]]
         assert [score for score, _ in answers] == pytest.approx(by_hand, abs=1e-3)
         correct.append(by_hand.index(max(by_hand)) == row["answer"])
-    assert found["results"]["choose"]["acc,none"] == pytest.approx(sum(correct) / len(correct))
+    assert result["results"]["choose"]["acc,none"] == pytest.approx(sum(correct) / len(correct))
 
     lengths = []
-    for row, (score,) in zip(TEXTS, responses(found, "read"), strict=True):
+    for row, (score,) in zip(TEXTS, responses(result, "read"), strict=True):
         ids = tokenizer.encode(row["text"])
         lengths.append(len(ids))
         assert score == pytest.approx(log_likelihood(retrofit, [tokenizer.bos_token_id], ids), rel=1e-5)
         assert score != pytest.approx(log_likelihood(source, [tokenizer.bos_token_id], ids), rel=1e-4)
     assert min(lengths) < 256 < max(lengths) < 1024
 
-    for row, (text,) in zip(ROWS, responses(found, "write"), strict=True):
+    for row, (text,) in zip(ROWS, responses(result, "write"), strict=True):
         ids = tokenizer(row["context"], return_tensors="pt").input_ids
         new = retrofit.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
         assert text == tokenizer.decode(new[0, ids.shape[1] :], skip_special_tokens=True).split("\n")[0]

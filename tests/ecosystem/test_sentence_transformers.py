@@ -79,9 +79,9 @@ def test_what_the_user_sets_is_kept(length: int, retrofit: Path, tmp_path: Path)
     model.save(str(tmp_path / "once"))
     again = opened(tmp_path / "once")
     again.save(str(tmp_path / "twice"))
-    for found in (again, opened(tmp_path / "twice")):
-        assert found.max_seq_length == length and seen(found) == length
-        assert torch.equal(torch.tensor(found.encode(LONG)), torch.tensor(model.encode(LONG)))
+    for reopened in (again, opened(tmp_path / "twice")):
+        assert reopened.max_seq_length == length and seen(reopened) == length
+        assert torch.equal(torch.tensor(reopened.encode(LONG)), torch.tensor(model.encode(LONG)))
 
 
 def test_a_source_without_a_hard_limit_keeps_its_own(tmp_path: Path) -> None:

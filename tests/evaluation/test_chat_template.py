@@ -56,14 +56,14 @@ def test_as_transformers_renders_it() -> None:
 def test_a_hostile_template_is_one_line(
     name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    template, said = HOSTILE[name]
+    template, expected = HOSTILE[name]
     (folder / "model" / "chat_template.jinja").write_text(template)
     asked = ["--retrieval", "passkey", "--items", "1", "--depths", "0", "--lengths", "200", "--tokens", "400"]
     start = time.monotonic()
     assert rpb_command(monkeypatch, "evaluate", folder / "model", "--data", folder / "text.txt", *asked) == 2
     took = time.monotonic() - start
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rpb: ")]
-    assert "the chat template of" in line and said in line and "\x1b" not in line
+    assert "the chat template of" in line and expected in line and "\x1b" not in line
     assert took < 30, "10 s on a quiet machine, of which the models' loading is some"
 
 

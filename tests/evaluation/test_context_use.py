@@ -110,13 +110,13 @@ def test_pieces(sizes: list[int], size: int, number: int, seed: int) -> None:
         with pytest.raises(DataError, match=wanted):
             pieces(documents, size, number, Random(seed))
         return
-    found = pieces(documents, size, number, Random(seed))
-    for piece in found:
+    results = pieces(documents, size, number, Random(seed))
+    for piece in results:
         assert len(piece) == size
         assert not size or any(torch.equal(piece, d[piece[0] % 100 :][:size]) for d in documents), "of one document"
     if size:
-        assert len({int(piece[0]) for piece in found}) == number
-    for piece, again in zip(found, pieces(documents, size, max(1, number // 2), Random(seed)), strict=False):
+        assert len({int(piece[0]) for piece in results}) == number
+    for piece, again in zip(results, pieces(documents, size, max(1, number // 2), Random(seed)), strict=False):
         assert torch.equal(piece, again)
 
 
@@ -132,8 +132,8 @@ def test_rows_can_be_journalled() -> None:
     kinds = ["induction", *["passkey"] * 4, "local-order", "multi-query", "multi-query"]
     assert [row["kind"] for row in rows] == kinds
     assert (rows[0]["distance"], rows[5]["length"]) == (64, 60)
-    found = cells(rows)
-    assert [(c.kind, c.length, c.depth, c.items) for c in found] == [
+    results = cells(rows)
+    assert [(c.kind, c.length, c.depth, c.items) for c in results] == [
         ("passkey", LENGTH, 0, 2),
         ("passkey", LENGTH, 1, 2),
         ("multi-query", LENGTH, None, 2),

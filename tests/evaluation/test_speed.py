@@ -68,9 +68,9 @@ def test_a_source_and_its_retrofit() -> None:
     rpb.retrofit(retrofit, rpb.RetrofitConfig(init="normal"))
     results = speed({"source": source, "retrofit": retrofit}, [64, 16], new_tokens=4, rounds=3)
     assert list(results) == ["source", "retrofit"]
-    for found in map(measured, results.values()):
-        assert [result.length for result in found] == [64, 16]
-        for result in found:
+    for timings in map(measured, results.values()):
+        assert [result.length for result in timings] == [64, 16]
+        for result in timings:
             assert result.rounds == 3
             for seconds in (result.prefill_s, result.first_token_s, result.decode_s_per_token):
                 assert 0 < seconds.low <= seconds.median <= seconds.high
@@ -134,7 +134,7 @@ def test_seconds() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "said", "passes_before"),
+    ("error", "message", "passes_before"),
     [
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nMore"),
@@ -148,7 +148,7 @@ def test_seconds() -> None:
     ],
     ids=["cuda", "cpu", "cublas", "library", "in a round"],
 )
-def test_a_length_that_does_not_fit(error: Exception, said: str, passes_before: int) -> None:
+def test_a_length_that_does_not_fit(error: Exception, message: str, passes_before: int) -> None:
     seen: list[int] = []
 
     def watch(tokens: int) -> None:
@@ -160,7 +160,7 @@ def test_a_length_that_does_not_fit(error: Exception, said: str, passes_before: 
     results = speed(models, [16, 64, 32], new_tokens=2, rounds=2, quiet=True)
     short, skipped, after = results["large"]
     assert isinstance(skipped, Skipped) and skipped.length == 64
-    assert skipped.reason.startswith("does not fit into memory: ") and said in skipped.reason
+    assert skipped.reason.startswith("does not fit into memory: ") and message in skipped.reason
     assert "\n" not in skipped.reason
     assert [result.length for result in measured([short, after])] == [16, 32]
     assert [result.length for result in measured(results["small"])] == [16, 64, 32]

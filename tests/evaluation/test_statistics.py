@@ -23,9 +23,9 @@ def test_false_alarms_and_coverage(clusters: int) -> None:
     rng = np.random.default_rng(clusters)
     alarms, covered = 0, 0
     for _ in range(ROUNDS):
-        found = paired(*simulate(rng, clusters, 10, 0.0))
-        alarms += found.real
-        covered += found.low <= 0 <= found.high
+        comparison = paired(*simulate(rng, clusters, 10, 0.0))
+        alarms += comparison.real
+        covered += comparison.low <= 0 <= comparison.high
     # A rate of 5% gives more than this once in a thousand runs of the test.
     most = stats.binom.ppf(0.999, ROUNDS, LEVEL)
     assert alarms <= most
@@ -35,12 +35,12 @@ def test_false_alarms_and_coverage(clusters: int) -> None:
 @pytest.mark.parametrize("clusters", [5, 12, 40])
 def test_power_at_the_stated_smallest_effect(clusters: int) -> None:
     rng = np.random.default_rng(clusters)
-    found = 0
+    comparison = 0
     for _ in range(ROUNDS):
         null, group = simulate(rng, clusters, 10, 0.0)
-        found += paired(null + paired(null, group).detectable, group).real
-    assert found >= stats.binom.ppf(0.001, ROUNDS, POWER)
-    assert found <= stats.binom.ppf(0.999, ROUNDS, 0.9)  # and what is stated is not far too large
+        comparison += paired(null + paired(null, group).detectable, group).real
+    assert comparison >= stats.binom.ppf(0.001, ROUNDS, POWER)
+    assert comparison <= stats.binom.ppf(0.999, ROUNDS, 0.9)  # and what is stated is not far too large
 
 
 def test_clusters_count_not_items() -> None:
@@ -67,8 +67,8 @@ def test_p_is_students_where_clusters_are_equal() -> None:
 
 
 def test_one_cluster_says_nothing() -> None:
-    found = paired([0.5, 0.6], [7, 7])
-    assert not found.real and found.p == 1 and found.detectable == np.inf
+    comparison = paired([0.5, 0.6], [7, 7])
+    assert not comparison.real and comparison.p == 1 and comparison.detectable == np.inf
 
 
 def test_no_spread() -> None:
@@ -80,10 +80,10 @@ def test_no_spread() -> None:
 def test_mcnemar() -> None:
     a = [True] * 30 + [False] * 10
     b = [True] * 18 + [False] * 12 + [True] * 2 + [False] * 8
-    found = proportions(a, b)
-    assert found.mean == pytest.approx(-0.25)
-    assert found.p == pytest.approx(stats.binomtest(2, 14).pvalue) and found.real
-    assert found.low < -0.25 < found.high < 0
+    comparison = proportions(a, b)
+    assert comparison.mean == pytest.approx(-0.25)
+    assert comparison.p == pytest.approx(stats.binomtest(2, 14).pvalue) and comparison.real
+    assert comparison.low < -0.25 < comparison.high < 0
     assert not proportions(a, a).real and proportions(a, a).mean == 0 and proportions(a, a).detectable > 0
 
 
@@ -94,9 +94,9 @@ def test_mcnemar_false_alarms_and_power() -> None:
         wins = rng.random(discordant) < 0.5
         a = np.where(np.arange(items) < discordant, ~np.pad(wins, (0, items - discordant)), first)
         b = np.where(np.arange(items) < discordant, np.pad(wins, (0, items - discordant)), first)
-        found = proportions(a, b)
-        alarms += found.real
-        share = (1 + found.detectable * items / discordant) / 2
+        comparison = proportions(a, b)
+        alarms += comparison.real
+        share = (1 + comparison.detectable * items / discordant) / 2
         wins = np.pad(rng.random(discordant) < share, (0, items - discordant))
         discord = np.arange(items) < discordant
         hits += proportions(np.where(discord, ~wins, first), np.where(discord, wins, first)).real
@@ -107,8 +107,8 @@ def test_mcnemar_false_alarms_and_power() -> None:
 def test_many_comparisons_are_controlled() -> None:
     rng, families = np.random.default_rng(4), 0
     for _ in range(100):
-        found = [paired(*simulate(rng, 8, 4, 0.0)) for _ in range(10)]
-        families += any(difference.real for difference in controlled(found))
+        comparison = [paired(*simulate(rng, 8, 4, 0.0)) for _ in range(10)]
+        families += any(difference.real for difference in controlled(comparison))
     assert families <= stats.binom.ppf(0.999, 100, LEVEL)
     assert controlled([]) == []
 

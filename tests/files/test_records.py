@@ -62,9 +62,9 @@ def test_values_come_back(value: Any) -> None:
 def test_tensors_come_back(dtype: torch.dtype) -> None:
     whole = torch.arange(24).reshape(4, 6).to(dtype)
     value = {"view": whole[1:, ::2], "same": whole, "again": whole, "none": whole[:0], "one": whole[0, 0], "t": whole.T}
-    found = through_bytes(value)
+    again = through_bytes(value)
     for name, tensor in value.items():
-        assert found[name].dtype == dtype and torch.equal(found[name], tensor)
+        assert again[name].dtype == dtype and torch.equal(again[name], tensor)
     assert math.isnan(through_bytes(math.nan)) and through_bytes(-math.inf) == -math.inf
 
 

@@ -106,12 +106,12 @@ def test_what_others_made_stays(
 ) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     out = tmp_path / "out"
-    theirs = make(out)
-    before, names = snapshot(theirs), sorted(tmp_path.iterdir())
+    users = make(out)
+    before, names = snapshot(users), sorted(tmp_path.iterdir())
     assert rpb_command(monkeypatch, *command(name, models, out)) == 2
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert f"'{tmp_path / 'out.run'}' is in the way of rpb {name}: " in said and "choose another OUT" in said
-    assert snapshot(theirs) == before and sorted(tmp_path.iterdir()) == names
+    last_line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"'{tmp_path / 'out.run'}' is in the way of rpb {name}: " in last_line and "choose another OUT" in last_line
+    assert snapshot(users) == before and sorted(tmp_path.iterdir()) == names
 
 
 def test_a_refused_finetune_leaves_the_folder(
@@ -120,11 +120,11 @@ def test_a_refused_finetune_leaves_the_folder(
     """Refused for its text, it once took the folder with it."""
     AcceleratorState._reset_state(reset_partial_state=True)
     (tmp_path / "empty.txt").write_text("")
-    theirs = plain(tmp_path / "out")
+    users = plain(tmp_path / "out")
     arguments = ("finetune", models / "retrofit", tmp_path / "out", "--data", tmp_path / "empty.txt")
     assert rpb_command(monkeypatch, *arguments) == 2
-    assert (theirs / "thesis.txt").exists()
-    theirs.rename(tmp_path / "moved")
+    assert (users / "thesis.txt").exists()
+    users.rename(tmp_path / "moved")
     AcceleratorState._reset_state(reset_partial_state=True)
     assert rpb_command(monkeypatch, *arguments) == 2
     assert "holds no text" in capsys.readouterr().err and not (tmp_path / "out.run").exists()
@@ -267,8 +267,10 @@ def test_no_folder_for_temporary_files(early: bool, models: Path, tmp_path: Path
     script = [f"import sys; sys.argv = {words}", "" if early else "import torch, transformers, datasets", nowhere]
     script.append("from rpb_retrofit.cli.main import main; main()")
     done = subprocess.run([sys.executable, "-c", "\n".join(script)], capture_output=True, text=True)
-    said = done.stderr.strip().splitlines()[-1]
-    assert said.startswith("rpb: no temporary files can be written") and "set TMPDIR to a folder" in said, done.stderr
+    last_line = done.stderr.strip().splitlines()[-1]
+    assert last_line.startswith("rpb: no temporary files can be written") and "set TMPDIR to a folder" in last_line, (
+        done.stderr
+    )
     assert done.returncode == 2 and "Traceback" not in done.stderr and not list(tmp_path.iterdir())
 
 

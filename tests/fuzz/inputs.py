@@ -33,7 +33,7 @@ def paths(document: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
         items = list(document.items())
     elif isinstance(document, list):
         items = list(enumerate(document))
-    return [found for key, value in items for found in ((*path, key), *paths(value, (*path, key)))]
+    return [drawn for key, value in items for drawn in ((*path, key), *paths(value, (*path, key)))]
 
 
 @st.composite
@@ -68,7 +68,7 @@ def spliced(draw: st.DrawFn, data: bytes) -> bytes:
 def json_file(document: Any) -> st.SearchStrategy[bytes]:
     """A JSON file gone wrong."""
     whole = json.dumps(document, indent=2).encode()
-    return st.one_of(changed(document).map(lambda found: json.dumps(found).encode()), spliced(whole), deep())
+    return st.one_of(changed(document).map(lambda drawn: json.dumps(drawn).encode()), spliced(whole), deep())
 
 
 def deep() -> st.SearchStrategy[bytes]:
@@ -98,7 +98,7 @@ def recipe_file(document: Any) -> st.SearchStrategy[bytes]:
         b"\xff\xfe",
         b"!!python/name:os",
     ]
-    dumped = changed(document).map(lambda found: yaml.safe_dump(found, allow_unicode=True).encode(errors="replace"))
+    dumped = changed(document).map(lambda drawn: yaml.safe_dump(drawn, allow_unicode=True).encode(errors="replace"))
     return st.one_of(dumped, spliced(whole), st.sampled_from(odd))
 
 
@@ -107,7 +107,7 @@ def text_file(prose: str) -> st.SearchStrategy[tuple[str, bytes]]:
     rows = st.lists(
         st.dictionaries(st.sampled_from(["text", "a\x1b[31m"]), VALUES | st.just(prose), max_size=2), max_size=3
     )
-    lines = rows.map(lambda found: "\n".join(map(json.dumps, found)).encode())
+    lines = rows.map(lambda drawn: "\n".join(map(json.dumps, drawn)).encode())
     return st.one_of(
         st.tuples(st.sampled_from([".txt", ".md"]), st.binary(max_size=64) | spliced(prose.encode())),
         st.tuples(st.sampled_from([".jsonl", ".json"]), lines | st.binary(max_size=64) | deep()),
@@ -131,4 +131,4 @@ OPTIONS: dict[str, st.SearchStrategy[Any]] = {
 def settings() -> st.SearchStrategy[list[str]]:
     """Options of `rpb retrofit`."""
     one = st.sampled_from(sorted(OPTIONS)).flatmap(lambda name: OPTIONS[name].map(lambda value: f"{name}={value}"))
-    return st.lists(one, min_size=1, max_size=3).map(lambda found: [option.replace("\0", "") for option in found])
+    return st.lists(one, min_size=1, max_size=3).map(lambda drawn: [option.replace("\0", "") for option in drawn])

@@ -71,9 +71,9 @@ class Place:
 def evaluated(place: Place, model: str, data: str = "text.txt") -> None:
     """Evaluate; where that is done, the loss is a number, or said to be none."""
     if run(place.folder, ["evaluate", model, "--data", data, *ASKED], ["out.json"]) == 0:
-        found = strict(place.folder / "out.json")
-        (length,) = found["lengths"]
-        assert length["nll"] is not None or "lengths.0.nll" in found["not_finite"]
+        drawn = strict(place.folder / "out.json")
+        (length,) = drawn["lengths"]
+        assert length["nll"] is not None or "lengths.0.nll" in drawn["not_finite"]
 
 
 def retrofitted(place: Place, *options: str) -> None:
@@ -122,7 +122,7 @@ def settings_of_a_retrofit(models: Path) -> tuple[st.SearchStrategy[Any], Callab
     def check(place: Place, options: list[str]) -> None:
         retrofitted(place, "--init=zeros", *options)
 
-    return inputs.settings().filter(lambda found: "--init=calibrated" not in found), check
+    return inputs.settings().filter(lambda drawn: "--init=calibrated" not in drawn), check
 
 
 def recipes(models: Path) -> tuple[st.SearchStrategy[Any], Callable[[Place, Any], None]]:
@@ -134,8 +134,8 @@ def recipes(models: Path) -> tuple[st.SearchStrategy[Any], Callable[[Place, Any]
 
 
 def texts(models: Path) -> tuple[st.SearchStrategy[Any], Callable[[Place, Any], None]]:
-    def check(place: Place, found: tuple[str, bytes]) -> None:
-        suffix, content = found
+    def check(place: Place, drawn: tuple[str, bytes]) -> None:
+        suffix, content = drawn
         place.put(f"data{suffix}", content)
         evaluated(place, "retrofit", f"data{suffix}")
 
@@ -148,9 +148,9 @@ def cards(models: Path) -> tuple[st.SearchStrategy[Any], Callable[[Place, Any], 
     evaluation = {"model": "retrofit", "data": "text.txt", "command": "rpb", "lengths": [length]}
     whole = {"retrofit/config.json": json.loads((models / "retrofit/config.json").read_text())}
 
-    def check(place: Place, found: tuple[str, bytes]) -> None:
+    def check(place: Place, drawn: tuple[str, bytes]) -> None:
         place.put("evaluation.json", json.dumps(evaluation).encode())
-        place.put(*found)
+        place.put(*drawn)
         run(place.folder, ["card", "retrofit", "--evaluation", "evaluation.json"], ["retrofit/README.md"])
 
     files = st.sampled_from(names).flatmap(
@@ -199,9 +199,9 @@ def test_done_or_refused_in_one_line(target: Callable[[Path], Any], models: Path
             print_blob=False,
         )
         @given(strategy)
-        def example(found: Any) -> None:
+        def example(drawn: Any) -> None:
             with Place(models) as place:
-                check(place, found)
+                check(place, drawn)
 
         try:
             example()

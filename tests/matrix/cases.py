@@ -120,24 +120,24 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
     measurements.journal.held |= known  # the source is the same in all
     start = time.perf_counter()
     deepest = CauseKind.NUMBERS if case.fault is None else _kind(case.fault.cause)
-    found = run_diagnosis(measurements, hypotheses=[h for h in HYPOTHESES if h.kind <= deepest], figures=False)
-    ways = {} if found.failed else {name: way.difference for name, way in measurements.ways.by_name.items()}
+    diagnosis = run_diagnosis(measurements, hypotheses=[h for h in HYPOTHESES if h.kind <= deepest], figures=False)
+    ways = {} if diagnosis.failed else {name: way.difference for name, way in measurements.ways.by_name.items()}
     known |= {
-        name: found
-        for name, found in measurements.journal.held.items()
+        name: diagnosis
+        for name, diagnosis in measurements.journal.held.items()
         if name.endswith("source") or "-source-" in name
     }
     del arms
     gc.collect()
-    effects = {o.name: o.finding.effect for o in found.outcomes if o.finding.effect is not None}
+    effects = {o.name: o.finding.effect for o in diagnosis.outcomes if o.finding.effect is not None}
     return {
         "case": case.name,
         "truth": None if case.fault is None else case.fault.cause,
-        "named": [cause.name for cause in found.causes],
-        "because": {cause.name: cause.finding.because for cause in found.causes},
-        "failed": found.failed,
+        "named": [cause.name for cause in diagnosis.causes],
+        "because": {cause.name: cause.finding.because for cause in diagnosis.causes},
+        "failed": diagnosis.failed,
         "shares": {name: effect.share for name, effect in effects.items()},
-        "noise": math.nan if found.failed else measurements.ways.noise,
+        "noise": math.nan if diagnosis.failed else measurements.ways.noise,
         "ways": ways,
         "seconds": round(time.perf_counter() - start, 1),
     }

@@ -52,9 +52,12 @@ def _healthy(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         sort, dtype, texts = row["case"].split(", ", 2)
         cells.setdefault(sort, {})[f"{texts}, {dtype}"] = ", ".join(row["named"]) or "nothing"
-    columns = sorted({column for found in cells.values() for column in found})
+    columns = sorted({column for by_pair in cells.values() for column in by_pair})
     return [
         f"| healthy retrofit | {' | '.join(columns)} |",
         f"|---|{'---|' * len(columns)}",
-        *(f"| {sort} | {' | '.join(found.get(column, '') for column in columns)} |" for sort, found in cells.items()),
+        *(
+            f"| {sort} | {' | '.join(by_pair.get(column, '') for column in columns)} |"
+            for sort, by_pair in cells.items()
+        ),
     ]

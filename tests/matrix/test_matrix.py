@@ -49,5 +49,5 @@ def test_the_matrix_is_large_and_resumes(tmp_path: Path) -> None:
         '{"case": "d, e, f: g", "truth": "x", "named": ["y"], "failed": {}}',
     ]
     (tmp_path / "diagnoses-0-of-1.jsonl").write_text("\n".join(rows))
-    said = table(read(tmp_path))
-    assert "1 diagnoses, 0 false alarms" in said and "0 of 1 named first" in said and "(wrong: x)" in said
+    page = table(read(tmp_path))
+    assert "1 diagnoses, 0 false alarms" in page and "0 of 1 named first" in page and "(wrong: x)" in page

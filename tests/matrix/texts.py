@@ -50,8 +50,8 @@ def _dialogue() -> str:
     lines = []
     for file in sorted(fetch(CONVERSATIONS).glob("*.yml")):
         for line in file.read_text().splitlines():
-            if said := re.match(r"\s*- (- )?(.*)", line):
-                lines.append(("\n" if said[1] else "") + said[2].strip("'\""))
+            if line_match := re.match(r"\s*- (- )?(.*)", line):
+                lines.append(("\n" if line_match[1] else "") + line_match[2].strip("'\""))
     return "\n".join(lines)
 
 

@@ -69,9 +69,9 @@ def test_pieces_hold_every_pair_once(queries: int, earlier: int, kind: str, bidi
         highest = 10**9 if piece.highest is None else piece.highest
         inside = ((offset >= lowest) & (offset <= highest))[slice(*piece.queries), slice(*piece.keys)]
         count[slice(*piece.rows), slice(*piece.queries), slice(*piece.keys)] += inside
-        found = offset[slice(*piece.queries), slice(*piece.keys)][inside]
-        assert found.min() >= low
-        assert found.max() <= high
+        inner = offset[slice(*piece.queries), slice(*piece.keys)][inside]
+        assert inner.min() >= low
+        assert inner.max() <= high
     assert torch.equal(count, want.long())
     assert torch.equal(runs_of(lambda start, end: want[:, None, start:end], queries, problem.keys), _canonical(mask))
 
@@ -115,15 +115,15 @@ def test_what_a_gpu_runs(dtype: torch.dtype, keywords: dict[str, Any], way: str)
 def test_gradients_are_equal_to_the_bit(bidirectional: bool, knows_its_constant: bool) -> None:
     torch.use_deterministic_algorithms(True)
     try:
-        found = []
+        inner = []
         for _ in range(3):
             problem = Problem(600, groups=2, bidirectional=bidirectional, knows_its_constant=knows_its_constant)
             inputs = [problem.q, problem.k, problem.v, problem.table.weight]
-            found.append(torch.autograd.grad(problem.solve().output, inputs, problem.upstream))
+            inner.append(torch.autograd.grad(problem.solve().output, inputs, problem.upstream))
     finally:
         torch.use_deterministic_algorithms(False)
-    for again in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], again, strict=True))
+    for again in inner[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(inner[0], again, strict=True))
 
 
 @pytest.mark.parametrize("knows_its_constant", [False, True])

@@ -46,9 +46,9 @@ def test_prompts_and_padding_take_the_fast_way(case: Case) -> None:
         if padding is not None:
             inputs["attention_mask"] = padding
         model(**inputs)
-        found = ways(model)
-        assert set(found) == {"blockwise"}
-        assert sum(found.values()) == (4 if case.kind == "seq2seq" else 2)
+        names = ways(model)
+        assert set(names) == {"blockwise"}
+        assert sum(names.values()) == (4 if case.kind == "seq2seq" else 2)
 
 
 @families("llama", "gpt2")
@@ -74,9 +74,9 @@ def test_packed_documents_are_documents_of_their_own(case: Case) -> None:
     weights = [p for p in model.parameters() if p.requires_grad]
     got = torch.autograd.grad(packed, weights, upstream, allow_unused=True)
     want = torch.autograd.grad(torch.cat(alone, 1), weights, upstream, allow_unused=True)
-    for ours, theirs in zip(got, want, strict=True):
-        if theirs is not None:
-            assert closeness(ours, theirs) < 1e-4
+    for actual, expected in zip(got, want, strict=True):
+        if expected is not None:
+            assert closeness(actual, expected) < 1e-4
 
 
 @families("llama", "mistral", "gpt2", "bert", "bart", "t5")

@@ -48,8 +48,8 @@ def check(problem: Problem) -> None:
     want, want_gradients = problem.reference()
     slack = 1 + problem.table.weight.detach().nan_to_num(neginf=0).abs().max().item() / 10
     same(out, want, slack * TOLERANCE[problem.dtype], "output")
-    for name, ours, theirs in zip("qkv", got, want_gradients, strict=False):
-        same(ours, theirs, 2 * slack * TOLERANCE[problem.dtype], f"d{name}")
+    for name, actual, expected in zip("qkv", got, want_gradients, strict=False):
+        same(actual, expected, 2 * slack * TOLERANCE[problem.dtype], f"d{name}")
     floor = 1e-2 * problem.upstream.abs().sum().item() ** 0.5
     same(got[3], want_gradients[3], slack * TABLE_TOLERANCE[problem.dtype], "dtable", floor)
 

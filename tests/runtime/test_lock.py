@@ -84,9 +84,9 @@ def runs_with(folder: Path, release: str) -> str:
 @pytest.mark.process
 @pytest.mark.parametrize("release", ["4.50.3", "5.3.0", "5.16.1"])
 def test_travelling_code_names_the_release_it_needs_before_it_fails(release: str, tmp_path: Path) -> None:
-    said = runs_with(tmp_path, release)
-    assert f"needs Transformers 5.17 or later, and {release} is installed: pip install 'transformers>=5.17'" in said
-    assert "ReleaseError" in said
+    message = runs_with(tmp_path, release)
+    assert f"needs Transformers 5.17 or later, and {release} is installed: pip install 'transformers>=5.17'" in message
+    assert "ReleaseError" in message
 
 
 @pytest.mark.process
@@ -112,7 +112,7 @@ def test_old_releases_find_every_file_that_the_code_needs() -> None:
 
     def named(name: str) -> set[str]:  # by the pattern of transformers.dynamic_module_utils
         text = (folder / name).read_text()
-        return {f"{found}.py" for found in re.findall(r"^\s*from\s+\.(\S+)\s+import", text, flags=re.MULTILINE)}
+        return {f"{module}.py" for module in re.findall(r"^\s*from\s+\.(\S+)\s+import", text, flags=re.MULTILINE)}
 
     assert named("modeling.py") == set(modeling.RUNTIME_FILES) - {"modeling.py"}
 

@@ -117,8 +117,8 @@ def test_heal(
         assert inside["by_position"][0][:2] == [1, 1] and inside["by_position"][-1][:2] == [32, 63]
     assert parts_of(out, "full-log")["trained"]["steps"] == 4
     told = card.read_text()
-    for said in ("full-log inside the context, at most 0.15", "kept-flat flat at 256 tokens", "| 32-63 |"):
-        assert said in told
+    for words in ("full-log inside the context, at most 0.15", "kept-flat flat at 256 tokens", "| 32-63 |"):
+        assert words in told
 
 
 def test_wrong_input(heal: ModuleType, command: list[str]) -> None:

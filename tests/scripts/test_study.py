@@ -107,10 +107,10 @@ def test_study(study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     torch.set_num_threads(threads)
     arms = [name for arm in ARMS for name in (arm, f"{arm} healed")]
     assert sorted(measured) == sorted([*arms * 2, study.SCRATCH, study.SCRATCH]), "each once for each seed"
-    found = json.loads((tmp_path / "out" / "study.json").read_text())
-    rows = {row["id"]: row for row in found["rows"]}
+    document = json.loads((tmp_path / "out" / "study.json").read_text())
+    rows = {row["id"]: row for row in document["rows"]}
     assert [*rows] == [*ARMS, *arms[1::2], f"{study.SCRATCH} healed"]
-    assert found["context"] == 32 and found["target"] == 512
+    assert document["context"] == 32 and document["target"] == 512
     for row in rows.values():
         assert row["seeds"] == 2 and [losses["length"] for losses in row["losses"]] == [32, 64, 128, 256, 512]
         assert row["beyond"]["first"] == 128, "beyond four times the context"

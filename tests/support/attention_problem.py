@@ -112,16 +112,16 @@ class Problem:
         with torch.no_grad():
             same(self.solve().output, want, slack * TOLERANCE[self.dtype], "output without gradients")
         got = torch.autograd.grad(attended.output, [self.q, self.k, self.v, self.table.weight], self.upstream)
-        for name, ours, theirs in zip("qkv", got, want_gradients, strict=False):
-            same(ours, theirs, slack * TOLERANCE[self.dtype], f"d{name}")
+        for name, actual, expected in zip("qkv", got, want_gradients, strict=False):
+            same(actual, expected, slack * TOLERANCE[self.dtype], f"d{name}")
         # One query on its one key has no gradient but rounding: measure against what went into the sums.
         floor = 1e-2 * self.upstream.abs().sum().item() ** 0.5
         same(got[3], want_gradients[3], slack * TABLE_TOLERANCE[self.dtype], "dtable", floor)
 
 
-def same(ours: Tensor, theirs: Tensor, tolerance: float, name: str, floor: float = 0.1) -> None:
-    assert ours.isfinite().all(), f"{name} is not finite"
-    error, size = (ours.double() - theirs).abs().max().item(), max(theirs.abs().max().item(), floor)
+def same(actual: Tensor, expected: Tensor, tolerance: float, name: str, floor: float = 0.1) -> None:
+    assert actual.isfinite().all(), f"{name} is not finite"
+    error, size = (actual.double() - expected).abs().max().item(), max(expected.abs().max().item(), floor)
     assert error <= tolerance * size, f"{name}: {error:.1e} beside {size:.1e}"
 
 

@@ -15,9 +15,9 @@ def weights_of(folder: Path) -> dict[str, Tensor]:
 
 
 def assert_close(
-    found: dict[str, Tensor], wanted: dict[str, Tensor], *, atol: float | None = None, rtol: float | None = None
+    actual: dict[str, Tensor], wanted: dict[str, Tensor], *, atol: float | None = None, rtol: float | None = None
 ) -> None:
     """The same names, at least one, and values within the tolerances, by default those of PyTorch for the dtype."""
-    assert found.keys() == wanted.keys() and found
+    assert actual.keys() == wanted.keys() and actual
     for name, tensor in wanted.items():
-        torch.testing.assert_close(found[name], tensor, atol=atol, rtol=rtol, msg=name)
+        torch.testing.assert_close(actual[name], tensor, atol=atol, rtol=rtol, msg=name)

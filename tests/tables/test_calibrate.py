@@ -32,12 +32,12 @@ def test_every_family(case: Case) -> None:
     weights stay, and revert is exact."""
     model, untouched = build(case), build(case)
     before = model(**inputs_of(case, tokens())).logits
-    found = rpb.retrofit(model, CALIBRATED, calibration=calibration_windows()).calibration
-    assert [layer.name for layer in found.layers] and len(found.layers) == sum(
+    report = rpb.retrofit(model, CALIBRATED, calibration=calibration_windows()).calibration
+    assert [layer.name for layer in report.layers] and len(report.layers) == sum(
         getattr(model.config, name) for name in case.layers
     )
     whole = {"first": 0.0, "last": 0.0}
-    for layer in found.layers:
+    for layer in report.layers:
         assert (layer.missed is None) != family_of(model.config).uses_interface
         first, last = torch.tensor(layer.before), torch.tensor(layer.after)
         if layer.missed is not None and layer.missed_by_attention is not None:
@@ -61,10 +61,10 @@ def test_every_family(case: Case) -> None:
 def test_every_attention_comes_nearer(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first act alone, which the outputs start from: each layer's attention comes nearer to the source's."""
     monkeypatch.setattr("rpb_retrofit.tables.calibrate.fit_outputs", lambda pairs, layout, metric: fit(pairs, layout))
-    found = rpb.retrofit(build(case), CALIBRATED, calibration=calibration_windows()).calibration
-    for layer in found.layers:
+    report = rpb.retrofit(build(case), CALIBRATED, calibration=calibration_windows()).calibration
+    for layer in report.layers:
         assert all(b <= a + 1e-5 for a, b in zip(layer.before, layer.after, strict=True)), layer.name
-    assert found.after < 0.995 * found.before
+    assert report.after < 0.995 * report.before
 
 
 def test_it_reports_what_it_reached() -> None:
@@ -72,12 +72,12 @@ def test_it_reports_what_it_reached() -> None:
     case = BY_NAME["llama"]
     source, model = build(case, layers=1), build(case, layers=1)
     windows = calibration_windows()
-    found = rpb.retrofit(model, CALIBRATED, calibration=windows).calibration
+    report = rpb.retrofit(model, CALIBRATED, calibration=windows).calibration
     source.set_attn_implementation("eager")
     with torch.no_grad():
         p, q = (m(windows[0], output_attentions=True).attentions[0].double() for m in (source, model))
     kl = torch.where(p > 0, p * (p / q.clamp(min=1e-300)).log(), 0).sum(-1).mean((0, 2))
-    torch.testing.assert_close(torch.tensor(found.layers[0].after, dtype=torch.double), kl, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(report.layers[0].after, dtype=torch.double), kl, rtol=1e-3, atol=1e-5)
 
 
 def test_the_same_seed_gives_the_same_tables() -> None:

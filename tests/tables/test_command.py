@@ -40,9 +40,9 @@ def prose(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("link", [True, False])
 def test_a_calibrated_checkpoint(link: bool, source: Path, prose: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, said = source.parent / "out", source.parent / "said.json"
+    out, printed = source.parent / "out", source.parent / "said.json"
     cut = ("--calibration", prose, "--calibration-length", 64, "--calibration-tokens", 256)
-    options = (*SMALL, *cut, "--polish", 3, "--keep-frequencies", 1, "--json", said, *(["--link"] if link else []))
+    options = (*SMALL, *cut, "--polish", 3, "--keep-frequencies", 1, "--json", printed, *(["--link"] if link else []))
     shard = (source / "model.safetensors").read_bytes()
     assert rpb_command(monkeypatch, "retrofit", source, out, *options) == 0
     assert (
@@ -57,7 +57,7 @@ def test_a_calibrated_checkpoint(link: bool, source: Path, prose: Path, monkeypa
     for name in report.tables:
         assert torch.equal(written.get_parameter(name), model.get_parameter(name))
         assert written.get_parameter(name).abs().max() > 0
-    told = json.loads(said.read_text())
+    told = json.loads(printed.read_text())
     assert told["calibration_text"] == "prose.txt"
     assert told["calibration"]["layers"][0]["after"] == report.calibration.layers[0].after
     assert told["polish"]["steps"] == 3
@@ -72,10 +72,13 @@ def test_buckets_factors_and_a_tail(
     cut = ("--calibration", prose, "--calibration-length", 64, "--calibration-tokens", 256)
     options = ("--buckets", "auto", "--calibrate", "tables+content", "--tail", "log", *cut)
     assert rpb_command(monkeypatch, "retrofit", source, out, *options) == 0
-    said, written = capsys.readouterr().out, rpb.load(out)
+    printed, written = capsys.readouterr().out, rpb.load(out)
     settings = written.config.rpb_retrofit
     count, reach = settings["relative_attention_num_buckets"], settings["relative_attention_max_distance"]
-    assert f"buckets auto: {count} to {reach}" in said and "factors on the content term folded into 2 weights" in said
+    assert (
+        f"buckets auto: {count} to {reach}" in printed
+        and "factors on the content term folded into 2 weights" in printed
+    )
     bias = written.model.layers[0].self_attn.relative_attention_bias
     assert bias.weight.shape == (4, count) and bias.tail.shape == (4, 1)
     again = source.parent / "again"

@@ -47,13 +47,13 @@ def test_a_factor_is_a_complex_product(pairing: str, start: int, frequencies: in
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(2, 3, 5, 10, generator=generator)
     factor = torch.randn(3, frequencies, 2, generator=generator)
-    found = turned(x, factor, RotaryPairs(pairing, start, frequencies))
+    result = turned(x, factor, RotaryPairs(pairing, start, frequencies))
     middle = x[..., start : start + 2 * frequencies]
     pairs = middle.unflatten(-1, (2, -1)).mT if pairing == "half" else middle.unflatten(-1, (-1, 2))
     product = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.view_as_complex(factor)[:, None])
     product = (product.mT if pairing == "half" else product).flatten(-2)
     want = torch.cat([x[..., :start], product, x[..., start + 2 * frequencies :]], -1)
-    torch.testing.assert_close(found, want)
+    torch.testing.assert_close(result, want)
 
 
 @pytest.mark.parametrize("case", SERVED, ids=str)
@@ -66,10 +66,10 @@ def test_every_rotary_family(case: Case, monkeypatch: pytest.MonkeyPatch) -> Non
     unfolded = build(case)
     with monkeypatch.context() as patch:
         patch.setattr("rpb_retrofit.swap.inplace.fold", lambda *args: None)
-        found = rpb.retrofit(unfolded, CONTENT, calibration_windows()).calibration
-    assert found.after < 0.97 * tables.after
+        result = rpb.retrofit(unfolded, CONTENT, calibration_windows()).calibration
+    assert result.after < 0.97 * tables.after
     factors = [m.weight for m in unfolded.modules() if isinstance(m, ContentFactor)]
-    assert len(factors) == len(found.layers) and all((w - torch.tensor([1.0, 0])).abs().max() > 1e-3 for w in factors)
+    assert len(factors) == len(result.layers) and all((w - torch.tensor([1.0, 0])).abs().max() > 1e-3 for w in factors)
 
     model = build(case)
     report = rpb.retrofit(model, CONTENT, calibration_windows())
@@ -155,11 +155,11 @@ def test_a_checkpoint_has_them_too(name: str, link: bool, tmp_path: Path) -> Non
 
 def stored(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint."""
-    found: dict[str, Tensor] = {}
+    result: dict[str, Tensor] = {}
     for shard in folder.glob("*.safetensors"):
         with safe_open(shard, framework="pt") as file:
-            found |= {key: file.get_tensor(key) for key in file.keys()}
-    return found
+            result |= {key: file.get_tensor(key) for key in file.keys()}
+    return result
 
 
 def test_parameters_that_are_kept_are_saved_and_missed(tmp_path: Path) -> None:

@@ -52,18 +52,18 @@ def test_the_loss_and_its_derivatives(
     with pytest.MonkeyPatch.context() as patch:
         exactly(patch)
         target = target_of(pairs, layout, torch.float64)
-        found = loss(point, target, pairs, layout)
-        torch.testing.assert_close(found.value, explicit_loss(point, pairs, layout), rtol=1e-9, atol=1e-9)
+        result = loss(point, target, pairs, layout)
+        torch.testing.assert_close(result.value, explicit_loss(point, pairs, layout), rtol=1e-9, atol=1e-9)
         for number in range(layout.size):
             move = torch.zeros_like(point)
             move[:, number] = step
             ahead, behind = (explicit_loss(point + sign * move, pairs, layout) for sign in (1, -1))
-            torch.testing.assert_close(found.gradient[:, number], (ahead - behind) / (2 * step), rtol=1e-6, atol=1e-8)
+            torch.testing.assert_close(result.gradient[:, number], (ahead - behind) / (2 * step), rtol=1e-6, atol=1e-8)
             if target.moments is None:
                 continue  # a soft cap over factors: the Hessian is Gauss and Newton's
             ahead, behind = (loss(point + sign * move, target, pairs, layout).gradient for sign in (1, -1))
-            torch.testing.assert_close(found.hessian[:, number], (ahead - behind) / (2 * step), rtol=1e-5, atol=1e-7)
-        assert torch.linalg.eigvalsh(found.hessian).min() > -1e-9, "convex"
+            torch.testing.assert_close(result.hessian[:, number], (ahead - behind) / (2 * step), rtol=1e-5, atol=1e-7)
+        assert torch.linalg.eigvalsh(result.hessian).min() > -1e-9, "convex"
 
 
 def test_a_large_mean_of_the_keys_leaves_the_curvature() -> None:
@@ -74,9 +74,9 @@ def test_a_large_mean_of_the_keys_leaves_the_curvature() -> None:
     point = torch.zeros(planted.heads, layout.size)
     want = loss(point.double(), target_of(pairs, layout, torch.float64), pairs, layout).hessian
     moved = [(source, replace(student, key=student.key + 300)) for source, student in pairs]
-    found = loss(point, target_of(moved, layout), moved, layout).hessian
-    torch.testing.assert_close(found[:, 8:, 8:], want[:, 8:, 8:], rtol=0.05, atol=2e-3)
-    assert torch.linalg.eigvalsh(found).min() > 0
+    result = loss(point, target_of(moved, layout), moved, layout).hessian
+    torch.testing.assert_close(result[:, 8:, 8:], want[:, 8:, 8:], rtol=0.05, atol=2e-3)
+    assert torch.linalg.eigvalsh(result).min() > 0
 
 
 @settings(max_examples=10, deadline=None)
@@ -87,9 +87,9 @@ def test_planted_factors_are_recovered(layout: ParameterLayout, softcap: float |
     layout.slopes(planted.numbers).abs_().neg_()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loss_module, "STIFFNESS", 1e-6)
-        found = fit(planted.pairs(3), layout)
-    assert found.after.max() < 1e-3 < 0.01 < found.before.min()
-    torch.testing.assert_close(layout.factor(found.numbers), layout.factor(planted.numbers), rtol=0.05, atol=0.05)
+        result = fit(planted.pairs(3), layout)
+    assert result.after.max() < 1e-3 < 0.01 < result.before.min()
+    torch.testing.assert_close(layout.factor(result.numbers), layout.factor(planted.numbers), rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("bucketing", [Bucketing(8, 20, False), Bucketing(8, 20, True)])
@@ -100,10 +100,10 @@ def test_a_tail_that_would_rise_stays_flat(bucketing: Bucketing) -> None:
     slopes = layout.slopes(planted.numbers)
     slopes[:] = torch.tensor([0.7, -0.7]).repeat(len(slopes))[: len(slopes), None]
     pairs = planted.pairs(2)
-    found = fit(pairs, layout, torch.float64)
-    got = layout.slopes(found.numbers)
+    result = fit(pairs, layout, torch.float64)
+    got = layout.slopes(result.numbers)
     assert bool((got[slopes > 0] == 0).all() and (got[slopes < 0] < -0.3).all())
-    gradient = loss(found.numbers.double(), target_of(pairs, layout, torch.float64), pairs, layout).gradient
+    gradient = loss(result.numbers.double(), target_of(pairs, layout, torch.float64), pairs, layout).gradient
     rising = layout.slopes(gradient)[slopes > 0]
     assert bool((rising < -1e-3).all()), "the data ask for a rise"
     layout.slopes(gradient)[slopes > 0] = 0
@@ -118,16 +118,16 @@ def test_a_planted_bias_is_recovered(bucketing: Bucketing, window: int | None, s
     layout = ParameterLayout(bucketing)
     planted = Planted(layout, keys=200, window=window, sinks=sinks, seed=seed, dtype=torch.float32)
     pairs = planted.pairs(6)
-    found = fit(pairs, layout)
-    visited = found.visits > 20  # what a handful of pairs say counts less than the pull of the neighbours
-    fitted, wanted = found.numbers[:, visited], planted.numbers[:, visited]
+    result = fit(pairs, layout)
+    visited = result.visits > 20  # what a handful of pairs say counts less than the pull of the neighbours
+    fitted, wanted = result.numbers[:, visited], planted.numbers[:, visited]
     if not sinks:
         fitted, wanted = (x - x.mean(1, keepdim=True) for x in (fitted, wanted))
     assert (fitted - wanted).abs().max() < 1e-3
-    assert found.after.max() < 1e-4 < found.before.min()
+    assert result.after.max() < 1e-4 < result.before.min()
     offsets = [o for source, _ in pairs for p in source.positions for o in _seen_offsets(source, p)]
     assert (
-        found.visits.tolist()
+        result.visits.tolist()
         == torch.bincount(bucket_of(torch.tensor(offsets), bucketing), minlength=bucketing.num_buckets).tolist()
     )
 
@@ -140,13 +140,13 @@ def _seen_offsets(rows: AttentionRows, position: int) -> list[int]:
 def test_unvisited_buckets_continue_their_neighbours() -> None:
     bucketing = Bucketing(16, 1000, False)
     planted = Planted(ParameterLayout(bucketing, tail=True), keys=60, dtype=torch.float32)
-    found = fit(planted.pairs(2), planted.layout)
-    empty = (found.visits == 0).nonzero()[:, 0].tolist()
+    result = fit(planted.pairs(2), planted.layout)
+    empty = (result.visits == 0).nonzero()[:, 0].tolist()
     last = bucket_of(torch.tensor([58]), bucketing).item()
     assert empty == list(range(last + 1, 16)), "windows of 60 tokens never reach these"
     for bucket in empty:
-        torch.testing.assert_close(found.numbers[:, bucket], found.numbers[:, last], rtol=0, atol=1e-3)
-    assert planted.layout.slopes(found.numbers).abs().max() < 1e-6, "nothing says how a tail would fall"
+        torch.testing.assert_close(result.numbers[:, bucket], result.numbers[:, last], rtol=0, atol=1e-3)
+    assert planted.layout.slopes(result.numbers).abs().max() < 1e-6, "nothing says how a tail would fall"
 
 
 def test_hard_attention_does_not_derail_the_steps() -> None:
@@ -155,6 +155,6 @@ def test_hard_attention_does_not_derail_the_steps() -> None:
     planted = Planted(ParameterLayout(bucketing), dtype=torch.float32)
     planted.numbers[:] = 0
     planted.numbers[:, 1] = 25.0
-    found = fit(planted.pairs(2), planted.layout)
-    assert found.after.max() < 0.02 < found.before.min()
-    assert found.numbers.isfinite().all() and (found.numbers.argmax(1) == 1).all()
+    result = fit(planted.pairs(2), planted.layout)
+    assert result.after.max() < 0.02 < result.before.min()
+    assert result.numbers.isfinite().all() and (result.numbers.argmax(1) == 1).all()

@@ -117,9 +117,9 @@ def test_random_signs_sample_gauss_and_newton() -> None:
     with pytest.MonkeyPatch.context() as patch:
         exactly(patch)
         term = replace(Outputs.of(pairs, layout, metric), share=0.0)
-        found = loss(point, target_of(pairs, layout, torch.float64), pairs, layout, term=term).hessian
+        result = loss(point, target_of(pairs, layout, torch.float64), pairs, layout, term=term).hessian
     for head in range(2):
-        assert (found[head] - want[head]).norm() < 0.2 * want[head].norm()
+        assert (result[head] - want[head]).norm() < 0.2 * want[head].norm()
 
 
 @settings(max_examples=10, deadline=None)
@@ -133,13 +133,13 @@ def test_a_planted_bias_is_recovered(bucketing: Bucketing, sinks: bool, seed: in
         weights = probabilities(source.scores, source)
         output = weights @ value.repeat_interleave(planted.groups, 0)
         pairs.append((replace(source, output=output), replace(student, value=value)))
-    found = fit_outputs(pairs, planted.layout, some_metric(planted))
-    visited = found.visits > 20
-    fitted, wanted = found.numbers[:, visited], planted.numbers[:, visited]
+    result = fit_outputs(pairs, planted.layout, some_metric(planted))
+    visited = result.visits > 20
+    fitted, wanted = result.numbers[:, visited], planted.numbers[:, visited]
     if not sinks:
         fitted, wanted = (x - x.mean(1, keepdim=True) for x in (fitted, wanted))
     assert (fitted - wanted).abs().max() < 1e-3
-    assert found.missed is not None and found.missed[1].max() < 1e-6
+    assert result.missed is not None and result.missed[1].max() < 1e-6
 
 
 def test_outputs_come_nearer_than_by_attention_alone() -> None:
@@ -153,11 +153,11 @@ def test_outputs_come_nearer_than_by_attention_alone() -> None:
         output = probabilities(noisy.scores, noisy) @ value.repeat_interleave(planted.groups, 0)
         output[0] = 1.0
         pairs.append((replace(noisy, output=output), replace(student, value=value)))
-    by_attention, found = fit(pairs, layout), fit_outputs(pairs, layout)
-    assert found.missed is not None and found.numbers.isfinite().all()
+    by_attention, result = fit(pairs, layout), fit_outputs(pairs, layout)
+    assert result.missed is not None and result.numbers.isfinite().all()
     missed = explicit_missed(by_attention.numbers, pairs, layout, torch.eye(VALUE).expand(planted.heads, -1, -1))
-    assert bool((found.missed[1][1:] < missed[1:] + 1e-5).all() and (found.missed[1][1:] < missed[1:] - 1e-5).any())
-    torch.testing.assert_close(found.after[0], by_attention.after[0], rtol=0.02, atol=1e-4)
+    assert bool((result.missed[1][1:] < missed[1:] + 1e-5).all() and (result.missed[1][1:] < missed[1:] - 1e-5).any())
+    torch.testing.assert_close(result.after[0], by_attention.after[0], rtol=0.02, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "modernbert", "bart", "deepseek_v3", "gemma3_text"])
@@ -165,9 +165,9 @@ def test_the_reader_is_found(name: str) -> None:
     """Every attention's output is read by the projection that the family's own name points at."""
     model = build(BY_NAME[name])
     anatomy = Anatomy.of(model)
-    found = metrics(anatomy, tokens(1, 40)[0])
-    assert list(found) == list(anatomy.attentions)
-    for name, metric in found.items():
+    result = metrics(anatomy, tokens(1, 40)[0])
+    assert list(result) == list(anatomy.attentions)
+    for name, metric in result.items():
         block = model.get_submodule(name.rpartition(".")[0])
         readers = [m for m in block.modules() if isinstance(m, nn.Linear | Conv1D)]
         heads, width = metric.shape[:2]

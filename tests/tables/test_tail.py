@@ -147,21 +147,21 @@ def test_rebucketing_with_a_tail(size: tuple[int, int], tail: bool, seed: int) -
     old, new, context = Bucketing(8, 20, False), Bucketing(*size, False), 3000
     generator = torch.Generator().manual_seed(seed)
     table, slope = torch.randn(2, 8, generator=generator), torch.randn(2, 1, generator=generator)
-    found = rebucket(table, old, new, context, slope, tail)
+    moved = rebucket(table, old, new, context, slope, tail)
     before = RelativePositionBias(2, old, tail=True)
     before.weight.data, before.tail.data = table, slope
     after = RelativePositionBias(2, new, tail=tail)
-    after.weight.data = found.table
+    after.weight.data = moved.table
     if tail:
-        after.tail.data = found.slopes
+        after.tail.data = moved.slopes
     far = torch.arange(3 * size[1], context)
     difference = after(far) - before(far)
     if tail:  # a constant between them: the last bucket also stands for offsets inside the maximum distance
         torch.testing.assert_close(difference, difference[:, :1].expand_as(difference), rtol=0, atol=1e-4)
     else:
-        assert found.slopes is None and bool((after(far) == after(far)[:, :1]).all())
-    want = (after(found.offset) - before(found.offset)).abs().amax(0)
-    torch.testing.assert_close(found.error.float().expand_as(want), want, rtol=1e-4, atol=1e-4)
+        assert moved.slopes is None and bool((after(far) == after(far)[:, :1]).all())
+    want = (after(moved.offset) - before(moved.offset)).abs().amax(0)
+    torch.testing.assert_close(moved.error.float().expand_as(want), want, rtol=1e-4, atol=1e-4)
 
 
 def test_from_a_retrofit_with_a_tail(tmp_path: Path) -> None:

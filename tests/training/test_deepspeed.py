@@ -79,10 +79,10 @@ def test_one_process(models: Path) -> None:
     plain, rounded = trained(models, "plain"), trained(models, "plain-bf16", {"precision": "bf16"})
     for zero in (2, 3):
         assert_close(weights_of(models / f"zero{zero}"), plain, atol=1e-4, rtol=1e-3)
-        found = weights_of(models / f"zero{zero}-bf16")
-        assert_close(found, rounded, atol=2e-2, rtol=1e-3)
+        weights = weights_of(models / f"zero{zero}-bf16")
+        assert_close(weights, rounded, atol=2e-2, rtol=1e-3)
         for name in ("model.layers.1.mlp.up_proj.weight", "model.layers.0.self_attn.relative_attention_bias.weight"):
-            assert not torch.equal(found[name], found[name].bfloat16().float()), name
+            assert not torch.equal(weights[name], weights[name].bfloat16().float()), name
         rpb.load(models / f"zero{zero}")
 
 
@@ -114,19 +114,19 @@ def _in_pieces(base: Path) -> None:
             wanted = model(**inputs).logits
         for how in ("cut", "opened in pieces", "fsdp2"):
             keep = HfDeepSpeedConfig(settings) if how == "opened in pieces" else None
-            found = rpb.load(base / str(case))
+            weights = rpb.load(base / str(case))
             if how == "fsdp2":
-                for block in Anatomy.of(found).blocks:
-                    fully_shard(found.get_submodule(block), mesh=mesh)
-                running = fully_shard(found, mesh=mesh)
+                for block in Anatomy.of(weights).blocks:
+                    fully_shard(weights.get_submodule(block), mesh=mesh)
+                running = fully_shard(weights, mesh=mesh)
             else:
-                running = deepspeed.initialize(model=found, config=settings)[0]
+                running = deepspeed.initialize(model=weights, config=settings)[0]
             running.eval()
             with torch.no_grad():
                 torch.testing.assert_close(running(**inputs).logits, wanted, msg=f"{case}, {how}")
-            assert "relative_attention_bias): RelativePositionBias(heads=4, buckets=8, max_dist" in repr(found)
-            assert sum("buckets=8" in line for line in repr(found).splitlines()) == repr(model).count("buckets=8")
-            _refuse(case, found, how)
+            assert "relative_attention_bias): RelativePositionBias(heads=4, buckets=8, max_dist" in repr(weights)
+            assert sum("buckets=8" in line for line in repr(weights).splitlines()) == repr(model).count("buckets=8")
+            _refuse(case, weights, how)
             del keep
             unset_hf_deepspeed_config()
 

@@ -42,8 +42,8 @@ def test_documents_are_tokenised_many_at_a_time() -> None:
         return numbers(texts)
 
     mixture = Mixture([Finite("numbers", documents, 0)], [1.0], encode)
-    found = [int(mixture.next()[0]) for _ in range(100)]
-    assert sorted(found[:50]) == sorted(found[50:]) == list(range(50)) and found[:50] != found[50:]
+    drawn = [int(mixture.next()[0]) for _ in range(100)]
+    assert sorted(drawn[:50]) == sorted(drawn[50:]) == list(range(50)) and drawn[:50] != drawn[50:]
     assert calls == [50], "all that is left of an epoch, and nothing twice"
 
 

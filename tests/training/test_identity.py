@@ -121,13 +121,15 @@ def test_what_a_run_depends_on(retrofit: Path, tmp_path: Path) -> None:
     def now() -> dict[str, object]:
         return identity_of(str(retrofit), str(retrofit), str(source), recipe, control=False)
 
-    found = [now()]
+    identities = [now()]
     text.write_text("X" + text.read_text()[1:])
-    found.append(now())
+    identities.append(now())
     change_config(source)
-    found.append(now())
-    assert found[0]["texts"] != found[1]["texts"] and found[1] != found[2] and found[2] == now()
-    assert found[1]["source_weights"] != found[2]["source_weights"]
+    identities.append(now())
+    assert (
+        identities[0]["texts"] != identities[1]["texts"] and identities[1] != identities[2] and identities[2] == now()
+    )
+    assert identities[1]["source_weights"] != identities[2]["source_weights"]
 
 
 def test_files_that_do_not_count(retrofit: Path, tmp_path: Path) -> None:

@@ -51,11 +51,11 @@ def test_divergence() -> None:
     teacher, student = (torch.randn(5, 7, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     teacher[2, 3:] = student[2, 3:] = -torch.inf
     student.requires_grad_()
-    found = divergence(student, teacher)
+    result = divergence(student, teacher)
     p, log_q = teacher.softmax(-1), student.log_softmax(-1)
     plain = torch.where(p > 0, p * (p.log() - log_q).nan_to_num(0, 0, 0), 0).sum()
-    torch.testing.assert_close(found, plain)
-    torch.testing.assert_close(*torch.autograd.grad(found, student), student.softmax(-1).detach() - p)
+    torch.testing.assert_close(result, plain)
+    torch.testing.assert_close(*torch.autograd.grad(result, student), student.softmax(-1).detach() - p)
     again = student.detach().clone().requires_grad_()
     assert not torch.autograd.grad(divergence(again, student.detach()), again)[0].any(), "not even a rounding error"
 
@@ -107,13 +107,13 @@ def test_groups() -> None:
     case = BY_NAME["llama"]
     recipe = Recipe.model_validate({"weight_decay": 0.1})
     model = prepare(retrofitted(case), Stage(tokens=1), recipe, "next-token")
-    found = {group["name"]: group for group in groups(model, Stage(tokens=1, rate=1e-4, table_rate=1e-2), recipe)}
+    result = {group["name"]: group for group in groups(model, Stage(tokens=1, rate=1e-4, table_rate=1e-2), recipe)}
     names = {id(p): name for name, p in model.named_parameters()}
-    by_name = {group: {names[id(p)] for p in found[group]["params"]} for group in found}
+    by_name = {group: {names[id(p)] for p in result[group]["params"]} for group in result}
     assert all("relative_attention_bias" in name for name in by_name["tables"]) and by_name["tables"]
     assert all("norm" in name for name in by_name["no decay"]) and by_name["no decay"]
     assert set.union(*by_name.values()) == set(names.values())
-    assert [(found[g]["lr"], found[g]["weight_decay"]) for g in ("tables", "weights", "no decay")] == [
+    assert [(result[g]["lr"], result[g]["weight_decay"]) for g in ("tables", "weights", "no decay")] == [
         (1e-2, 0.0), (1e-4, 0.1), (1e-4, 0.0)
     ]  # fmt: skip
 

@@ -100,9 +100,9 @@ def test_attention_relations(checkpointing: bool, source: Path, retrofit: Path, 
     }
     (stage,) = run(from_zeros, tmp_path / "out", text, {**changes, "spike": None}, source=str(retrofit)).stages
     assert stage.losses[-1] < 0.02 * stage.losses[0]
-    found, wanted = weights_of(tmp_path / "out"), weights_of(retrofit)
+    result, wanted = weights_of(tmp_path / "out"), weights_of(retrofit)
     for name in (name for name in wanted if "relative_attention_bias" in name):
-        near, far = found[name][:, :24], wanted[name][:, :24]  # buckets with many pairs in 64 tokens
+        near, far = result[name][:, :24], wanted[name][:, :24]  # buckets with many pairs in 64 tokens
         difference = near - near.mean(1, keepdim=True) - far + far.mean(1, keepdim=True)
         assert difference.square().mean() < 0.05 * far.var()
     control = run(retrofit, tmp_path / "control", text, changes, source=str(retrofit), control=True)
@@ -133,15 +133,15 @@ def test_micro_batches_and_checkpointing_change_nothing(retrofit: Path, text: Pa
         "micro": {"micro_tokens": 32},
         "checkpointing": {"gradient_checkpointing": True},
     }.items():
-        found = run(retrofit, tmp_path / name, text, {"stages": stages, **changes}).stages[0].losses
-        assert found == pytest.approx(plain, abs=1e-4), name
+        result = run(retrofit, tmp_path / name, text, {"stages": stages, **changes}).stages[0].losses
+        assert result == pytest.approx(plain, abs=1e-4), name
 
 
 def test_compiled(retrofit: Path, text: Path, tmp_path: Path) -> None:
     changes = {"stages": [{"train": "all", "tokens": 512, "lengths": {64: 1}, "rate": 1e-3}], "evaluate_tokens": 0}
     plain = run(retrofit, tmp_path / "plain", text, changes).stages[0].losses
-    found = run(retrofit, tmp_path / "compiled", text, {**changes, "compile": True}).stages[0].losses
-    assert found == pytest.approx(plain, abs=1e-4)
+    result = run(retrofit, tmp_path / "compiled", text, {**changes, "compile": True}).stages[0].losses
+    assert result == pytest.approx(plain, abs=1e-4)
 
 
 def test_bfloat16_keeps_float32_masters(source: Path, text: Path, tmp_path: Path) -> None:
