@@ -10,7 +10,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 def traced(tensor: Tensor) -> bool:
     """Whether torch.compile, torch.export, torch.jit.trace, a FakeTensorMode or the meta device is at work: then no
     branch can go by values."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or tensor.is_meta or isinstance(tensor, FakeTensor)
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or not has_values(tensor)
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether a tensor holds numbers: not one on the meta device or of a FakeTensorMode."""
+    return not tensor.is_meta and not isinstance(tensor, FakeTensor)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -14,6 +12,7 @@ from rpb_retrofit.config import RetrofitConfig
 from rpb_retrofit.errors import ConfigError, UnsupportedModelError
 from rpb_retrofit.files.finite import check_finite
 from rpb_retrofit.runtime.anatomy import Anatomy
+from rpb_retrofit.runtime.tracing import has_values
 from rpb_retrofit.swap.eligibility import check_eligible
 from rpb_retrofit.tables import CALIBRATED, FROM, INITIALISATIONS
 
@@ -73,8 +72,3 @@ def sharded(model: nn.Module) -> str | None:
     """The first parameter of which this process holds a piece, or None."""
     pieces = (name for name, p in model.named_parameters() if isinstance(p, DTensor) or hasattr(p, "ds_id"))
     return next(pieces, None)
-
-
-def has_values(parameter: torch.Tensor) -> bool:
-    """Whether a parameter holds numbers, in this process."""
-    return not parameter.is_meta and not isinstance(parameter, FakeTensor)

@@ -15,7 +15,7 @@ from rpb_retrofit.runtime.anatomy import Anatomy
 from rpb_retrofit.runtime.attach import on
 from rpb_retrofit.runtime.families import TABLE, is_own
 from rpb_retrofit.runtime.modeling import detach
-from rpb_retrofit.swap.model_checks import has_values
+from rpb_retrofit.runtime.tracing import has_values
 
 SNAPSHOT = "_rpb_source"
 """Attribute of a model that was retrofitted in this process: its `Snapshot`."""

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -20,6 +19,7 @@ from rpb_retrofit.runtime.anatomy import submodels
 from rpb_retrofit.runtime.attach import table_names
 from rpb_retrofit.runtime.buckets import Bucketing
 from rpb_retrofit.runtime.families import TABLE
+from rpb_retrofit.runtime.tracing import has_values
 
 KEY = "table_checksums"
 DIGITS = 16
@@ -95,7 +95,7 @@ def record(model: PreTrainedModel, tables: Mapping[str, Tensor] | None = None) -
         parts = (bias.weight, bias.tail)
         if tables is not None:
             parts = (tables[name], tables.get(name.replace(f"{TABLE}.weight", f"{TABLE}.tail")))
-        if all(part is None or _has_values(part) for part in parts):
+        if all(part is None or _is_whole(part) for part in parts):
             recorded[name] = str(checksums(*parts, bias.bucketing))
     before: Mapping[str, Any] = model.config.rpb_retrofit
     settings = {**before, KEY: recorded} if recorded else before
@@ -103,5 +103,5 @@ def record(model: PreTrainedModel, tables: Mapping[str, Tensor] | None = None) -
         submodel.config.rpb_retrofit = settings
 
 
-def _has_values(table: Tensor) -> bool:
-    return not table.is_meta and not isinstance(table, FakeTensor | DTensor)
+def _is_whole(table: Tensor) -> bool:
+    return has_values(table) and not isinstance(table, DTensor)

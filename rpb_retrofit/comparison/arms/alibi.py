@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from rpb_retrofit.comparison.arm import Arm, Situation
-from rpb_retrofit.config import RetrofitConfig
+from rpb_retrofit.config import RetrofitConfig, command_of
 from rpb_retrofit.errors import ConfigError
 from rpb_retrofit.runtime.anatomy import Anatomy
 from rpb_retrofit.runtime.bias import AlibiBias
@@ -21,9 +21,10 @@ def _penalise(model: PreTrainedModel, situation: Situation) -> str:
     anatomy = Anatomy.of(model)
     for name, module in anatomy.attentions.items():
         setattr(module, TABLE, AlibiBias(slopes(anatomy.facts(name).heads)).to(model.device))
-    return (
-        f"nearest as a checkpoint: rpb retrofit SOURCE OUT --init alibi --buckets 64 --max-distance {situation.target}"
+    nearest = RetrofitConfig(
+        init="alibi", relative_attention_num_buckets=64, relative_attention_max_distance=situation.target
     )
+    return f"nearest as a checkpoint: {command_of(vars(nearest))}"
 
 
 ARM = Arm(

@@ -8,10 +8,13 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from rpb_retrofit.comparison.arm import Arm, Situation
-from rpb_retrofit.config import RetrofitConfig
+from rpb_retrofit.config import RetrofitConfig, command_of
 from rpb_retrofit.runtime.anatomy import Anatomy
 from rpb_retrofit.runtime.mechanisms import neutralise
 from rpb_retrofit.swap.inplace import retrofit
+
+ZEROS = RetrofitConfig(init="zeros")
+"""A bias of zero: the nearest to no positions that a checkpoint can hold."""
 
 
 def drop(model: PreTrainedModel, situation: Situation) -> str:
@@ -21,8 +24,8 @@ def drop(model: PreTrainedModel, situation: Situation) -> str:
         if situation.family.mechanism != "rope":  # every length has the same vectors now
             model.config.max_position_embeddings = max(situation.target, situation.context)
     else:
-        retrofit(model, RetrofitConfig(init="zeros"))
-    return "rpb retrofit SOURCE OUT --init zeros"
+        retrofit(model, ZEROS)
+    return command_of(vars(ZEROS))
 
 
 ARM = Arm("none", "the source's positions dropped, nothing in their place (as DroPE, arXiv:2512.12167)", drop)
