@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 import rpb_retrofit as rpb
 from rpb_retrofit.checkpoint.convert import retrofit_checkpoint
@@ -60,11 +61,12 @@ SORTS: dict[str, Sort] = {
 def source(folder: Path, dtype: str) -> Path:
     """SmolLM2-135M-Instruct as a checkpoint in this dtype, made where it is not there."""
     target = folder / f"source-{dtype}"
-    if not target.exists():
-        model, tokenizer = load_gguf(fetch(SMOLLM2))
-        with whole_folder(target) as part:
-            model.to(DTYPES[dtype]).save_pretrained(part)
-            tokenizer.save_pretrained(part)
+    with FileLock(f"{target}.lock"):  # two processes that share the work both want it first
+        if not target.exists():
+            model, tokenizer = load_gguf(fetch(SMOLLM2))
+            with whole_folder(target) as part:
+                model.to(DTYPES[dtype]).save_pretrained(part)
+                tokenizer.save_pretrained(part)
     return target
 
 
