@@ -19,6 +19,7 @@ from rpb_retrofit.diagnosis.measurements import Measurements
 from rpb_retrofit.files.digest import digest_of
 from rpb_retrofit.runtime.attach import SCALING
 from rpb_retrofit.runtime.buckets import Bucketing
+from rpb_retrofit.tables import CALIBRATED, FROM, INITIALISATIONS
 
 WON_BACK = 0.4
 """Share of the distance from the best tables that undoing a mistake must win back to be suspected."""
@@ -28,6 +29,14 @@ LEFT = 0.25
 
 HANDED_ON = 0.1
 """Share of what a layer's heads miss of the source's outputs that undoing a mistake must bring back to be suspected."""
+
+
+def unfitted(measurements: Measurements) -> str | None:
+    """What the settings ask for, where they ask for tables that are not fitted to this source; None where they are."""
+    init: str = measurements.arms.settings.get("init", CALIBRATED)
+    if init in INITIALISATIONS:
+        return f"init='{init}' asks for tables that are fitted to no source"
+    return f"init='{init}' asks for tables that were fitted to another model" if init.startswith(FROM) else None
 
 
 def of_kind(measurements: Measurements, kind: str) -> list[str]:

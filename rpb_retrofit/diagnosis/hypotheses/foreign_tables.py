@@ -15,9 +15,9 @@ from rpb_retrofit.diagnosis.intervention import with_tables
 from rpb_retrofit.diagnosis.layer_names import name_layers
 from rpb_retrofit.diagnosis.measurements import Measurements
 from rpb_retrofit.diagnosis.provenance import ROW, UNKNOWN
-from rpb_retrofit.diagnosis.shared_evidence import NOTABLE, altered, explains, with_best
+from rpb_retrofit.diagnosis.shared_evidence import NOTABLE, altered, explains, unfitted, with_best
 from rpb_retrofit.runtime.bias import RelativePositionBias
-from rpb_retrofit.tables import CALIBRATED, INITIALISATIONS
+from rpb_retrofit.tables import CALIBRATED
 
 CAUSE = "the tables do not suit this source"
 PREDICTS = (
@@ -49,8 +49,8 @@ def examine(measurements: Measurements) -> Finding:
         return excluded("what became of the tables since they were written is known, and another hypothesis'")
     if (fidelity := measurements.fidelity) is None:
         return unknown("only the source's attention tells what its tables should be; give --source")
-    if (init := measurements.arms.settings.get("init")) in INITIALISATIONS:
-        return excluded(f"init='{init}' asks for tables that are fitted to no source")
+    if (asked := unfitted(measurements)) is not None:
+        return excluded(asked)
     before, zeros, refit = (fidelity.mean(kl) for kl in (fidelity.own, fidelity.zeros, fidelity.refit))
     evidence = (
         f"mean KL from the source's attention: these tables {before:.3f}, none {zeros:.3f}, the best of the same "

@@ -9,6 +9,7 @@ from rpb_retrofit.diagnosis.layer_names import name_layers
 from rpb_retrofit.diagnosis.measurements import Measurements
 from rpb_retrofit.diagnosis.provenance import is_written
 from rpb_retrofit.diagnosis.shared_evidence import with_best
+from rpb_retrofit.tables import FROM
 
 CAUSE = "the tables were not loaded, or say nothing"
 PREDICTS = "tables are zero, hold one number, or are alike in all heads, though they were made to be otherwise"
@@ -48,6 +49,8 @@ def examine(measurements: Measurements) -> Finding:
     ]
     if alike:
         evidence = f"all heads have the same row in {name_layers(alike)}"
+        if init.startswith(FROM):
+            return excluded(f"{evidence}: init='{init}' may give all of them the table of one head")
         return confirmed(evidence, REMEDY, effect=with_best(measurements, alike))
     return excluded(f"all {len(tables)} tables are finite, differ by head and by bucket")
 

@@ -7,7 +7,7 @@ import torch
 from rpb_retrofit.diagnosis.finding import CauseKind, Finding, confirmed, excluded
 from rpb_retrofit.diagnosis.layer_names import name_layers
 from rpb_retrofit.diagnosis.measurements import Measurements
-from rpb_retrofit.diagnosis.shared_evidence import with_best
+from rpb_retrofit.diagnosis.shared_evidence import unfitted, with_best
 
 CAUSE = "the tables are shared by layers that should have their own"
 PREDICTS = "two layers hold the same numbers, though the settings say shared=False"
@@ -21,8 +21,8 @@ def examine(measurements: Measurements) -> Finding:
         return excluded("one table for all layers is what the settings ask for (shared=True)")
     if measurements.as_written:
         return excluded("every table is what was written, number for number")
-    if (begun := measurements.arms.settings.get("init")) == "alibi":
-        return excluded(f"init='{begun}' gives all layers with as many heads the same numbers")
+    if (asked := unfitted(measurements)) is not None:
+        return excluded(f"{asked}, which layers may have in common")
     twins: dict[str, list[str]] = {}
     firsts: list[str] = []
     biases = measurements.arms.biases
