@@ -67,7 +67,9 @@ def measure(arm: str | None, options: argparse.Namespace) -> dict[str, Any]:
     import rpb_retrofit as rpb
     from rpb_retrofit.checkpoint.gguf import load_gguf
     from rpb_retrofit.demo.fetch import SMOLLM2, fetch
-    from rpb_retrofit.text import CalibrationText, read_text, tokenise
+    from rpb_retrofit.text.calibration_text import CalibrationText
+    from rpb_retrofit.text.reading import read_text
+    from rpb_retrofit.text.tokens import tokenise
 
     model, tokenizer = load_gguf(options.source or fetch(SMOLLM2))
     model.to(options.device)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from rpb_retrofit.checkpoint.load import open_model
 from rpb_retrofit.demo.fetch import MINILM, fetch
-from rpb_retrofit.text import read_text, special_tokens, tokenise
+from rpb_retrofit.text.reading import read_text
+from rpb_retrofit.text.tokens import special_tokens, tokenise
 
 LENGTHS, WINDOWS, APART = (16, 64, 256, 510), 12, 7000
 """Windows of each length, in tokens of text, which begin so many tokens apart."""

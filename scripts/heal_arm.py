@@ -17,7 +17,8 @@ from rpb_retrofit.checkpoint.load import open_causal_lm
 from rpb_retrofit.files.folder import whole_folder
 from rpb_retrofit.files.journal import Journal
 from rpb_retrofit.files.whole_file import write_whole
-from rpb_retrofit.text import CalibrationText, Text, read_text
+from rpb_retrofit.text.calibration_text import CalibrationText
+from rpb_retrofit.text.reading import Text, read_text
 from rpb_retrofit.training.identity import checksum, fingerprint
 from rpb_retrofit.training.run import finetune
 

@@ -24,7 +24,8 @@ from rpb_retrofit.evaluation.nll import losses_at, token_losses
 from rpb_retrofit.evaluation.retrieval import cells, make_items, measure
 from rpb_retrofit.evaluation.speed import is_out_of_memory
 from rpb_retrofit.runtime.families import is_own
-from rpb_retrofit.text import bos_policy, read_text, tokenise
+from rpb_retrofit.text.reading import read_text
+from rpb_retrofit.text.tokens import bos_policy, tokenise
 
 SPAN = 16
 """Tokens of a span that is repeated."""

@@ -65,7 +65,8 @@ def train_scratch(folder: Path, size: Size, seed: int) -> Row:
 def benchmark_of(folder: Path, size: Size) -> Benchmark:
     """Every arm of every seed reads the same text: modules that fill the longest window."""
     from rpb_retrofit.comparison.measures import Benchmark, ComparisonPlan
-    from rpb_retrofit.text import read_text, tokenise
+    from rpb_retrofit.text.reading import read_text
+    from rpb_retrofit.text.tokens import tokenise
 
     tokenizer = tokenizer_of(folder)
     documents = tokenise(tokenizer, read_text(str(folder / "scored.jsonl")).documents)
@@ -88,7 +89,8 @@ def compare_of(folder: Path, size: Size, seed: int, task: str) -> tuple[Compare,
     from rpb_retrofit.comparison.healing import Healing
     from rpb_retrofit.comparison.run import MEASURED, Compare
     from rpb_retrofit.files.journal import Journal
-    from rpb_retrofit.text import CalibrationText, read_text
+    from rpb_retrofit.text.calibration_text import CalibrationText
+    from rpb_retrofit.text.reading import read_text
 
     model, tokenizer = open_causal_lm(str(folder / f"base-{seed}"))
     text = CalibrationText(read_text(str(folder / "train.jsonl")), 16_384, size.context)

@@ -24,7 +24,10 @@ from rpb_retrofit.diagnosis.finding import Verdict
 from rpb_retrofit.diagnosis.hypotheses import foreign_tables
 from rpb_retrofit.diagnosis.measurements import DiagnosisPlan, Measurements
 from rpb_retrofit.evaluation.nll import Windows, nll_at_length
-from rpb_retrofit.text import CalibrationText, Text, read_text, spread_windows, tokenise
+from rpb_retrofit.text.calibration_text import CalibrationText
+from rpb_retrofit.text.reading import Text, read_text
+from rpb_retrofit.text.tokens import tokenise
+from rpb_retrofit.text.windows import spread_windows
 
 pytestmark = pytest.mark.slow
 

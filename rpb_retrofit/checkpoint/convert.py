@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from rpb_retrofit.checkpoint.rewrite import Change
     from rpb_retrofit.swap.report import RetrofitReport
-    from rpb_retrofit.text import CalibrationText
+    from rpb_retrofit.text.calibration_text import CalibrationText
 
 # Transformers is imported late in this file: its import and the copying of gigabytes overlap.
 
@@ -73,7 +73,7 @@ def retrofit_checkpoint(
         if calibration is not None and not config.takes_text:
             raise ConfigError(f"calibration text was given, but init='{config.init}' uses none: leave it out")
     elif calibration is None:
-        from rpb_retrofit.text import CalibrationText
+        from rpb_retrofit.text.calibration_text import CalibrationText
 
         calibration = CalibrationText.of(None)
     if source.endswith(".gguf"):

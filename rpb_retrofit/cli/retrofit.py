@@ -25,7 +25,7 @@ from rpb_retrofit.tables import CALIBRATED, FROM
 
 if TYPE_CHECKING:
     from rpb_retrofit.checkpoint.convert import Conversion
-    from rpb_retrofit.text import CalibrationText
+    from rpb_retrofit.text.calibration_text import CalibrationText
 
 Source = Annotated[str, typer.Argument(help="A folder, a hub id, or a GGUF file.", metavar="SOURCE")]
 Init = Annotated[
@@ -123,7 +123,7 @@ def _calibration_text(
     read = count("--calibration-tokens", tokens)
     window = count("--calibration-length", length, thousand=1024, least=SHORTEST)
     if config.init == CALIBRATED or config.polish or (file is not None and config.takes_text):
-        from rpb_retrofit.text import CalibrationText
+        from rpb_retrofit.text.calibration_text import CalibrationText
 
         text = CalibrationText.of(file, tokens=read, length=window)
         say(f"calibrating on {text.text.name}")

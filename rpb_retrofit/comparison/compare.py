@@ -27,7 +27,9 @@ from rpb_retrofit.files.folder import check_absent
 from rpb_retrofit.files.journal import Journal
 from rpb_retrofit.runtime.anatomy import Anatomy
 from rpb_retrofit.runtime.families import family_of
-from rpb_retrofit.text import CalibrationText, Text, bos_policy, tokenise
+from rpb_retrofit.text.calibration_text import CalibrationText
+from rpb_retrofit.text.reading import Text
+from rpb_retrofit.text.tokens import bos_policy, tokenise
 from rpb_retrofit.training.identity import checksum, fingerprint, texts_of
 
 Say = Callable[[str], None]

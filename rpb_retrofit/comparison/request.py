@@ -17,7 +17,7 @@ from rpb_retrofit.errors import ConfigError
 from rpb_retrofit.evaluation.inputs import GivenText, OpenModel, check_bos, check_least, check_lengths, given_text
 from rpb_retrofit.evaluation.retrieval import check_kind
 from rpb_retrofit.tables.calibrate import SHORTEST
-from rpb_retrofit.text import Text
+from rpb_retrofit.text.reading import Text
 from rpb_retrofit.training.recipe import read_recipe
 
 LONGEST_PROBED = 2048

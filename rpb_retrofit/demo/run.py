@@ -27,7 +27,9 @@ from rpb_retrofit.files.folder import whole_folder
 from rpb_retrofit.files.strict_json import json_text
 from rpb_retrofit.pages.drawing import as_data_uri
 from rpb_retrofit.tables import CONTENT
-from rpb_retrofit.text import CalibrationText, Text, bos_policy, read_text, tokenise
+from rpb_retrofit.text.calibration_text import CalibrationText
+from rpb_retrofit.text.reading import Text, read_text
+from rpb_retrofit.text.tokens import bos_policy, tokenise
 
 LENGTHS = (128, 512, 2048)
 TOKENS = 2048

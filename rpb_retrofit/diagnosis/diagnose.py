@@ -32,7 +32,8 @@ from rpb_retrofit.evaluation.inputs import (
 from rpb_retrofit.evaluation.nll import check_ids
 from rpb_retrofit.files.folder import check_absent
 from rpb_retrofit.files.journal import Journal
-from rpb_retrofit.text import Text, bos_policy, tokenise
+from rpb_retrofit.text.reading import Text
+from rpb_retrofit.text.tokens import bos_policy, tokenise
 
 
 def diagnose(

@@ -19,7 +19,7 @@ from rpb_retrofit.evaluation.inputs import (
 from rpb_retrofit.evaluation.nll import LengthResult, Windows, check_ids, nll_at_length
 from rpb_retrofit.evaluation.retrieval import Cell, cells, check_kind, make_items, measure
 from rpb_retrofit.evaluation.speed import Skipped, SpeedResult, speed
-from rpb_retrofit.text import bos_policy, tokenise
+from rpb_retrofit.text.tokens import bos_policy, tokenise
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from rpb_retrofit.checkpoint.load import CAUSAL_HEADS, open_causal_lm
 from rpb_retrofit.errors import ConfigError, DataError
 from rpb_retrofit.instruments.modes import evaluating
-from rpb_retrofit.text import Text, read_text
+from rpb_retrofit.text.reading import Text, read_text
 
 GivenModel = str | os.PathLike[str] | PreTrainedModel
 """A folder, a hub id, a GGUF file, or a model in memory."""
@@ -81,7 +81,7 @@ def given_text(data: GivenText, option: str = "--data") -> Text:
 
 
 def check_bos(bos: str) -> None:
-    """ConfigError for what is no policy of `rpb_retrofit.text.bos_policy`."""
+    """ConfigError for what is no policy of `rpb_retrofit.text.tokens.bos_policy`."""
     if bos not in ("auto", "always", "never"):
         raise ConfigError(f"--bos {bos}: choose auto, always or never")
 

@@ -10,7 +10,7 @@ from typing import Any
 from rpb_retrofit.errors import DataError
 from rpb_retrofit.evaluation.chat import render
 from rpb_retrofit.evaluation.tasks.task import Task
-from rpb_retrofit.text import special_tokens
+from rpb_retrofit.text.tokens import special_tokens
 
 _CONTEXT = "\ue000"
 """Stands for the context while the rest is written: a character for private use, in no text of ours."""

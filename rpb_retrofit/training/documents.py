@@ -14,7 +14,7 @@ from torch import Tensor
 from rpb_retrofit.errors import DataError
 from rpb_retrofit.files.printable import first_line
 from rpb_retrofit.files.source import may_be_hub_id
-from rpb_retrofit.text import decoded, read_rows, read_text
+from rpb_retrofit.text.reading import decoded, read_rows, read_text
 from rpb_retrofit.training.recipe import Data, Recipe
 
 State = dict[str, Any]

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from rpb_retrofit.errors import ConfigError, DataError, UnsupportedModelError
 from rpb_retrofit.runtime.anatomy import Anatomy
-from rpb_retrofit.text import bos_policy, special_tokens, tokenise
+from rpb_retrofit.text.tokens import bos_policy, special_tokens, tokenise
 from rpb_retrofit.training.batches import Layout, Rows, layout_of
 from rpb_retrofit.training.documents import Mixture, open_sources
 from rpb_retrofit.training.held_out import HeldOut, held_out_for

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rpb_retrofit.evaluation.retrieval import Item, make_items
-from rpb_retrofit.text import tokenise
+from rpb_retrofit.text.tokens import tokenise
 from tests.support.tokenizers import tokenizer_of_text
 from tests.support.training_cases import PROSE
 

@@ -17,7 +17,8 @@ from rpb_retrofit.checkpoint.load import open_causal_lm
 from rpb_retrofit.errors import DataError
 from rpb_retrofit.evaluation.losses import token_by_token
 from rpb_retrofit.evaluation.nll import Windows, nll_at_length
-from rpb_retrofit.text import bos_policy, read_text
+from rpb_retrofit.text.reading import read_text
+from rpb_retrofit.text.tokens import bos_policy
 from tests.families.cases import CASES
 from tests.support.command import rpb_command
 from tests.support.tiny_models import CONFIG, VOCAB, build, tokens

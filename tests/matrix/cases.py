@@ -22,7 +22,7 @@ from rpb_retrofit.diagnosis.plan import DiagnosisPlan
 from rpb_retrofit.diagnosis.run import run_diagnosis
 from rpb_retrofit.runtime.anatomy import submodels
 from rpb_retrofit.tables.checksums import KEY
-from rpb_retrofit.text import tokenise
+from rpb_retrofit.text.tokens import tokenise
 from tests.diagnosis.faults import FAULTS, Fault, reloaded
 from tests.matrix.retrofits import SORTS, retrofit, source
 from tests.matrix.texts import text

@@ -15,7 +15,8 @@ from rpb_retrofit.checkpoint.convert import retrofit_checkpoint
 from rpb_retrofit.checkpoint.gguf import load_gguf
 from rpb_retrofit.demo.fetch import SMOLLM2, fetch
 from rpb_retrofit.files.folder import whole_folder
-from rpb_retrofit.text import CalibrationText, Text
+from rpb_retrofit.text.calibration_text import CalibrationText
+from rpb_retrofit.text.reading import Text
 from rpb_retrofit.training.recipe import Recipe, Stage
 from rpb_retrofit.training.run import finetune
 from tests.matrix.texts import text

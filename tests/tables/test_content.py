@@ -21,7 +21,8 @@ from rpb_retrofit.files.shards import overwrite
 from rpb_retrofit.runtime.factor import ContentFactor, RotaryPairs, turned
 from rpb_retrofit.runtime.families import FACTOR, family_of
 from rpb_retrofit.tables.attention_rows import AttentionRows
-from rpb_retrofit.text import CalibrationText, Text
+from rpb_retrofit.text.calibration_text import CalibrationText
+from rpb_retrofit.text.reading import Text
 from tests.families.cases import BY_NAME, Case
 from tests.support.calibration import ROTARY, calibration_windows
 from tests.support.tiny_models import CONFIG, build, inputs_of, tokens

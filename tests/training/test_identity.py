@@ -17,7 +17,8 @@ import rpb_retrofit as rpb
 from rpb_retrofit.diagnosis.open_models import identity
 from rpb_retrofit.errors import CheckpointError
 from rpb_retrofit.files.digest import digest, digest_of
-from rpb_retrofit.text import CalibrationText, read_rows, read_text
+from rpb_retrofit.text.calibration_text import CalibrationText
+from rpb_retrofit.text.reading import read_rows, read_text
 from rpb_retrofit.training import identity as identity_module
 from rpb_retrofit.training.documents import open_sources
 from rpb_retrofit.training.identity import fingerprint, identity_of

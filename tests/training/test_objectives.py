@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rpb_retrofit.runtime.buckets import Bucketing, bucket_of
-from rpb_retrofit.text import special_tokens
+from rpb_retrofit.text.tokens import special_tokens
 from rpb_retrofit.training.batches import IGNORED, collate, layout_of, pairs_by_bucket
 from rpb_retrofit.training.divergence import divergence
 from rpb_retrofit.training.loss_monitor import RECENT, LossMonitor

@@ -1,0 +1,1 @@
+"""Text to calibrate, to train and to evaluate on."""

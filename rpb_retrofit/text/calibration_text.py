@@ -1,0 +1,58 @@
+"""The text that tables are calibrated and polished on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from rpb_retrofit.errors import DataError
+from rpb_retrofit.tables.calibrate import SHORTEST
+from rpb_retrofit.text.reading import Text, read_text
+from rpb_retrofit.text.windows import spread_windows
+
+LONGEST = 2048
+"""Tokens of the longer windows of calibration, unless a length is asked for: the time grows with its square."""
+
+SHARE = 4
+"""The shorter windows have one token in so many of the longer ones', if that is no fewer than `SHORTEST`."""
+
+POLISH = 512
+"""Tokens of a step of polish."""
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """What tables are calibrated on: ``tokens`` of a text, half in windows of ``length``, half in shorter ones."""
+
+    text: Text
+    tokens: int = 8192
+    length: int | None = None
+
+    @classmethod
+    def of(cls, file: str | None, **cut: Any) -> CalibrationText:
+        """A file's text, or by default Python's help texts, as `read_text` reads them."""
+        return cls(read_text(file, "--calibration"), **cut)
+
+    def windows(self, tokenizer: Any, context: int | None) -> list[Tensor]:
+        """The windows for a model that was trained on ``context`` tokens at once (None: not known).
+
+        By default the longer ones are as long as that, but not longer than `LONGEST`. Short ones are there because a
+        head attends otherwise at the beginning of a text than far inside it, and prompts come in all lengths.
+        DataError where they would be longer than the context: the source has nothing to teach there.
+        """
+        if self.length is not None and context is not None and self.length > context:
+            raise DataError(f"--calibration-length {self.length}: the source was made for {context} tokens at most")
+        length = self.length or min(context or LONGEST, LONGEST)
+        if length // SHARE < SHORTEST:
+            return spread_windows(tokenizer, self.text, length, self.tokens)
+        return [
+            *spread_windows(tokenizer, self.text, length, self.tokens // 2),
+            *spread_windows(tokenizer, self.text, length // SHARE, self.tokens // 2),
+        ]
+
+    def polishing(self, tokenizer: Any, context: int | None, steps: int) -> list[Tensor]:
+        """The windows for so many steps of polish, and some to be held out; fewer where the text is short."""
+        length = min(context or POLISH, POLISH)
+        return spread_windows(tokenizer, self.text, length, length * (steps + max(1, steps // 10)))
