@@ -62,6 +62,16 @@ CalibrationLength = Annotated[
         help="Tokens of a window of it; half come in shorter ones. [default: the context, at most 2048]",
     ),
 ]
+CalibrationRepeats = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        max=1,
+        metavar="SHARE",
+        help="Share of its tokens in spans that come again far below: with none, the model no longer finds them there. "
+        "[default: 0.5 for a causal model]",
+    ),
+]
 Shared = Annotated[bool, typer.Option("--shared", help="One table for all layers.")]
 Link = Annotated[bool, typer.Option("--link", help="Hard-link the source's shards: instant, and no space is used.")]
 
@@ -81,6 +91,7 @@ def command(
     calibration: Calibration = None,
     calibration_tokens: CalibrationTokens = "8192",
     calibration_length: CalibrationLength = None,
+    calibration_repeats: CalibrationRepeats = None,
     seed: Seed = 0,
     shared: Shared = False,
     link: Link = False,
@@ -106,7 +117,7 @@ def command(
     )
     if buckets == "auto":
         unused(context, ["max_distance"], "--buckets auto also chooses how far they reach")
-    text = _calibration_text(context, config, calibration, calibration_tokens, calibration_length)
+    text = _calibration_text(context, config, calibration, calibration_tokens, calibration_length, calibration_repeats)
     done = retrofit_checkpoint(source, out, config, link=link, calibration=text)
     result = {"out": str(done.out), "weights": done.weights, "shards": done.shards, **asdict(done.report)}
     if text is not None:
@@ -115,7 +126,12 @@ def command(
 
 
 def _calibration_text(
-    context: typer.Context, config: RetrofitConfig, file: str | None, tokens: str, length: str | None
+    context: typer.Context,
+    config: RetrofitConfig,
+    file: str | None,
+    tokens: str,
+    length: str | None,
+    repeats: float | None,
 ) -> CalibrationText | None:
     """The text that a config asks for; None where it asks for none. ConfigError where options of it go unused."""
     from rpb_retrofit.tables.calibrate import SHORTEST
@@ -125,12 +141,13 @@ def _calibration_text(
     if config.init == CALIBRATED or config.polish or (file is not None and config.takes_text):
         from rpb_retrofit.text.calibration_text import CalibrationText
 
-        text = CalibrationText.of(file, tokens=read, length=window)
+        text = CalibrationText.of(file, tokens=read, length=window, repeats=repeats)
         say(f"calibrating on {text.text.name}")
         return text
     if file is not None:
         raise ConfigError(f"--calibration '{file}': --init {config.init} uses no text; leave one of the two out")
-    unused(context, ["calibration_tokens", "calibration_length"], f"--init {config.init} uses no text")
+    options = ["calibration_tokens", "calibration_length", "calibration_repeats"]
+    unused(context, options, f"--init {config.init} uses no text")
     return None
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from random import Random
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from rpb_retrofit.instruments.modes import evaluating
 from rpb_retrofit.runtime.anatomy import Anatomy
 from rpb_retrofit.runtime.bias import RelativePositionBias
 from rpb_retrofit.runtime.buckets import Bucketing, bucket_of
+from rpb_retrofit.text.repeats import ordinary, plant
 from rpb_retrofit.training.documents import Mixture, State
 from rpb_retrofit.training.recipe import Stage
 
@@ -44,8 +45,7 @@ class Layout:
 
 def layout_of(model: PreTrainedModel, tokenizer: Any, before: Tensor, after: Tensor) -> Layout:
     """Packed where the model tells documents in a row apart; otherwise a row holds one document."""
-    anatomy = Anatomy.of(model)
-    causal = all(anatomy.facts(name).causal for name in anatomy.attentions)
+    causal = Anatomy.of(model).causal
     padding = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     return Layout(causal and tells_documents_apart(model), causal, before, after, padding)
 
@@ -68,13 +68,22 @@ def tells_documents_apart(model: PreTrainedModel) -> bool:
     return bool((together[0][:, 3:].float() - expected).abs().max() <= 0.01 * expected.abs().max())
 
 
-class Rows:
-    """Sequences without end from documents without end."""
+@dataclass(frozen=True)
+class RowRepeats:
+    """What is planted in each part of a document: see `rpb_retrofit.text.repeats`."""
 
-    def __init__(self, documents: Mixture, layout: Layout) -> None:
-        self.documents, self.layout = documents, layout
+    share: float
+    seed: int
+    special: Sequence[int]
+
+
+class Rows:
+    """Sequences without end from documents without end, with ``repeats`` planted in each part of a document."""
+
+    def __init__(self, documents: Mixture, layout: Layout, repeats: RowRepeats | None = None) -> None:
+        self.documents, self.layout, self.repeats = documents, layout, repeats
         self._before = documents.state()
-        self._document, self._offset = torch.empty(0, dtype=torch.long), 0
+        self._document, self._offset, self._parts = torch.empty(0, dtype=torch.long), 0, 0
 
     def take(self, count: int, length: int) -> list[Row]:
         """The next ``count`` sequences of at most ``length`` tokens."""
@@ -88,21 +97,30 @@ class Rows:
             while self._offset == len(self._document):
                 self._before = self.documents.state()
                 self._document, self._offset = self.documents.next(), 0
-            part = self._document[self._offset : self._offset + room]
+            part = self._planted(self._document[self._offset : self._offset + room])
             self._offset += len(part)
             room -= len(part)
             row.append(part if self.layout.packed else torch.cat([self.layout.before, part, self.layout.after]))
         return row
 
+    def _planted(self, part: Tensor) -> Tensor:
+        self._parts += 1
+        if self.repeats is None:
+            return part
+        known = ordinary(self._document, self.repeats.special)
+        random = Random(f"{self.repeats.seed} {self._parts}")
+        return plant(part, self.repeats.share, known, random, self.repeats.special)
+
     def state(self) -> State:
         """Where it stands: at a token of a document."""
-        return {"documents": self._before, "offset": self._offset, "begun": len(self._document) > 0}
+        begun = len(self._document) > 0
+        return {"documents": self._before, "offset": self._offset, "begun": begun, "parts": self._parts}
 
     def restore(self, state: State) -> None:
         """Go on from there."""
         self.documents.restore(state["documents"])
         self._before = state["documents"]
-        self._document, self._offset = torch.empty(0, dtype=torch.long), 0
+        self._document, self._offset, self._parts = torch.empty(0, dtype=torch.long), 0, state.get("parts", 0)
         if state["begun"]:
             self._document, self._offset = self.documents.next(), state["offset"]
 
@@ -166,8 +184,7 @@ def collate(rows: Sequence[Row], length: int, layout: Layout) -> Batch:
 
 def length_of_step(stage: Stage, seed: int, number: int, step: int) -> int:
     """The sequence length of a step, drawn from the stage's distribution; a function of seed, stage and step alone."""
-    draw = random.Random(f"{seed}/{number}/{step}")
-    return draw.choices(list(stage.lengths), weights=list(stage.lengths.values()))[0]
+    return Random(f"{seed}/{number}/{step}").choices(list(stage.lengths), weights=list(stage.lengths.values()))[0]
 
 
 def bucketing_of(model: nn.Module) -> Bucketing | None:

@@ -73,11 +73,14 @@ class Recipe(_Settings):
     ``batch_tokens``: tokens of an optimizer step, all processes together; ``micro_tokens``: of one pass of one process
     (None: all of its share at once). ``on_bad_step``: what happens where loss or gradients are not finite, or the loss
     is more than ``spike`` nats above the mean of the last 20 steps: ``stop``, or ``skip`` the step. ``held_out``: a
-    file to evaluate on; without it ``held_out_share`` of the training text is kept apart.
+    file to evaluate on; without it ``held_out_share`` of the training text is kept apart. ``repeats``: the share of the
+    training tokens that are planted as spans which come again far below, without which a model that is trained on
+    natural text no longer finds what stands there.
     """
 
     stages: list[Stage] = Field(default=[Stage(train="tables", tokens=10_240), Stage(tokens=40_960)], min_length=1)
     data: list[Data] = []
+    repeats: Share = 0.0
     objective: Literal["distillation", "next-token", "masked"] = "distillation"
     distillation_share: Share = 1.0
     relations: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0

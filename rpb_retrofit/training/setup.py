@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from rpb_retrofit.errors import ConfigError, DataError, UnsupportedModelError
 from rpb_retrofit.runtime.anatomy import Anatomy
 from rpb_retrofit.text.tokens import bos_policy, special_tokens, tokenise
-from rpb_retrofit.training.batches import Layout, Rows, layout_of
+from rpb_retrofit.training.batches import Layout, RowRepeats, Rows, layout_of
 from rpb_retrofit.training.documents import Mixture, open_sources
 from rpb_retrofit.training.held_out import HeldOut, held_out_for
 from rpb_retrofit.training.objective import Objective, objective_for
@@ -50,10 +50,10 @@ def open_setup(
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(f"{type(model).__name__}: only decoders and encoders can be fine-tuned here")
     embeddings: Any = model.get_input_embeddings()
-    rows = embeddings.weight.shape[0]
-    if len(tokenizer) > rows:
+    known = embeddings.weight.shape[0]
+    if len(tokenizer) > known:
         raise DataError(
-            f"the tokenizer of '{model.name_or_path}' has {len(tokenizer)} tokens, its model {rows}: wrong tokenizer"
+            f"the tokenizer of '{model.name_or_path}' has {len(tokenizer)} tokens, its model {known}: wrong tokenizer"
         )
     before, after = special_tokens(tokenizer)
     lengths = [length for stage in recipe.stages for length in stage.lengths]
@@ -73,7 +73,9 @@ def open_setup(
             f"the training text has {tokens} tokens, fewer than one sequence of {longest}: give more text or "
             "shorter lengths"
         )
-    return TrainingSetup(accelerator, recipe, Rows(stream, layout), layout, tokenizer, objective, held, label)
+    repeats = RowRepeats(recipe.repeats, recipe.seed, tokenizer.all_special_ids) if recipe.repeats else None
+    rows = Rows(stream, layout, repeats)
+    return TrainingSetup(accelerator, recipe, rows, layout, tokenizer, objective, held, label)
 
 
 def _check_lengths(

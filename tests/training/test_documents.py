@@ -16,22 +16,23 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rpb_retrofit.errors import DataError
-from rpb_retrofit.training.batches import IGNORED, Layout, Rows, collate
+from rpb_retrofit.training.batches import IGNORED, Layout, RowRepeats, Rows, collate
 from rpb_retrofit.training.documents import Finite, Mixture, Streaming, hold_out, open_sources
 from rpb_retrofit.training.recipe import Recipe
 
 NO_TOKENS = torch.empty(0, dtype=torch.long)
 PACKED, PADDED = (Layout(packed, True, NO_TOKENS, NO_TOKENS, 0) for packed in (True, False))
+REPEATS = RowRepeats(0.4, 0, ())
 
 
 def numbers(documents: Sequence[str]) -> list[Tensor]:
     return [torch.tensor([int(n) for n in document.split()], dtype=torch.long) for document in documents]
 
 
-def stream(sizes: list[int], layout: Layout = PACKED, seed: int = 0) -> Rows:
+def stream(sizes: list[int], layout: Layout = PACKED, seed: int = 0, repeats: RowRepeats | None = None) -> Rows:
     """Documents whose tokens are all different: token 1000 d + i is the i-th of document d."""
     documents = [" ".join(str(1000 * (d + 1) + i) for i in range(size)) for d, size in enumerate(sizes)]
-    return Rows(Mixture([Finite("numbers", documents, seed)], [1.0], numbers), layout)
+    return Rows(Mixture([Finite("numbers", documents, seed)], [1.0], numbers), layout, repeats)
 
 
 def test_documents_are_tokenised_many_at_a_time() -> None:
@@ -89,6 +90,24 @@ def test_resumes_at_the_very_next_token(sizes: list[int], lengths: list[int], st
     for rows, length in zip(want[stop:], lengths[stop:], strict=True):
         got = second.take(2, length)
         assert [[part.tolist() for part in row] for row in got] == [[part.tolist() for part in row] for row in rows]
+
+
+@pytest.mark.parametrize("layout", [PACKED, PADDED], ids=["packed", "padded"])
+def test_repeats_within_each_document_resume_too(layout: Layout) -> None:
+    """What comes again lies in the same part of a document, on whose tokens alone it draws."""
+    whole, plain = (stream([700, 40, 300], layout, repeats=planted) for planted in (REPEATS, None))
+    want, unplanted = whole.take(12, 256), plain.take(12, 256)
+    assert sum(len(part) - len(part.unique()) for row in want for part in row) > 0.1 * 12 * 256
+    for row, other in zip(want, unplanted, strict=True):
+        assert [len(part) for part in row] == [len(part) for part in other]
+        assert all(len((part // 1000).unique()) == 1 for part in row)
+    for stop in range(12):
+        first = stream([700, 40, 300], layout, repeats=REPEATS)
+        first.take(stop, 256)
+        second = stream([700, 40, 300], layout, repeats=REPEATS)
+        second.restore(json.loads(json.dumps(first.state())))
+        for got, row in zip(second.take(12 - stop, 256), want[stop:], strict=True):
+            assert all(map(torch.equal, got, row))
 
 
 def test_a_stream_resumes_too(tmp_path: Path) -> None:
