@@ -1,4 +1,5 @@
-"""What each way to fill the tables costs, in nats, seconds and memory: on SmolLM2-135M-Instruct, untrained.
+"""What each way to fill the tables costs, in nats, seconds and memory, and what a span that comes again far below still
+gains: on SmolLM2-135M-Instruct, untrained.
 
 Each arm runs in a fresh process: it retrofits the model, calibrating on one text where it calibrates, then scores a
 text of another kind, the same tokens for every arm. Memory is the process' peak; beside it stands that of a process
@@ -22,6 +23,9 @@ LENGTHS = (512, 2048)
 
 LONG = ((0, 2048), (2048, 4096), (4096, 8192), (8192, 10240), (10240, 12288), (12288, 16384))
 """With --long: positions in one window of 16,384 tokens, twice what the source was trained on."""
+
+DISTANCES, SPANS = (512, 1024, 2048), 4
+"""Tokens from a span to where it comes again, and spans a distance."""
 
 FAR = {"relative_attention_num_buckets": 64, "relative_attention_max_distance": 2048}
 CONTENT = {"calibrate": "tables+content"}
@@ -60,6 +64,16 @@ def score(model: Any, documents: list[Any], tokens: int, long: bool) -> dict[str
     return {f"{first}-{end}": losses[max(first, 1) - 1 : end - 1].double().mean().item() for first, end in LONG}
 
 
+def gains(model: Any, documents: list[Any]) -> dict[str, float]:
+    """What spans of random tokens gain where they come again, in nats a token: the mean, by distance."""
+    from rpb_retrofit.evaluation.context_use import induction_gain, make_inductions
+
+    sums = dict.fromkeys(map(str, DISTANCES), 0.0)
+    for item in make_inductions(documents, DISTANCES, SPANS):
+        sums[str(item.distance)] += induction_gain(model, item).gain / SPANS
+    return sums
+
+
 def measure(arm: str | None, options: argparse.Namespace) -> dict[str, Any]:
     """One arm, or the source (None)."""
     import torch
@@ -81,6 +95,7 @@ def measure(arm: str | None, options: argparse.Namespace) -> dict[str, Any]:
     else:
         config = rpb.RetrofitConfig(**ARMS[arm])
         cut = {"tokens": options.calibration_tokens, "length": options.calibration_length}
+        cut["repeats"] = options.calibration_repeats
         cut = {name: value for name, value in cut.items() if value is not None}
         text = CalibrationText.of(options.calibration, **cut)
         texts = {"calibration": text.windows(tokenizer, 8192)} if config.init == "calibrated" else {}
@@ -91,7 +106,8 @@ def measure(arm: str | None, options: argparse.Namespace) -> dict[str, Any]:
         record |= {"seconds": time.perf_counter() - start, "report": str(report)}
     record["gigabytes"] = kilobytes("/proc/self/status", "VmHWM") / 1e6
     documents = tokenise(tokenizer, read_text(options.data).documents)
-    return record | {"losses": score(model, documents, options.tokens, options.long)}
+    record["losses"] = score(model, documents, options.tokens, options.long)
+    return record if options.long else record | {"gains": gains(model, documents)}
 
 
 def main() -> None:
@@ -102,6 +118,7 @@ def main() -> None:
     parser.add_argument("--calibration", help="text to calibrate and to polish on. Default: Python's help texts")
     parser.add_argument("--calibration-tokens", type=int, help="tokens of it. Default: as of `rpb retrofit`")
     parser.add_argument("--calibration-length", type=int, help="tokens of a window of it. Default: likewise")
+    parser.add_argument("--calibration-repeats", type=float, help="share of it that comes again. Default: likewise")
     parser.add_argument("--long", action="store_true", help="score one window of 16,384 tokens, by position")
     parser.add_argument("--source", type=Path, help="the GGUF file, where it need not be fetched")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="memory is the CPU's in either case")
@@ -113,7 +130,9 @@ def main() -> None:
             rows.append(fresh.submit(measure, arm, options).result())
         source, row = rows[0]["losses"], rows[-1]
         costs = "  ".join(f"{at}: {loss:.3f} ({loss - source[at]:+.3f})" for at, loss in row["losses"].items())
-        print(f"{row['arm']:24s} {row.get('seconds', 0):6.0f} s  {row['gigabytes']:.2f} GB  {costs}", flush=True)
+        spans = "  ".join(f"{at}: {gain:.1f}" for at, gain in row.get("gains", {}).items())
+        spans = f"  span gain {spans}" if spans else ""
+        print(f"{row['arm']:24s} {row.get('seconds', 0):6.0f} s  {row['gigabytes']:.2f} GB  {costs}{spans}", flush=True)
         if options.json:
             from rpb_retrofit.files.strict_json import json_text
 

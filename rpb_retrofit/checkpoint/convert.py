@@ -208,10 +208,10 @@ def _texts(config: RetrofitConfig, text: CalibrationText | None, tokenizer: Any,
 
     if text is None:
         return None, None
-    anatomy = Anatomy.of(model)
+    context = Anatomy.of(model).context
     return (
-        text.windows(tokenizer, anatomy.context, anatomy.causal) if config.takes_text else None,
-        text.polishing(tokenizer, anatomy.context, config.polish) if config.polish else None,
+        text.windows(tokenizer, context) if config.takes_text else None,
+        text.polishing(tokenizer, context, config.polish) if config.polish else None,
     )
 
 

@@ -63,13 +63,12 @@ CalibrationLength = Annotated[
     ),
 ]
 CalibrationRepeats = Annotated[
-    float | None,
+    float,
     typer.Option(
         min=0,
         max=1,
         metavar="SHARE",
-        help="Share of its tokens in spans that come again far below: with none, the model no longer finds them there. "
-        "[default: 0.5 for a causal model]",
+        help="Share of its tokens planted as spans that come again far below, so that they are still found there.",
     ),
 ]
 Shared = Annotated[bool, typer.Option("--shared", help="One table for all layers.")]
@@ -91,7 +90,7 @@ def command(
     calibration: Calibration = None,
     calibration_tokens: CalibrationTokens = "8192",
     calibration_length: CalibrationLength = None,
-    calibration_repeats: CalibrationRepeats = None,
+    calibration_repeats: CalibrationRepeats = 0.0,
     seed: Seed = 0,
     shared: Shared = False,
     link: Link = False,
@@ -121,7 +120,7 @@ def command(
     done = retrofit_checkpoint(source, out, config, link=link, calibration=text)
     result = {"out": str(done.out), "weights": done.weights, "shards": done.shards, **asdict(done.report)}
     if text is not None:
-        result["calibration_text"] = text.text.name
+        result |= {"calibration_text": text.text.name, "calibration_repeats": text.repeats}
     show(_in_words(done), result, json)
 
 
@@ -131,7 +130,7 @@ def _calibration_text(
     file: str | None,
     tokens: str,
     length: str | None,
-    repeats: float | None,
+    repeats: float,
 ) -> CalibrationText | None:
     """The text that a config asks for; None where it asks for none. ConfigError where options of it go unused."""
     from rpb_retrofit.tables.calibrate import SHORTEST
@@ -142,7 +141,7 @@ def _calibration_text(
         from rpb_retrofit.text.calibration_text import CalibrationText
 
         text = CalibrationText.of(file, tokens=read, length=window, repeats=repeats)
-        say(f"calibrating on {text.text.name}")
+        say(f"calibrating on {text.text.name}" + (f", repeats in {repeats:.0%} of its tokens" if repeats else ""))
         return text
     if file is not None:
         raise ConfigError(f"--calibration '{file}': --init {config.init} uses no text; leave one of the two out")

@@ -22,30 +22,26 @@ SHARE = 4
 POLISH = 512
 """Tokens of a step of polish."""
 
-REPEATS = 0.5
-"""Share of the tokens that belong to spans which come again: what it costs and brings is measured in model_cards."""
-
 
 @dataclass(frozen=True)
 class CalibrationText:
     """What tables are calibrated on: ``tokens`` of a text, half in windows of ``length``, half in shorter ones.
 
-    ``repeats``: the share of the tokens that are planted as spans which come again, see `rpb_retrofit.text.repeats`;
-    None: `REPEATS` for a causal model, and none for another, which does not copy.
+    ``repeats``: the share of the tokens that are planted as spans which come again: see `rpb_retrofit.text.repeats`.
     """
 
     text: Text
     tokens: int = 8192
     length: int | None = None
-    repeats: float | None = None
+    repeats: float = 0.0
 
     @classmethod
     def of(cls, file: str | None, **cut: Any) -> CalibrationText:
         """A file's text, or by default Python's help texts, as `read_text` reads them."""
         return cls(read_text(file, "--calibration"), **cut)
 
-    def windows(self, tokenizer: Any, context: int | None, causal: bool = True) -> list[Tensor]:
-        """The windows for a model, ``causal`` or not, that was trained on ``context`` tokens at once (None: not known).
+    def windows(self, tokenizer: Any, context: int | None) -> list[Tensor]:
+        """The windows for a model that was trained on ``context`` tokens at once (None: not known).
 
         By default the longer ones are as long as that, but not longer than `LONGEST`. Short ones are there because a
         head attends otherwise at the beginning of a text than far inside it, and prompts come in all lengths.
@@ -55,17 +51,15 @@ class CalibrationText:
             raise DataError(f"--calibration-length {self.length}: the source was made for {context} tokens at most")
         length = self.length or min(context or LONGEST, LONGEST)
         if length // SHARE < SHORTEST:
-            return self._planted(tokenizer, spread_windows(tokenizer, self.text, length, self.tokens), causal)
+            return self._planted(tokenizer, spread_windows(tokenizer, self.text, length, self.tokens))
         longer = spread_windows(tokenizer, self.text, length, self.tokens // 2)
         shorter = spread_windows(tokenizer, self.text, length // SHARE, self.tokens // 2)
-        return self._planted(tokenizer, [*longer, *shorter], causal)
+        return self._planted(tokenizer, [*longer, *shorter])
 
     def polishing(self, tokenizer: Any, context: int | None, steps: int) -> list[Tensor]:
         """The windows for so many steps of polish, and some to be held out; fewer where the text is short."""
         length = min(context or POLISH, POLISH)
-        tokens = length * (steps + max(1, steps // 10))
-        return self._planted(tokenizer, spread_windows(tokenizer, self.text, length, tokens), causal=True)
+        return spread_windows(tokenizer, self.text, length, length * (steps + max(1, steps // 10)))
 
-    def _planted(self, tokenizer: Any, windows: list[Tensor], causal: bool) -> list[Tensor]:
-        share = (REPEATS if causal else 0.0) if self.repeats is None else self.repeats
-        return with_repeats(windows, share, special=tokenizer.all_special_ids)
+    def _planted(self, tokenizer: Any, windows: list[Tensor]) -> list[Tensor]:
+        return with_repeats(windows, self.repeats, special=tokenizer.all_special_ids)

@@ -18,6 +18,7 @@ import rpb_retrofit as rpb
 from rpb_retrofit.checkpoint.convert import retrofit_checkpoint
 from rpb_retrofit.errors import CheckpointError, MissingTablesError, UnsupportedModelError
 from rpb_retrofit.files.shards import overwrite
+from rpb_retrofit.runtime.anatomy import Anatomy
 from rpb_retrofit.runtime.factor import ContentFactor, RotaryPairs, turned
 from rpb_retrofit.runtime.families import FACTOR, family_of
 from rpb_retrofit.tables.attention_rows import AttentionRows
@@ -87,7 +88,6 @@ def test_every_rotary_family(case: Case, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("case", SERVED, ids=str)
 def test_the_pairs_are_those_that_rotate(case: Case) -> None:
     """Against the model's own rotation: query times key, pair by pair, turns with the offset and nothing else does."""
-    from rpb_retrofit.runtime.anatomy import Anatomy
     from rpb_retrofit.tables.recording import run, watch
 
     model = build(case).eval()

@@ -51,11 +51,11 @@ def test_some_spans_are_of_the_text_and_some_are_random() -> None:
     assert len(new) > 50
 
 
-def test_distances_are_log_uniform_up_to_the_window() -> None:
-    """As many between 64 and 256 as between 256 and 1,024, and some in the last eighth of the window."""
+def test_distances_reach_to_the_end_of_the_window() -> None:
+    """As many in its third quarter as in its second, and some in the last eighth."""
     distances = [far for window in with_repeats(windows(60, 1024), 0.3) for _, far, _ in repeats(window)]
-    near, far = (sum(a <= d < 4 * a for d in distances) for a in (64, 256))
-    assert 0.6 < near / far < 1.6
+    second, third = (sum(a <= d < a + 256 for d in distances) for a in (256, 512))
+    assert 0.6 < second / third < 1.6
     assert max(distances) > 0.875 * 1024
     assert min(distances) >= SPANS[0]
 

@@ -137,6 +137,16 @@ def test_micro_batches_and_checkpointing_change_nothing(retrofit: Path, text: Pa
         assert result == pytest.approx(plain, abs=1e-4), name
 
 
+def test_repeats_are_planted_in_what_is_trained_on(retrofit: Path, text: Path, tmp_path: Path) -> None:
+    """Half of the tokens come again; what is held out stays as it is."""
+    stages = [{"train": "all", "tokens": 5120, "lengths": {64: 1}, "rate": 1e-3}]
+    plain, planted = (
+        run(retrofit, tmp_path / f"{share}", text, {"stages": stages, "repeats": share}).stages[0] for share in (0, 0.5)
+    )
+    assert plain.scored_tokens == planted.scored_tokens and plain.losses[0] != planted.losses[0]
+    assert plain.evaluations[0]["loss"] == planted.evaluations[0]["loss"]
+
+
 def test_compiled(retrofit: Path, text: Path, tmp_path: Path) -> None:
     changes = {"stages": [{"train": "all", "tokens": 512, "lengths": {64: 1}, "rate": 1e-3}], "evaluate_tokens": 0}
     plain = run(retrofit, tmp_path / "plain", text, changes).stages[0].losses
