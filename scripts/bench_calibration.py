@@ -24,7 +24,7 @@ LENGTHS = (512, 2048)
 LONG = ((0, 2048), (2048, 4096), (4096, 8192), (8192, 10240), (10240, 12288), (12288, 16384))
 """With --long: positions in one window of 16,384 tokens, twice what the source was trained on."""
 
-DISTANCES, SPANS = (512, 1024, 2048), 4
+DISTANCES, ITEMS = (512, 1024, 2048), 4
 """Tokens from a span to where it comes again, and spans a distance."""
 
 FAR = {"relative_attention_num_buckets": 64, "relative_attention_max_distance": 2048}
@@ -69,8 +69,8 @@ def gains(model: Any, documents: list[Any]) -> dict[str, float]:
     from rpb_retrofit.evaluation.context_use import induction_gain, make_inductions
 
     sums = dict.fromkeys(map(str, DISTANCES), 0.0)
-    for item in make_inductions(documents, DISTANCES, SPANS):
-        sums[str(item.distance)] += induction_gain(model, item).gain / SPANS
+    for item in make_inductions(documents, DISTANCES, ITEMS):
+        sums[str(item.distance)] += induction_gain(model, item).gain / ITEMS
     return sums
 
 

@@ -65,10 +65,8 @@ CalibrationLength = Annotated[
 CalibrationRepeats = Annotated[
     float,
     typer.Option(
-        min=0,
-        max=1,
         metavar="SHARE",
-        help="Share of its tokens planted as spans that come again far below, so that they are still found there.",
+        help="Share of its tokens, at most 0.5, planted as spans that come again, so that far ones stay found.",
     ),
 ]
 Shared = Annotated[bool, typer.Option("--shared", help="One table for all layers.")]
@@ -141,6 +139,8 @@ def _calibration_text(
         from rpb_retrofit.text.calibration_text import CalibrationText
 
         text = CalibrationText.of(file, tokens=read, length=window, repeats=repeats)
+        if not config.takes_text:
+            unused(context, ["calibration_repeats"], f"--init {config.init} is only polished, on the text as it is")
         say(f"calibrating on {text.text.name}" + (f", repeats in {repeats:.0%} of its tokens" if repeats else ""))
         return text
     if file is not None:

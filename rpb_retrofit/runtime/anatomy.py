@@ -113,11 +113,6 @@ class Anatomy:
         """What the self-attention of that name says of itself."""
         return AttentionFacts.of(self.attentions[attention], self.model.config)
 
-    @property
-    def causal(self) -> bool:
-        """Whether no attention with a bias sees what follows."""
-        return all(self.facts(name).causal for name in self.attentions)
-
     @cached_property
     def blocks(self) -> list[str]:
         """Names of the layers, each of which has a self-attention."""

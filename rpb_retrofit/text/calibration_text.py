@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from rpb_retrofit.errors import DataError
+from rpb_retrofit.errors import ConfigError, DataError
 from rpb_retrofit.tables.calibrate import SHORTEST
 from rpb_retrofit.text.reading import Text, read_text
-from rpb_retrofit.text.repeats import with_repeats
+from rpb_retrofit.text.repeats import MOST, with_repeats
+from rpb_retrofit.text.tokens import special_ids
 from rpb_retrofit.text.windows import spread_windows
 
 LONGEST = 2048
@@ -27,13 +28,18 @@ POLISH = 512
 class CalibrationText:
     """What tables are calibrated on: ``tokens`` of a text, half in windows of ``length``, half in shorter ones.
 
-    ``repeats``: the share of the tokens that are planted as spans which come again: see `rpb_retrofit.text.repeats`.
+    ``repeats``: the share of the tokens that are planted as spans which come again: see `rpb_retrofit.text.repeats`;
+    what is polished on stays as it is. ConfigError where it is none of 0 to `MOST`.
     """
 
     text: Text
     tokens: int = 8192
     length: int | None = None
     repeats: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.repeats <= MOST:
+            raise ConfigError(f"--calibration-repeats {self.repeats:g}: give a share from 0 to {MOST:g}")
 
     @classmethod
     def of(cls, file: str | None, **cut: Any) -> CalibrationText:
@@ -62,4 +68,4 @@ class CalibrationText:
         return spread_windows(tokenizer, self.text, length, length * (steps + max(1, steps // 10)))
 
     def _planted(self, tokenizer: Any, windows: list[Tensor]) -> list[Tensor]:
-        return with_repeats(windows, self.repeats, special=tokenizer.all_special_ids)
+        return with_repeats(windows, self.repeats, special=special_ids(tokenizer)) if self.repeats else windows

@@ -29,6 +29,13 @@ def bos_policy(tokenizer: Any, policy: str) -> int | None:
     return bos
 
 
+def special_ids(tokenizer: Any) -> list[int]:
+    """All tokens that are no text: those with a role, those that are only marked so, and what is put around a text."""
+    marked = [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
+    around = torch.cat(special_tokens(tokenizer)).tolist()
+    return sorted({*tokenizer.all_special_ids, *marked, *around})
+
+
 def special_tokens(tokenizer: Any) -> tuple[Tensor, Tensor]:
     """What the tokenizer puts before and after a text: BOS, CLS, SEP, ..."""
     plain, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]

@@ -45,7 +45,8 @@ class Layout:
 
 def layout_of(model: PreTrainedModel, tokenizer: Any, before: Tensor, after: Tensor) -> Layout:
     """Packed where the model tells documents in a row apart; otherwise a row holds one document."""
-    causal = Anatomy.of(model).causal
+    anatomy = Anatomy.of(model)
+    causal = all(anatomy.facts(name).causal for name in anatomy.attentions)
     padding = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     return Layout(causal and tells_documents_apart(model), causal, before, after, padding)
 
@@ -70,11 +71,12 @@ def tells_documents_apart(model: PreTrainedModel) -> bool:
 
 @dataclass(frozen=True)
 class RowRepeats:
-    """What is planted in each part of a document: see `rpb_retrofit.text.repeats`."""
+    """What is planted in each part of a document, as of `rpb_retrofit.text.repeats.plant`."""
 
     share: float
     seed: int
     special: Sequence[int]
+    noise: float
 
 
 class Rows:
@@ -84,6 +86,7 @@ class Rows:
         self.documents, self.layout, self.repeats = documents, layout, repeats
         self._before = documents.state()
         self._document, self._offset, self._parts = torch.empty(0, dtype=torch.long), 0, 0
+        self._known: Tensor | None = None
 
     def take(self, count: int, length: int) -> list[Row]:
         """The next ``count`` sequences of at most ``length`` tokens."""
@@ -96,7 +99,7 @@ class Rows:
         while room and not (row and not self.layout.packed):
             while self._offset == len(self._document):
                 self._before = self.documents.state()
-                self._document, self._offset = self.documents.next(), 0
+                self._document, self._offset, self._known = self.documents.next(), 0, None
             part = self._planted(self._document[self._offset : self._offset + room])
             self._offset += len(part)
             room -= len(part)
@@ -105,11 +108,12 @@ class Rows:
 
     def _planted(self, part: Tensor) -> Tensor:
         self._parts += 1
-        if self.repeats is None:
+        if (repeats := self.repeats) is None:
             return part
-        known = ordinary(self._document, self.repeats.special)
-        random = Random(f"{self.repeats.seed} {self._parts}")
-        return plant(part, self.repeats.share, known, random, self.repeats.special)
+        if self._known is None:
+            self._known = ordinary(self._document, repeats.special)
+        random = Random(f"{repeats.seed} {self._parts}")
+        return plant(part, repeats.share, self._known, random, repeats.special, repeats.noise)
 
     def state(self) -> State:
         """Where it stands: at a token of a document."""
@@ -121,6 +125,7 @@ class Rows:
         self.documents.restore(state["documents"])
         self._before = state["documents"]
         self._document, self._offset, self._parts = torch.empty(0, dtype=torch.long), 0, state.get("parts", 0)
+        self._known = None
         if state["begun"]:
             self._document, self._offset = self.documents.next(), state["offset"]
 

@@ -26,6 +26,9 @@ def identity_of(model: str, start: str, source: str, recipe: Recipe, control: bo
     CheckpointError and DataError for what cannot be read.
     """
     taught = recipe.objective == "distillation" and source != start
+    settings = recipe.model_dump(mode="json")
+    if not recipe.repeats:  # so that a run from before there were any goes on
+        del settings["repeats"]
     return {
         "model": model,
         "control": control,
@@ -33,7 +36,7 @@ def identity_of(model: str, start: str, source: str, recipe: Recipe, control: bo
         "weights": fingerprint(start),
         **({"source_weights": fingerprint(source)} if taught else {}),
         "texts": {name: checksum(Path(name)) for name in texts_of(recipe)},
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": settings,
     }
 
 

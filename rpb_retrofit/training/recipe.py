@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from rpb_retrofit.config import parse_count
 from rpb_retrofit.errors import ConfigError
 from rpb_retrofit.files.small_file import read_small
+from rpb_retrofit.text.repeats import MOST
 from rpb_retrofit.training.yaml_text import LARGEST, read_yaml
 
 
@@ -74,13 +75,14 @@ class Recipe(_Settings):
     (None: all of its share at once). ``on_bad_step``: what happens where loss or gradients are not finite, or the loss
     is more than ``spike`` nats above the mean of the last 20 steps: ``stop``, or ``skip`` the step. ``held_out``: a
     file to evaluate on; without it ``held_out_share`` of the training text is kept apart. ``repeats``: the share of the
-    training tokens that are planted as spans which come again far below, without which a model that is trained on
-    natural text no longer finds what stands there.
+    training tokens, at most a half, that are planted as spans which come again below: a model that is trained on
+    natural text no longer finds what stands far above. Where the text itself is learned (``next-token``, ``masked``, a
+    ``distillation_share`` below 1) all spans are of the text; else half of them are random tokens.
     """
 
     stages: list[Stage] = Field(default=[Stage(train="tables", tokens=10_240), Stage(tokens=40_960)], min_length=1)
     data: list[Data] = []
-    repeats: Share = 0.0
+    repeats: Annotated[float, Field(ge=0, le=MOST)] = 0.0
     objective: Literal["distillation", "next-token", "masked"] = "distillation"
     distillation_share: Share = 1.0
     relations: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0

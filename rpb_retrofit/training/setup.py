@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from rpb_retrofit.errors import ConfigError, DataError, UnsupportedModelError
 from rpb_retrofit.runtime.anatomy import Anatomy
-from rpb_retrofit.text.tokens import bos_policy, special_tokens, tokenise
+from rpb_retrofit.text.repeats import NOISE
+from rpb_retrofit.text.tokens import bos_policy, special_ids, special_tokens, tokenise
 from rpb_retrofit.training.batches import Layout, RowRepeats, Rows, layout_of
 from rpb_retrofit.training.documents import Mixture, open_sources
 from rpb_retrofit.training.held_out import HeldOut, held_out_for
@@ -50,10 +51,10 @@ def open_setup(
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(f"{type(model).__name__}: only decoders and encoders can be fine-tuned here")
     embeddings: Any = model.get_input_embeddings()
-    known = embeddings.weight.shape[0]
-    if len(tokenizer) > known:
+    size = embeddings.weight.shape[0]
+    if len(tokenizer) > size:
         raise DataError(
-            f"the tokenizer of '{model.name_or_path}' has {len(tokenizer)} tokens, its model {known}: wrong tokenizer"
+            f"the tokenizer of '{model.name_or_path}' has {len(tokenizer)} tokens, its model {size}: wrong tokenizer"
         )
     before, after = special_tokens(tokenizer)
     lengths = [length for stage in recipe.stages for length in stage.lengths]
@@ -73,9 +74,15 @@ def open_setup(
             f"the training text has {tokens} tokens, fewer than one sequence of {longest}: give more text or "
             "shorter lengths"
         )
-    repeats = RowRepeats(recipe.repeats, recipe.seed, tokenizer.all_special_ids) if recipe.repeats else None
-    rows = Rows(stream, layout, repeats)
+    rows = Rows(stream, layout, _repeats(recipe, tokenizer))
     return TrainingSetup(accelerator, recipe, rows, layout, tokenizer, objective, held, label)
+
+
+def _repeats(recipe: Recipe, tokenizer: Any) -> RowRepeats | None:
+    if not recipe.repeats:
+        return None
+    taught = recipe.objective == "distillation" and recipe.distillation_share == 1
+    return RowRepeats(recipe.repeats, recipe.seed, special_ids(tokenizer), NOISE if taught else 0.0)
 
 
 def _check_lengths(

@@ -95,6 +95,8 @@ def test_buckets_factors_and_a_tail(
         (("--calibration", "nowhere.txt"), "--calibration 'nowhere.txt': no such file"),
         (("--calibration-length", "4096"), "--calibration-length 4096: the source was made for 2048 tokens at most"),
         (("--calibration", "PROSE"), "prose.txt: its longest document has 1800 tokens, too few for a window of 2048"),
+        (("--calibration-repeats", "0.7"), "--calibration-repeats 0.7: give a share from 0 to 0.5"),
+        (("--init", "alibi", "--polish", "3", "--calibration-repeats", "0.5"), "--calibration-repeats"),
         (("--init", "zeros", "--calibration", "PROSE"), "--init zeros uses no text; leave one of the two out"),
         (("--calibrate", "content"), "calibrate='content': choose tables or tables+content"),
         (("--calibrate", "tables+content", "--init", "zeros"), "calibrate='tables+content' needs init='calibrated'"),

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rpb_retrofit.text.repeats import SPANS, ordinary, plant, with_repeats
+from rpb_retrofit.text.repeats import MOST, SPANS, ordinary, plant, with_repeats
 
 CLS, SEP = 1, 2
 
@@ -36,11 +36,13 @@ def repeats(window: Tensor) -> Iterator[tuple[int, int, int]]:
             run = 0
 
 
-@pytest.mark.parametrize("share", [0.1, 0.3, 0.5])
-def test_the_share_that_was_asked_for(share: float) -> None:
-    planted = with_repeats(windows(8, 1024), share)
+@pytest.mark.parametrize(("length", "count"), [(32, 800), (64, 400), (100, 200), (256, 60), (1024, 10)])
+@pytest.mark.parametrize("share", [0.1, 0.3, MOST])
+def test_the_share_that_was_asked_for(share: float, length: int, count: int) -> None:
+    """On average, also where a window has room for a pair of spans or none."""
+    planted = with_repeats(windows(count, length), share)
     tokens = [sum(2 * tokens for _, _, tokens in repeats(window)) for window in planted]
-    assert all(share * 1024 <= n < share * 1024 + 2 * SPANS[1] for n in tokens), tokens
+    assert sum(tokens) / (count * length) == pytest.approx(share, abs=0.05)
 
 
 def test_some_spans_are_of_the_text_and_some_are_random() -> None:
@@ -74,6 +76,13 @@ def test_special_tokens_stay_and_nothing_else_comes_in(length: int, share: float
         assert torch.equal(planted, window)
 
 
+def test_without_noise_all_spans_are_of_the_text() -> None:
+    (plain,) = windows(1, 1024)
+    planted = plant(plain, 0.5, ordinary(plain), Random(0), noise=0)
+    assert list(repeats(planted))
+    assert all(torch.equal(planted[start : start + n], plain[start : start + n]) for start, _, n in repeats(planted))
+
+
 def test_it_depends_on_the_seed_alone() -> None:
     plain = windows(3, 512)
     first, again, other = (with_repeats(plain, 0.5, seed) for seed in (0, 0, 1))
@@ -81,3 +90,4 @@ def test_it_depends_on_the_seed_alone() -> None:
     assert not any(map(torch.equal, first, other))
     assert all(map(torch.equal, plain, windows(3, 512))), "the windows that were given are left alone"
     assert all(map(torch.equal, plain, with_repeats(plain, 0)))
+    assert with_repeats([], 0.5) == []

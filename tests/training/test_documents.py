@@ -22,7 +22,7 @@ from rpb_retrofit.training.recipe import Recipe
 
 NO_TOKENS = torch.empty(0, dtype=torch.long)
 PACKED, PADDED = (Layout(packed, True, NO_TOKENS, NO_TOKENS, 0) for packed in (True, False))
-REPEATS = RowRepeats(0.4, 0, ())
+REPEATS = RowRepeats(0.4, 0, (), 0.5)
 
 
 def numbers(documents: Sequence[str]) -> list[Tensor]:

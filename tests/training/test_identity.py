@@ -133,6 +133,15 @@ def test_what_a_run_depends_on(retrofit: Path, tmp_path: Path) -> None:
     assert identities[1]["source_weights"] != identities[2]["source_weights"]
 
 
+@pytest.mark.parametrize("repeats", [0.0, 0.3])
+def test_runs_from_before_there_were_repeats_go_on(repeats: float, retrofit: Path) -> None:
+    """Where there are none, what a run depends on is what it was: every key of the recipe but that one."""
+    recipe = Recipe.model_validate({**RECIPE, "repeats": repeats})
+    identity = identity_of(str(retrofit), str(retrofit), str(retrofit), recipe, control=False)
+    settings = recipe.model_dump(mode="json")
+    assert identity["recipe"] == {key: value for key, value in settings.items() if repeats or key != "repeats"}
+
+
 def test_files_that_do_not_count(retrofit: Path, tmp_path: Path) -> None:
     """A card or a report that is written beside the weights makes no other model of them."""
     other = tmp_path / "retrofit"
