@@ -15,6 +15,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from timing import forget_peak, kilobytes
@@ -24,8 +25,8 @@ LENGTHS = (512, 2048)
 LONG = ((0, 2048), (2048, 4096), (4096, 8192), (8192, 10240), (10240, 12288), (12288, 16384))
 """With --long: positions in one window of 16,384 tokens, twice what the source was trained on."""
 
-DISTANCES, ITEMS = (512, 1024, 2048), 4
-"""Tokens from a span to where it comes again, and spans a distance."""
+SPANS = {512: 4, 1024: 4, 2048: 4}
+"""Spans that are measured, by the tokens from where one stands to where it comes again."""
 
 FAR = {"relative_attention_num_buckets": 64, "relative_attention_max_distance": 2048}
 CONTENT = {"calibrate": "tables+content"}
@@ -64,16 +65,6 @@ def score(model: Any, documents: list[Any], tokens: int, long: bool) -> dict[str
     return {f"{first}-{end}": losses[max(first, 1) - 1 : end - 1].double().mean().item() for first, end in LONG}
 
 
-def gains(model: Any, documents: list[Any]) -> dict[str, float]:
-    """What spans of random tokens gain where they come again, in nats a token: the mean, by distance."""
-    from rpb_retrofit.evaluation.context_use import induction_gain, make_inductions
-
-    sums = dict.fromkeys(map(str, DISTANCES), 0.0)
-    for item in make_inductions(documents, DISTANCES, ITEMS):
-        sums[str(item.distance)] += induction_gain(model, item).gain / ITEMS
-    return sums
-
-
 def measure(arm: str | None, options: argparse.Namespace) -> dict[str, Any]:
     """One arm, or the source (None)."""
     import torch
@@ -81,6 +72,7 @@ def measure(arm: str | None, options: argparse.Namespace) -> dict[str, Any]:
     import rpb_retrofit as rpb
     from rpb_retrofit.checkpoint.gguf import load_gguf
     from rpb_retrofit.demo.fetch import SMOLLM2, fetch
+    from rpb_retrofit.evaluation.context_use import induction_gains
     from rpb_retrofit.text.calibration_text import CalibrationText
     from rpb_retrofit.text.reading import read_text
     from rpb_retrofit.text.tokens import tokenise
@@ -107,7 +99,10 @@ def measure(arm: str | None, options: argparse.Namespace) -> dict[str, Any]:
     record["gigabytes"] = kilobytes("/proc/self/status", "VmHWM") / 1e6
     documents = tokenise(tokenizer, read_text(options.data).documents)
     record["losses"] = score(model, documents, options.tokens, options.long)
-    return record if options.long else record | {"gains": gains(model, documents)}
+    if not options.long:
+        gains = induction_gains(model, documents, SPANS)
+        record["gains"] = {str(distance): fmean(each) for distance, each in gains.items()}
+    return record
 
 
 def main() -> None:

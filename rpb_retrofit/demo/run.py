@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
-from transformers import PreTrainedModel
 
 from rpb_retrofit.checkpoint.convert import retrofit_checkpoint
 from rpb_retrofit.checkpoint.load import open_causal_lm
@@ -20,7 +17,7 @@ from rpb_retrofit.config import RetrofitConfig
 from rpb_retrofit.demo.fetch import SMOLLM2, fetch
 from rpb_retrofit.demo.report import write_report
 from rpb_retrofit.demo.result import Demo, Variant, differences
-from rpb_retrofit.evaluation.context_use import induction_gain, make_inductions
+from rpb_retrofit.evaluation.context_use import induction_gains
 from rpb_retrofit.evaluation.losses import Losses, token_by_token
 from rpb_retrofit.evaluation.plots import bias_by_offset
 from rpb_retrofit.files.folder import whole_folder
@@ -85,7 +82,7 @@ def run_demo(out: Path, config: RetrofitConfig, say: Callable[[str], None]) -> D
             with step(f"evaluate: {name}"):
                 losses[name] = [token_by_token(model, documents, n, TOKENS, bos, f"{name}, ") for n in LENGTHS]
             with step(f"repeated spans: {name}"):
-                gains = _span_gains(model, documents, bos)
+                gains = induction_gains(model, documents, SPANS, SPAN, bos)
             with step(f"generate: {name}"):
                 continuations = [_continue(model, tokenizer, beginning) for beginning in BEGINNINGS]
             place = None if report is None else target.name
@@ -99,17 +96,6 @@ def run_demo(out: Path, config: RetrofitConfig, say: Callable[[str], None]) -> D
         write_report(demo, bias_pictures, folder / "report.html")
         (folder / "report.json").write_text(json_text({**asdict(demo), "costs": demo.costs}))
     return demo
-
-
-def _span_gains(model: PreTrainedModel, documents: Sequence[torch.Tensor], bos: int | None) -> dict[int, list[float]]:
-    """What each repeated span gains, in nats a token, by its distance in tokens."""
-    return {
-        distance: [
-            induction_gain(model, item).gain
-            for item in make_inductions(documents, [distance], count, span=SPAN, bos=bos)
-        ]
-        for distance, count in SPANS.items()
-    }
 
 
 def _continue(model: Any, tokenizer: Any, beginning: str) -> str:

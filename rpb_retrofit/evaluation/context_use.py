@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -120,6 +120,25 @@ def induction_gain(model: PreTrainedModel, item: Induction) -> Gain:
     at = torch.cat([first, first + item.distance])
     losses = losses_at(model, ids, at)
     return _gain(losses[:scored], losses[scored:])
+
+
+def induction_gains(
+    model: PreTrainedModel,
+    filler: Sequence[Tensor],
+    counts: Mapping[int, int],
+    span: int = SPAN,
+    bos: int | None = None,
+) -> dict[int, list[float]]:
+    """What each repeated span gains, in nats a token, by its distance in tokens; ``counts``: spans of each distance.
+
+    The rest is as of `make_inductions`, which says what is raised.
+    """
+    return {
+        distance: [
+            induction_gain(model, item).gain for item in make_inductions(filler, [distance], count, span=span, bos=bos)
+        ]
+        for distance, count in counts.items()
+    }
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from rpb_retrofit.diagnosis.measurements import Measurements
 from rpb_retrofit.diagnosis.plan import DiagnosisPlan
 from rpb_retrofit.diagnosis.run import run_diagnosis
 from rpb_retrofit.errors import DataError, NotRetrofittedError
-from rpb_retrofit.evaluation.context_use import induction_gain, make_inductions
+from rpb_retrofit.evaluation.context_use import induction_gains
 from rpb_retrofit.evaluation.losses import difference, token_by_token
 from tests.diagnosis.examined import LENGTHS, forget_checksums, measurements_of
 from tests.diagnosis.small_model import language, retrofitted, trained
@@ -29,7 +29,7 @@ from tests.support.tiny_models import build
 
 
 def test_the_model_uses_positions(source: PreTrainedModel) -> None:
-    gains = [induction_gain(source, item).gain for item in make_inductions([language(4096, 9)], [40], 8, span=20)]
+    gains = induction_gains(source, [language(4096, 9)], {40: 8}, span=20)[40]
     assert sum(gains) / len(gains) > 1
 
 
@@ -130,8 +130,8 @@ def test_factorial_recovers_planted_effects(source: PreTrainedModel, factor: flo
         return model
 
     measurements = measurements_of(Arms(planted(factor, True), source), probed=4096)
-    result = {crossing.name: crossing for crossing in factorial(measurements)}[SCALE]
-    assert result.gap.mean == pytest.approx(result.method.mean + result.factor.mean + result.both.mean, abs=1e-9)
+    crossed = {crossing.name: crossing for crossing in factorial(measurements)}[SCALE]
+    assert crossed.gap.mean == pytest.approx(crossed.method.mean + crossed.factor.mean + crossed.both.mean, abs=1e-9)
 
     fresh = [language(30_000, 777_000)]
     scaled = copy.deepcopy(source)
@@ -147,9 +147,9 @@ def test_factorial_recovers_planted_effects(source: PreTrainedModel, factor: flo
         }.items()
     }
     for effect, truth in (
-        (result.method, difference(losses["plain"], losses["tables"]).mean),
-        (result.factor, difference(losses["plain"], losses["scaled"]).mean),
-        (result.gap, difference(losses["plain"], losses["both"]).mean),
+        (crossed.method, difference(losses["plain"], losses["tables"]).mean),
+        (crossed.factor, difference(losses["plain"], losses["scaled"]).mean),
+        (crossed.gap, difference(losses["plain"], losses["both"]).mean),
     ):
         slack = 0.5 * (effect.high - effect.low)  # the truth was measured on text, too
         assert effect.low - slack <= truth <= effect.high + slack
