@@ -66,7 +66,7 @@ CalibrationRepeats = Annotated[
     float,
     typer.Option(
         metavar="SHARE",
-        help="Share of its tokens, at most 0.5, planted as spans that come again, so that far ones stay found.",
+        help="Share of its tokens, at most 0.5, planted as spans that come again, near and far.",
     ),
 ]
 Shared = Annotated[bool, typer.Option("--shared", help="One table for all layers.")]

@@ -33,8 +33,8 @@ def with_repeats(windows: Sequence[Tensor], share: float, seed: int = 0, special
     ``special`` tokens, as at the ends of a window, stay where they are, and are no part of a span. The same arguments
     give the same windows.
     """
-    if not share or not windows:
-        return list(windows)
+    if not windows:
+        return []
     known = ordinary(torch.cat(list(windows)), special)
     return [plant(window, share, known, Random(f"{seed} {number}"), special) for number, window in enumerate(windows)]
 

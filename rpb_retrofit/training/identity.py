@@ -26,9 +26,7 @@ def identity_of(model: str, start: str, source: str, recipe: Recipe, control: bo
     CheckpointError and DataError for what cannot be read.
     """
     taught = recipe.objective == "distillation" and source != start
-    settings = recipe.model_dump(mode="json")
-    if not recipe.repeats:  # so that a run from before there were any goes on
-        del settings["repeats"]
+    unused = set() if recipe.repeats else {"repeats"}  # so that a run from before there were any goes on
     return {
         "model": model,
         "control": control,
@@ -36,7 +34,7 @@ def identity_of(model: str, start: str, source: str, recipe: Recipe, control: bo
         "weights": fingerprint(start),
         **({"source_weights": fingerprint(source)} if taught else {}),
         "texts": {name: checksum(Path(name)) for name in texts_of(recipe)},
-        "recipe": settings,
+        "recipe": recipe.model_dump(mode="json", exclude=unused),
     }
 
 
