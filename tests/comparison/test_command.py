@@ -102,9 +102,9 @@ def test_every_arm_is_trained_on_the_same_tokens(folder: Path, tmp_path: Path, m
         opened(self, *args)
 
     def taken(self: Rows, rows: int, length: int) -> Any:
-        report = take(self, rows, length)
-        seen[-1] += [part.tolist() for row in report for part in row]
-        return report
+        some = take(self, rows, length)
+        seen[-1] += [part.tolist() for row in some for part in row]
+        return some
 
     monkeypatch.setattr(Rows, "__init__", begin)
     monkeypatch.setattr(Rows, "take", taken)
@@ -173,8 +173,8 @@ def test_arms_that_do_not_apply_are_named_and_the_others_go_on(
     out = tmp_path / "out"
     arms = ("--arms", "yarn,interpolated,none,t5", "--rounds", "0")
     assert compare(monkeypatch, folder, out, *arms, source="learned") == 0
-    message = capsys.readouterr().err.splitlines()
-    assert [line for line in message if "does not apply" in line] == [
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if "does not apply" in line] == [
         "yarn does not apply: the source has learned positions, and there is no RoPE to scale"
     ]
     report = json.loads((out / "report.json").read_text())

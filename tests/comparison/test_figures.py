@@ -34,8 +34,8 @@ def measured(inside: float, beyond: float, seed: int = 0, lengths: tuple[int, ..
     return Measured({n: losses(n, inside, beyond, seed) for n in lengths}, [], [], failed)
 
 
-def row(name: str, *measured_rows: Measured, tokens: int = 0) -> Row:
-    return Row(name, f"about {name}", Made("do it", 2.0), list(measured_rows), tokens, 1e-3 if tokens else None, 10.0)
+def row(name: str, *parts: Measured, tokens: int = 0) -> Row:
+    return Row(name, f"about {name}", Made("do it", 2.0), list(parts), tokens, 1e-3 if tokens else None, 10.0)
 
 
 def comparison() -> Comparison:
@@ -125,23 +125,16 @@ def test_a_target_within_the_context() -> None:
         row(name, Measured({n: losses(n, level, 9.0, seed) for n in plan.lengths}, [], []))
         for name, level, seed in (("source", 2.0, 0), ("other", 2.5, 1))
     ]
-    measured_rows = figures(Comparison(plan, CONTEXT, rows))
-    assert measured_rows["rows"][1]["beyond"]["first"] == 1
-    assert measured_rows["rows"][1]["beyond"]["above"]["mean"] == pytest.approx(0.5, abs=0.02)
-    assert measured_rows["rows"][1]["inside"]["length"] == 32
+    document = figures(Comparison(plan, CONTEXT, rows))
+    assert document["rows"][1]["beyond"]["first"] == 1
+    assert document["rows"][1]["beyond"]["above"]["mean"] == pytest.approx(0.5, abs=0.02)
+    assert document["rows"][1]["inside"]["length"] == 32
 
 
 def test_result() -> None:
-    measured_rows = ComparisonResult.of(
-        comparison(), Constraints(must_keep=0.2), {"source": "model", "seconds": 1.0}
-    ).document
-    assert (
-        measured_rows["recommendation"]["choice"] == "better"
-        or measured_rows["recommendation"]["choice"] == "better healed"
-    )
-    assert measured_rows["headline"] == measured_rows["recommendation"]["headline"]
-    assert (
-        measured_rows["skipped"] == {"yarn": "it does not apply"} and measured_rows["constraints"]["must_keep"] == 0.2
-    )
-    assert "short" in measured_rows["recommendation"]["rejected"]
-    assert math.isfinite(measured_rows["rows"][0]["beyond"]["mean"])
+    page = ComparisonResult.of(comparison(), Constraints(must_keep=0.2), {"source": "model", "seconds": 1.0}).document
+    assert page["recommendation"]["choice"] == "better" or page["recommendation"]["choice"] == "better healed"
+    assert page["headline"] == page["recommendation"]["headline"]
+    assert page["skipped"] == {"yarn": "it does not apply"} and page["constraints"]["must_keep"] == 0.2
+    assert "short" in page["recommendation"]["rejected"]
+    assert math.isfinite(page["rows"][0]["beyond"]["mean"])

@@ -37,10 +37,10 @@ def tables(draw: st.DrawFn, exact: bool = False) -> Figures:
     ]
     table = figures(*candidates, sight=0.0)
     real = draw(st.lists(st.booleans(), min_size=len(table.differences), max_size=len(table.differences)))
-    advice = {
+    drawn = {
         pair: replace(d, p=0.0 if r else 1.0) for (pair, d), r in zip(table.differences.items(), real, strict=True)
     }
-    return replace(table, differences=advice)
+    return replace(table, differences=drawn)
 
 
 def limits(exact: bool = False) -> st.SearchStrategy[Constraints]:
@@ -72,17 +72,17 @@ def beats(table: Figures, a: str | None, b: str | None) -> bool:
     if a is None or b is None:
         return a is not None
     loss = {c.name: c.loss for c in table.candidates}
-    advice = table.differences.get((a, b)) or table.differences[b, a]
-    return advice.real and loss[a] < loss[b]
+    shown = table.differences.get((a, b)) or table.differences[b, a]
+    return shown.real and loss[a] < loss[b]
 
 
 def thresholds(advice: Recommendation, word: str) -> dict[str, tuple[float, str]]:
     """The values that the answer states, by constraint, and who is said to be taken there."""
-    lasting = {}
+    stated = {}
     for change in advice.changes:
         if match := re.match(rf"{word} --(\S+) (\S+), (.+?) is taken", change):
-            lasting[match[1].replace("-", "_")] = float(match[2].replace(",", "")), match[3]
-    return lasting
+            stated[match[1].replace("-", "_")] = float(match[2].replace(",", "")), match[3]
+    return stated
 
 
 @given(tables(), limits())

@@ -64,15 +64,15 @@ def test_the_verdict_names_the_first_cause_with_evidence_gain_and_remedy(tmp_pat
         ("wrong_scale", "foreign_tables"), missing={"control": "what the text did"}, skipped={"a": "too long"}
     )
     page, source = render(document, tmp_path)
-    sentence = verdict(source)
-    assert "First cause: the bias is scaled, or the content is not." in sentence
-    assert "Also confirmed: the tables do not suit this source." in sentence
-    assert "Evidence of wrong_scale." in sentence
-    assert "Undoing it brings back 0.321 nats a token, 60% of what was lost." in sentence
-    assert "Remedy of wrong_scale." in sentence
-    assert "+0.200 (95% interval +0.180 to +0.220) nats a token against the source in windows of 256" in sentence
-    assert "control: what the text did, cannot be told" in sentence
-    assert "a: too long" in sentence
+    shown = verdict(source)
+    assert "First cause: the bias is scaled, or the content is not." in shown
+    assert "Also confirmed: the tables do not suit this source." in shown
+    assert "Evidence of wrong_scale." in shown
+    assert "Undoing it brings back 0.321 nats a token, 60% of what was lost." in shown
+    assert "Remedy of wrong_scale." in shown
+    assert "+0.200 (95% interval +0.180 to +0.220) nats a token against the source in windows of 256" in shown
+    assert "control: what the text did, cannot be told" in shown
+    assert "a: too long" in shown
     assert f"{COMMAND} --only wrong_scale" in page.text
     assert 'href="#factorial"' in source[: source.index("</header>")]
 
@@ -80,14 +80,14 @@ def test_the_verdict_names_the_first_cause_with_evidence_gain_and_remedy(tmp_pat
 def test_a_healthy_model_is_told_what_was_not_found(tmp_path: Path) -> None:
     costs = [cost(64, 0.001, real=False), cost(256, 0.01, real=False)]
     _, source = render(result(costs=costs), tmp_path)
-    sentence = verdict(source)
-    assert "No cause of a regression found" in sentence
-    assert "may still be there" in sentence
-    assert "Could not be told domain drift, not positions ." in sentence
-    assert "No difference found: +0.010" in sentence
-    assert "That is not to say that there is none: the smallest effect" in sentence
-    assert "4 times in 5 is 0.030." in sentence
-    assert "The retrofit does lose" not in sentence
+    shown = verdict(source)
+    assert "No cause of a regression found" in shown
+    assert "may still be there" in shown
+    assert "Could not be told domain drift, not positions ." in shown
+    assert "No difference found: +0.010" in shown
+    assert "That is not to say that there is none: the smallest effect" in shown
+    assert "4 times in 5 is 0.030." in shown
+    assert "The retrofit does lose" not in shown
 
 
 def test_a_cost_that_nothing_explains_is_said_to_be_one(tmp_path: Path) -> None:

@@ -110,13 +110,13 @@ def test_pieces(sizes: list[int], size: int, number: int, seed: int) -> None:
         with pytest.raises(DataError, match=wanted):
             pieces(documents, size, number, Random(seed))
         return
-    results = pieces(documents, size, number, Random(seed))
-    for piece in results:
+    cut = pieces(documents, size, number, Random(seed))
+    for piece in cut:
         assert len(piece) == size
         assert not size or any(torch.equal(piece, d[piece[0] % 100 :][:size]) for d in documents), "of one document"
     if size:
-        assert len({int(piece[0]) for piece in results}) == number
-    for piece, again in zip(results, pieces(documents, size, max(1, number // 2), Random(seed)), strict=False):
+        assert len({int(piece[0]) for piece in cut}) == number
+    for piece, again in zip(cut, pieces(documents, size, max(1, number // 2), Random(seed)), strict=False):
         assert torch.equal(piece, again)
 
 

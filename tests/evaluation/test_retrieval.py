@@ -61,8 +61,8 @@ def answer(kind: str, opening: str, text: str) -> str:
     return _spoken([value for asked in re.findall(r"the (\w+)", opening) for thing, value in numbers if thing == asked])
 
 
-def _the_only(spans: list[str]) -> str:
-    (value,) = spans
+def _the_only(values: list[str]) -> str:
+    (value,) = values
     return value
 
 
@@ -86,9 +86,9 @@ def reader(kind: str, name: str, wrong_at: int | None = None) -> Any:
     return Stub(len(words), predict)
 
 
-def _written(name: str, opening: str, kind: str, spans: str) -> list[int]:
+def _written(name: str, opening: str, kind: str, given: str) -> list[int]:
     """The token ids of an answer that follows its opening words: all that reach beyond these."""
-    text = opening + ("" if kind == "key-value" else " ") + spans
+    text = opening + ("" if kind == "key-value" else " ") + given
     encoded = tokenizer_of_text(name)(text, add_special_tokens=False, return_offsets_mapping=True)
     pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
     return [token for token, (_, end) in pairs if end > len(opening)]
@@ -101,9 +101,9 @@ def test_the_prompt_has_the_answer(kind: str, name: str) -> None:
         assert item.ids.dtype == torch.long and len(item.ids) == item.length
         prompt, rest = spelled(name, item.ids[: item.answer]), spelled(name, item.ids[item.answer :])
         opening, text = split(kind, prompt + rest)
-        spans = answer(kind, opening, text)
-        assert rest.strip(' "') == spans
-        assert item.ids[item.answer :].tolist() == _written(name, opening, kind, spans), "as in running text"
+        given = answer(kind, opening, text)
+        assert rest.strip(' "') == given
+        assert item.ids[item.answer :].tolist() == _written(name, opening, kind, given), "as in running text"
 
 
 @every_tokenizer
@@ -159,8 +159,8 @@ def test_depth(kind: str, depth: float) -> None:
     (blank,) = words("~", add_special_tokens=False)["input_ids"]
     (item,) = make_items(kind, words, [torch.full((1000,), blank)], [LENGTH], [depth], 1)
     ids, wanted = item.ids[: item.answer], item.ids[item.answer :]
-    spans = [i for i in range(len(ids) - len(wanted)) if torch.equal(ids[i : i + len(wanted)], wanted)]
-    before, all_of_it = (ids[: spans[0]] == blank).sum().item(), (ids == blank).sum().item()
+    starts = [i for i in range(len(ids) - len(wanted)) if torch.equal(ids[i : i + len(wanted)], wanted)]
+    before, all_of_it = (ids[: starts[0]] == blank).sum().item(), (ids == blank).sum().item()
     assert all_of_it > 100
     assert before == round(depth * all_of_it)
 

@@ -35,12 +35,12 @@ def test_false_alarms_and_coverage(clusters: int) -> None:
 @pytest.mark.parametrize("clusters", [5, 12, 40])
 def test_power_at_the_stated_smallest_effect(clusters: int) -> None:
     rng = np.random.default_rng(clusters)
-    comparison = 0
+    detected = 0
     for _ in range(ROUNDS):
         null, group = simulate(rng, clusters, 10, 0.0)
-        comparison += paired(null + paired(null, group).detectable, group).real
-    assert comparison >= stats.binom.ppf(0.001, ROUNDS, POWER)
-    assert comparison <= stats.binom.ppf(0.999, ROUNDS, 0.9)  # and what is stated is not far too large
+        detected += paired(null + paired(null, group).detectable, group).real
+    assert detected >= stats.binom.ppf(0.001, ROUNDS, POWER)
+    assert detected <= stats.binom.ppf(0.999, ROUNDS, 0.9)  # and what is stated is not far too large
 
 
 def test_clusters_count_not_items() -> None:
@@ -107,8 +107,8 @@ def test_mcnemar_false_alarms_and_power() -> None:
 def test_many_comparisons_are_controlled() -> None:
     rng, families = np.random.default_rng(4), 0
     for _ in range(100):
-        comparison = [paired(*simulate(rng, 8, 4, 0.0)) for _ in range(10)]
-        families += any(difference.real for difference in controlled(comparison))
+        comparisons = [paired(*simulate(rng, 8, 4, 0.0)) for _ in range(10)]
+        families += any(difference.real for difference in controlled(comparisons))
     assert families <= stats.binom.ppf(0.999, 100, LEVEL)
     assert controlled([]) == []
 

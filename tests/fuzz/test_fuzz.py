@@ -71,9 +71,9 @@ class Place:
 def evaluated(place: Place, model: str, data: str = "text.txt") -> None:
     """Evaluate; where that is done, the loss is a number, or said to be none."""
     if run(place.folder, ["evaluate", model, "--data", data, *ASKED], ["out.json"]) == 0:
-        drawn = strict(place.folder / "out.json")
-        (length,) = drawn["lengths"]
-        assert length["nll"] is not None or "lengths.0.nll" in drawn["not_finite"]
+        told = strict(place.folder / "out.json")
+        (length,) = told["lengths"]
+        assert length["nll"] is not None or "lengths.0.nll" in told["not_finite"]
 
 
 def retrofitted(place: Place, *options: str) -> None:

@@ -123,8 +123,8 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
     diagnosis = run_diagnosis(measurements, hypotheses=[h for h in HYPOTHESES if h.kind <= deepest], figures=False)
     ways = {} if diagnosis.failed else {name: way.difference for name, way in measurements.ways.by_name.items()}
     known |= {
-        name: diagnosis
-        for name, diagnosis in measurements.journal.held.items()
+        name: value
+        for name, value in measurements.journal.held.items()
         if name.endswith("source") or "-source-" in name
     }
     del arms

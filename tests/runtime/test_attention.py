@@ -115,15 +115,15 @@ def test_what_a_gpu_runs(dtype: torch.dtype, keywords: dict[str, Any], way: str)
 def test_gradients_are_equal_to_the_bit(bidirectional: bool, knows_its_constant: bool) -> None:
     torch.use_deterministic_algorithms(True)
     try:
-        inner = []
+        gradients = []
         for _ in range(3):
             problem = Problem(600, groups=2, bidirectional=bidirectional, knows_its_constant=knows_its_constant)
             inputs = [problem.q, problem.k, problem.v, problem.table.weight]
-            inner.append(torch.autograd.grad(problem.solve().output, inputs, problem.upstream))
+            gradients.append(torch.autograd.grad(problem.solve().output, inputs, problem.upstream))
     finally:
         torch.use_deterministic_algorithms(False)
-    for again in inner[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(inner[0], again, strict=True))
+    for again in gradients[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(gradients[0], again, strict=True))
 
 
 @pytest.mark.parametrize("knows_its_constant", [False, True])

@@ -142,12 +142,12 @@ def test_the_fast_way_stays(case: Case, shift: str) -> None:
         mask[1, :4] = 0
     positions = (mask.cumsum(1) - 1).clamp(min=0) + (100 if shift == "from 100 on" else 0)
     want = model(ids, attention_mask=mask).logits
-    cache, steps, names = DynamicCache(config=model.config), [], []
+    cache, steps, ways_taken = DynamicCache(config=model.config), [], []
     for start, end in ((0, 7), (7, 10), (10, 11), (11, 12)):
         given = {"attention_mask": mask[:, :end], "position_ids": positions[:, start:end], "past_key_values": cache}
         steps.append(model(ids[:, start:end], **given).logits)
-        names.append(set(ways(model)))
-    assert names == [{"blockwise"}, {"blockwise"}, {"row"}, {"row"}]
+        ways_taken.append(set(ways(model)))
+    assert ways_taken == [{"blockwise"}, {"blockwise"}, {"row"}, {"row"}]
     assert closeness(torch.cat(steps, 1)[mask.bool()], want[mask.bool()]) < 1e-5
 
 

@@ -42,9 +42,9 @@ def prose(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("link", [True, False])
 def test_a_calibrated_checkpoint(link: bool, source: Path, prose: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, printed = source.parent / "out", source.parent / "said.json"
+    out, answer = source.parent / "out", source.parent / "said.json"
     cut = ("--calibration", prose, "--calibration-length", 64, "--calibration-tokens", 256)
-    options = (*SMALL, *cut, "--polish", 3, "--keep-frequencies", 1, "--json", printed, *(["--link"] if link else []))
+    options = (*SMALL, *cut, "--polish", 3, "--keep-frequencies", 1, "--json", answer, *(["--link"] if link else []))
     shard = (source / "model.safetensors").read_bytes()
     assert rpb_command(monkeypatch, "retrofit", source, out, *options) == 0
     assert (
@@ -59,7 +59,7 @@ def test_a_calibrated_checkpoint(link: bool, source: Path, prose: Path, monkeypa
     for name in report.tables:
         assert torch.equal(written.get_parameter(name), model.get_parameter(name))
         assert written.get_parameter(name).abs().max() > 0
-    told = json.loads(printed.read_text())
+    told = json.loads(answer.read_text())
     assert told["calibration_text"] == "prose.txt"
     assert told["calibration"]["layers"][0]["after"] == report.calibration.layers[0].after
     assert told["polish"]["steps"] == 3

@@ -156,11 +156,11 @@ def test_a_checkpoint_has_them_too(name: str, link: bool, tmp_path: Path) -> Non
 
 def stored(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint."""
-    result: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for shard in folder.glob("*.safetensors"):
         with safe_open(shard, framework="pt") as file:
-            result |= {key: file.get_tensor(key) for key in file.keys()}
-    return result
+            tensors |= {key: file.get_tensor(key) for key in file.keys()}
+    return tensors
 
 
 def test_parameters_that_are_kept_are_saved_and_missed(tmp_path: Path) -> None:

@@ -74,9 +74,9 @@ def test_a_large_mean_of_the_keys_leaves_the_curvature() -> None:
     point = torch.zeros(planted.heads, layout.size)
     want = loss(point.double(), target_of(pairs, layout, torch.float64), pairs, layout).hessian
     moved = [(source, replace(student, key=student.key + 300)) for source, student in pairs]
-    result = loss(point, target_of(moved, layout), moved, layout).hessian
-    torch.testing.assert_close(result[:, 8:, 8:], want[:, 8:, 8:], rtol=0.05, atol=2e-3)
-    assert torch.linalg.eigvalsh(result).min() > 0
+    curvature = loss(point, target_of(moved, layout), moved, layout).hessian
+    torch.testing.assert_close(curvature[:, 8:, 8:], want[:, 8:, 8:], rtol=0.05, atol=2e-3)
+    assert torch.linalg.eigvalsh(curvature).min() > 0
 
 
 @settings(max_examples=10, deadline=None)

@@ -165,9 +165,9 @@ def test_the_reader_is_found(name: str) -> None:
     """Every attention's output is read by the projection that the family's own name points at."""
     model = build(BY_NAME[name])
     anatomy = Anatomy.of(model)
-    result = metrics(anatomy, tokens(1, 40)[0])
-    assert list(result) == list(anatomy.attentions)
-    for name, metric in result.items():
+    measures = metrics(anatomy, tokens(1, 40)[0])
+    assert list(measures) == list(anatomy.attentions)
+    for name, metric in measures.items():
         block = model.get_submodule(name.rpartition(".")[0])
         readers = [m for m in block.modules() if isinstance(m, nn.Linear | Conv1D)]
         heads, width = metric.shape[:2]

@@ -114,19 +114,19 @@ def _in_pieces(base: Path) -> None:
             wanted = model(**inputs).logits
         for how in ("cut", "opened in pieces", "fsdp2"):
             keep = HfDeepSpeedConfig(settings) if how == "opened in pieces" else None
-            weights = rpb.load(base / str(case))
+            loaded = rpb.load(base / str(case))
             if how == "fsdp2":
-                for block in Anatomy.of(weights).blocks:
-                    fully_shard(weights.get_submodule(block), mesh=mesh)
-                running = fully_shard(weights, mesh=mesh)
+                for block in Anatomy.of(loaded).blocks:
+                    fully_shard(loaded.get_submodule(block), mesh=mesh)
+                running = fully_shard(loaded, mesh=mesh)
             else:
-                running = deepspeed.initialize(model=weights, config=settings)[0]
+                running = deepspeed.initialize(model=loaded, config=settings)[0]
             running.eval()
             with torch.no_grad():
                 torch.testing.assert_close(running(**inputs).logits, wanted, msg=f"{case}, {how}")
-            assert "relative_attention_bias): RelativePositionBias(heads=4, buckets=8, max_dist" in repr(weights)
-            assert sum("buckets=8" in line for line in repr(weights).splitlines()) == repr(model).count("buckets=8")
-            _refuse(case, weights, how)
+            assert "relative_attention_bias): RelativePositionBias(heads=4, buckets=8, max_dist" in repr(loaded)
+            assert sum("buckets=8" in line for line in repr(loaded).splitlines()) == repr(model).count("buckets=8")
+            _refuse(case, loaded, how)
             del keep
             unset_hf_deepspeed_config()
 

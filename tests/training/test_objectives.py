@@ -107,13 +107,13 @@ def test_groups() -> None:
     case = BY_NAME["llama"]
     recipe = Recipe.model_validate({"weight_decay": 0.1})
     model = prepare(retrofitted(case), Stage(tokens=1), recipe, "next-token")
-    result = {group["name"]: group for group in groups(model, Stage(tokens=1, rate=1e-4, table_rate=1e-2), recipe)}
+    by_group = {group["name"]: group for group in groups(model, Stage(tokens=1, rate=1e-4, table_rate=1e-2), recipe)}
     names = {id(p): name for name, p in model.named_parameters()}
-    by_name = {group: {names[id(p)] for p in result[group]["params"]} for group in result}
+    by_name = {group: {names[id(p)] for p in by_group[group]["params"]} for group in by_group}
     assert all("relative_attention_bias" in name for name in by_name["tables"]) and by_name["tables"]
     assert all("norm" in name for name in by_name["no decay"]) and by_name["no decay"]
     assert set.union(*by_name.values()) == set(names.values())
-    assert [(result[g]["lr"], result[g]["weight_decay"]) for g in ("tables", "weights", "no decay")] == [
+    assert [(by_group[g]["lr"], by_group[g]["weight_decay"]) for g in ("tables", "weights", "no decay")] == [
         (1e-2, 0.0), (1e-4, 0.1), (1e-4, 0.0)
     ]  # fmt: skip
 

@@ -100,9 +100,9 @@ def test_attention_relations(checkpointing: bool, source: Path, retrofit: Path, 
     }
     (stage,) = run(from_zeros, tmp_path / "out", text, {**changes, "spike": None}, source=str(retrofit)).stages
     assert stage.losses[-1] < 0.02 * stage.losses[0]
-    result, wanted = weights_of(tmp_path / "out"), weights_of(retrofit)
+    trained, wanted = weights_of(tmp_path / "out"), weights_of(retrofit)
     for name in (name for name in wanted if "relative_attention_bias" in name):
-        near, far = result[name][:, :24], wanted[name][:, :24]  # buckets with many pairs in 64 tokens
+        near, far = trained[name][:, :24], wanted[name][:, :24]  # buckets with many pairs in 64 tokens
         difference = near - near.mean(1, keepdim=True) - far + far.mean(1, keepdim=True)
         assert difference.square().mean() < 0.05 * far.var()
     control = run(retrofit, tmp_path / "control", text, changes, source=str(retrofit), control=True)
