@@ -21,15 +21,13 @@ from rpb_retrofit.files.headers import check_headers
 from rpb_retrofit.files.json_file import save_json
 from rpb_retrofit.files.printable import first_of
 from rpb_retrofit.files.shards import place, place_without, tensor_names
-from rpb_retrofit.files.source import INDEX, Source, expanded, find, model_class
+from rpb_retrofit.files.source import INDEX, Source, expanded, find
 from rpb_retrofit.runtime.families import is_own
 from rpb_retrofit.swap.eligibility import check_eligible
 from rpb_retrofit.tables import CALIBRATED
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from rpb_retrofit.checkpoint.rewrite import Change
+    from rpb_retrofit.checkpoint.in_memory import InMemory, Measure
     from rpb_retrofit.swap.report import RetrofitReport
     from rpb_retrofit.text.calibration_text import CalibrationText
 
@@ -41,12 +39,14 @@ RENAMED = {"README.md": "README.source.md"}
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was written: the report of the retrofit, and how the weights got there."""
+    """What was written: the report of the retrofit, and how the weights got there. ``measured``: source and retrofit,
+    where they were loaded."""
 
     report: RetrofitReport
     out: Path
     shards: int
     weights: str  # "linked" (what did not change), "copied" or "dequantised"
+    measured: tuple[Any, Any] | None = None
 
 
 def retrofit_checkpoint(
@@ -56,6 +56,7 @@ def retrofit_checkpoint(
     *,
     link: bool = False,
     calibration: CalibrationText | None = None,
+    measure: Measure | None = None,
 ) -> Conversion:
     """Retrofit ``source`` (a folder, a hub id, or a GGUF file) into a new folder ``out``.
 
@@ -63,7 +64,8 @@ def retrofit_checkpoint(
     else clones where the file system can share blocks, else copies. Factors on the content term, and its scale, are
     written into those that hold what makes the queries, which are then no links. Saving a model over a link replaces
     the link, never the source's file. Weights are loaded only where some change or the tables are calibrated, on
-    ``calibration`` or by default on Python's help texts, and from a GGUF file, which is dequantised to float32.
+    ``calibration`` or by default on Python's help texts, and from a GGUF file, which is dequantised to float32. Where
+    they are loaded, ``measure`` is called on the source and on the retrofit.
 
     Raises CheckpointError, UnsupportedModelError, AlreadyRetrofittedError, PartialMatchError, ConfigError or DataError.
     """
@@ -77,14 +79,19 @@ def retrofit_checkpoint(
 
         calibration = CalibrationText.of(None)
     if source.endswith(".gguf"):
-        return _convert_gguf(expanded(source), out, config, calibration)
+        return _convert_gguf(expanded(source), out, config, calibration, measure)
     checkpoint = find(source)
     check_eligible(checkpoint.settings, source)
-    return _convert_folder(checkpoint, out, config, link, calibration)
+    return _convert_folder(checkpoint, out, config, link, calibration, measure)
 
 
 def _convert_folder(
-    source: Source, out: Path, config: RetrofitConfig, link: bool, calibration: CalibrationText | None
+    source: Source,
+    out: Path,
+    config: RetrofitConfig,
+    link: bool,
+    calibration: CalibrationText | None,
+    measure: Measure | None,
 ) -> Conversion:
     shards, stop = source.shards, threading.Event()
     with whole_folder(out) as folder, ThreadPoolExecutor(1) as pool:
@@ -92,7 +99,8 @@ def _convert_folder(
         try:
             notes = _copy_companions(source, folder)
             shard = f"model-{_of(len(shards) + 1, shards)}"
-            report, tables, changes = _write_all_but_weights(source, config, folder, shard, calibration)
+            done = _write_all_but_weights(source, config, folder, shard, calibration, measure)
+            report, tables, changes = done.report, dict.fromkeys(done.tables, shard), done.changes
             report.notes.extend(lift_limits(folder, report.mechanism, source.folder))
             report.notes.extend(notes)
         except BaseException:
@@ -107,7 +115,7 @@ def _convert_folder(
         total = sum((folder / name).stat().st_size for name in set(weight_map.values()))
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         save_json(folder / INDEX, index)
-    return Conversion(report, out, len(shards) + 1, "linked" if linked else "copied")
+    return Conversion(report, out, len(shards) + 1, "linked" if linked else "copied", done.measured)
 
 
 def _copy_companions(source: Source, folder: Path) -> list[str]:
@@ -153,23 +161,20 @@ def _place_weights(shards: list[Path], folder: Path, link: bool, stop: threading
 
 
 def _write_all_but_weights(
-    source: Source, config: RetrofitConfig, folder: Path, shard: str, calibration: CalibrationText | None
-) -> tuple[RetrofitReport, dict[str, str], dict[str, Change]]:
-    """Write config, runtime and tables; report, the tables' part of the weight map, and weights that changed."""
-    import torch
+    source: Source,
+    config: RetrofitConfig,
+    folder: Path,
+    shard: str,
+    calibration: CalibrationText | None,
+    measure: Measure | None,
+) -> InMemory:
+    """Write config, runtime and tables."""
     from safetensors.torch import save_file
-    from transformers.initialization import no_init_weights
 
-    from rpb_retrofit.checkpoint.load import check_generation, on_gpu, open_tokenizer, open_weights
-    from rpb_retrofit.checkpoint.rewrite import Change
-    from rpb_retrofit.runtime.anatomy import Anatomy
-    from rpb_retrofit.runtime.attach import own_names
+    from rpb_retrofit.checkpoint.in_memory import loaded, unloaded
+    from rpb_retrofit.checkpoint.load import check_generation
     from rpb_retrofit.runtime.locks import save_config
     from rpb_retrofit.runtime.modeling import write_runtime
-    from rpb_retrofit.swap.filling import first_tables, parameters_of, table_specs
-    from rpb_retrofit.swap.inplace import retrofit
-    from rpb_retrofit.swap.snapshot import folded
-    from rpb_retrofit.tables.checksums import record
 
     settings = source.config()
     unused = check_headers(source, settings)
@@ -177,58 +182,38 @@ def _write_all_but_weights(
     for name in CODE_KEYS:
         vars(settings).pop(name, None)
     if calibration is not None or config.changes_weights:
-        model = on_gpu(open_weights(source, model_class(settings).from_pretrained))
-        tokenizer = None if calibration is None else open_tokenizer(source)
-        report = retrofit(model, config, *_texts(config, calibration, tokenizer, model))
-        tables = {name: model.get_parameter(name).detach().cpu() for name in own_names(model)}
-        changes = {name: Change(before, model.get_parameter(name)) for name, before in folded(model).items()}
+        done = loaded(source, settings, config, calibration, measure)
     else:
         check_stored(source.shards, source.name, unused)  # what is not loaded is looked at while it is copied
-        with torch.device("meta"), no_init_weights():
-            model = model_class(settings)(settings)
-        report, changes = retrofit(model, config), {}
-        anatomy = Anatomy.of(model)
-        tables = parameters_of(first_tables(anatomy, config), table_specs(anatomy, config))
-        record(model, tables)
-    model.config.architectures = [type(model).__name__]
-    save_config(model.config, folder)
+        done = unloaded(settings, config)
+    done.model.config.architectures = [type(done.model).__name__]
+    save_config(done.model.config, folder)
     write_runtime(folder)
-    save_file(tables, folder / shard, metadata={"format": "pt"})
+    save_file(done.tables, folder / shard, metadata={"format": "pt"})
     shutil.copymode(folder / "config.json", folder / shard)  # safetensors lets nobody but the owner read its files
     if unused:
-        report.notes.append(
-            f"{len(unused)} tensors that {type(model).__name__} has no use for travel along: {first_of(unused)}"
+        done.report.notes.append(
+            f"{len(unused)} tensors that {type(done.model).__name__} has no use for travel along: {first_of(unused)}"
         )
-    return report, dict.fromkeys(tables, shard), changes
-
-
-def _texts(config: RetrofitConfig, text: CalibrationText | None, tokenizer: Any, model: PreTrainedModel) -> Any:
-    """What `retrofit` takes for ``calibration`` and ``polishing``."""
-    from rpb_retrofit.runtime.anatomy import Anatomy
-
-    if text is None:
-        return None, None
-    context = Anatomy.of(model).context
-    return (
-        text.windows(tokenizer, context) if config.takes_text else None,
-        text.polishing(tokenizer, context, config.polish) if config.polish else None,
-    )
+    return done
 
 
 def _of(number: int, shards: list[Path]) -> str:
     return f"{number:05d}-of-{len(shards) + 1:05d}.safetensors"
 
 
-def _convert_gguf(file: Path, out: Path, config: RetrofitConfig, calibration: CalibrationText | None) -> Conversion:
+def _convert_gguf(
+    file: Path, out: Path, config: RetrofitConfig, calibration: CalibrationText | None, measure: Measure | None
+) -> Conversion:
     from rpb_retrofit.checkpoint.gguf import load_gguf
+    from rpb_retrofit.checkpoint.in_memory import retrofit_measured
     from rpb_retrofit.checkpoint.load import on_gpu
-    from rpb_retrofit.swap.inplace import retrofit
 
     model, tokenizer = load_gguf(file)
     model = on_gpu(model)
-    report = retrofit(model, config, *_texts(config, calibration, tokenizer, model))
+    report, measured = retrofit_measured(model, tokenizer, config, calibration, measure)
     with whole_folder(out) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         report.notes.extend(lift_limits(folder, report.mechanism))
-    return Conversion(report, out, 1, "dequantised")
+    return Conversion(report, out, 1, "dequantised", measured)

@@ -25,6 +25,7 @@ from rpb_retrofit.tables import CALIBRATED, FROM
 
 if TYPE_CHECKING:
     from rpb_retrofit.checkpoint.convert import Conversion
+    from rpb_retrofit.evaluation.keeping import Keeping
     from rpb_retrofit.text.calibration_text import CalibrationText
 
 Source = Annotated[str, typer.Argument(help="A folder, a hub id, or a GGUF file.", metavar="SOURCE")]
@@ -69,6 +70,10 @@ CalibrationRepeats = Annotated[
         help="Share of its tokens, at most 0.5, planted as spans that come again, near and far.",
     ),
 ]
+Measured = Annotated[
+    bool,
+    typer.Option(help="Measure source and retrofit on text: loss by length, and what spans that come again gain."),
+]
 Shared = Annotated[bool, typer.Option("--shared", help="One table for all layers.")]
 Link = Annotated[bool, typer.Option("--link", help="Hard-link the source's shards: instant, and no space is used.")]
 
@@ -91,6 +96,7 @@ def command(
     calibration_repeats: CalibrationRepeats = 0.0,
     seed: Seed = 0,
     shared: Shared = False,
+    measure: Measured = True,
     link: Link = False,
     json: Json = None,
 ) -> None:
@@ -115,11 +121,20 @@ def command(
     if buckets == "auto":
         unused(context, ["max_distance"], "--buckets auto also chooses how far they reach")
     text = _calibration_text(context, config, calibration, calibration_tokens, calibration_length, calibration_repeats)
-    done = retrofit_checkpoint(source, out, config, link=link, calibration=text)
+    if text is None:
+        unused(context, ["measure"], f"--init {init} loads no weights")
+    if text is None or not measure:
+        done, kept = retrofit_checkpoint(source, out, config, link=link, calibration=text), None
+    else:
+        from rpb_retrofit.evaluation.keeping import retrofit_measured
+
+        done, kept = retrofit_measured(source, out, config, text, link=link)
     result = {"out": str(done.out), "weights": done.weights, "shards": done.shards, **asdict(done.report)}
     if text is not None:
         result |= {"calibration_text": text.text.name, "calibration_repeats": text.repeats}
-    show(_in_words(done), result, json)
+    if kept is not None:
+        result["measured"] = kept if isinstance(kept, str) else asdict(kept)
+    show(_in_words(done, kept), result, json)
 
 
 def _calibration_text(
@@ -150,10 +165,11 @@ def _calibration_text(
     return None
 
 
-def _in_words(done: Conversion) -> str:
+def _in_words(done: Conversion, kept: Keeping | str | None) -> str:
     return (
         f"{done.report}\n"
-        f"weights {done.weights}, {done.shards} shards in {done.out}\n"
+        + ("" if kept is None else f"{kept}\n")
+        + f"weights {done.weights}, {done.shards} shards in {done.out}\n"
         f"load it with rpb_retrofit.load('{done.out}'), or where rpb_retrofit is not installed with\n"
         f"AutoModel...from_pretrained('{done.out}', trust_remote_code=True)"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -22,6 +22,12 @@ SHARE = 4
 
 POLISH = 512
 """Tokens of a step of polish."""
+
+HELD_OUT = 8
+"""One character in so many is held out where the retrofit is measured, from the end of the text."""
+
+ENOUGH = 2**17
+"""Characters of a text of which something can be held out: of a shorter one too little would be left to fit to."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,13 @@ class CalibrationText:
     def of(cls, file: str | None, **cut: Any) -> CalibrationText:
         """A file's text, or by default Python's help texts, as `read_text` reads them."""
         return cls(read_text(file, "--calibration"), **cut)
+
+    def parted(self) -> tuple[CalibrationText, Text]:
+        """What to calibrate on, and what to measure on: all of it twice, where it is short."""
+        if (characters := self.text.characters) < ENOUGH:
+            return self, self.text
+        first, rest = self.text.parted(characters - characters // HELD_OUT)
+        return replace(self, text=first), rest
 
     def windows(self, tokenizer: Any, context: int | None) -> list[Tensor]:
         """The windows for a model that was trained on ``context`` tokens at once (None: not known).

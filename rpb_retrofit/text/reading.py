@@ -32,6 +32,23 @@ class Text:
         """What tells it from another text."""
         return digest_of(document.encode("utf-8", "surrogatepass") for document in self.documents)
 
+    @property
+    def characters(self) -> int:
+        """Of all documents."""
+        return sum(map(len, self.documents))
+
+    def parted(self, characters: int) -> tuple[Text, Text]:
+        """About so many characters from the beginning, and the rest; a document is cut between two words."""
+        first, rest = list[str](), list[str]()
+        for document in self.documents:
+            cut = characters
+            if 0 < cut < len(document):
+                cut = document.rfind(" ", 0, cut) + 1 or cut
+            first.append(document[:cut])
+            rest.append(document[cut:])
+            characters = max(0, characters - len(document))
+        return Text(self.name, [x for x in first if x.strip()]), Text(self.name, [x for x in rest if x.strip()])
+
 
 def read_text(file: str | None, option: str = "--data") -> Text:
     """Documents of a file: plain text is one; each row of JSONL or Parquet is one, in its column ``text``.
