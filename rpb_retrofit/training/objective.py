@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rpb_retrofit.errors import ConfigError
+from rpb_retrofit.training.attention import AttentionMatch
 from rpb_retrofit.training.batches import IGNORED, Batch
 from rpb_retrofit.training.divergence import divergence
-from rpb_retrofit.training.recipe import Recipe
+from rpb_retrofit.training.recipe import Recipe, Stage
 from rpb_retrofit.training.relations import Relations
 
 Model = Callable[..., Any]
@@ -25,7 +26,8 @@ Model = Callable[..., Any]
 class Objective:
     """The recipe's objective for one kind of model. ``teacher`` is the source, where it is distilled.
 
-    ``relations``, where there are any, count ``weight`` times their divergence a token besides.
+    ``relations``, where there are any, count ``weight`` times their divergence a token besides. ``match``, where there
+    is one, is all that counts.
     """
 
     kind: str  # "next-token", "masked", "predictions" or "states"
@@ -33,9 +35,12 @@ class Objective:
     teacher: PreTrainedModel | None
     weight: float = 0.0
     relations: Relations | None = None
+    match: AttentionMatch | None = None
 
     def __call__(self, model: Model, batch: Batch) -> Tensor:
         """The sum over scored targets of the loss, a float32 scalar: divide by `Batch.scored` for the mean."""
+        if self.match is not None:
+            return self.match(model, batch)
         loss = self._distance(model, batch)
         if self.relations is None:
             return loss
@@ -78,8 +83,14 @@ def _states_distance(model: Model, teacher: Model | None, batch: Batch, scored: 
 
 
 @contextmanager
-def comparing_attention(objective: Objective, student: PreTrainedModel) -> Iterator[Objective]:
-    """Inside, the objective also compares the attention of ``student`` with its teacher's, where it is to."""
+def comparing_attention(objective: Objective, student: PreTrainedModel, stage: Stage) -> Iterator[Objective]:
+    """Inside, the objective compares the attention of ``student`` with its teacher's, where it is to: beside what they
+    predict, or, where the stage trains attention by itself, instead of it."""
+    if stage.train == "attention":
+        assert objective.teacher is not None, "only distillation trains attention by itself"
+        with closing(AttentionMatch(student, objective.teacher)) as match:
+            yield replace(objective, match=match)
+        return
     if not objective.weight:
         yield objective
         return

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from rpb_retrofit.runtime.anatomy import Anatomy
 from rpb_retrofit.runtime.families import is_own
 from rpb_retrofit.training.recipe import Recipe, Stage
 
@@ -27,6 +28,9 @@ def prepare(model: Any, stage: Stage, recipe: Recipe, objective: str) -> Any:
             model.pooler.requires_grad_(False)
         return model
     model.requires_grad_(False)
+    if stage.train == "attention":
+        for attention in Anatomy.of(model).attentions.values():
+            attention.requires_grad_(True)
     if stage.train == "lora":
         from peft import LoraConfig, get_peft_model
 

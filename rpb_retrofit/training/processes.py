@@ -55,6 +55,7 @@ def open_accelerator(recipe: Recipe, logs: str) -> Accelerator:
             "distributed_type in its config to one that fits this machine"
         )
     check_mode(accelerator)
+    check_stages(accelerator, recipe)
     check_zero(accelerator, recipe)
     return accelerator
 
@@ -96,6 +97,17 @@ def check_mode(accelerator: Accelerator) -> None:
         raise ConfigError("Megatron-LM brings its own models, which have no relative position bias: use FSDP2")
     if accelerator.distributed_type == DistributedType.FSDP and accelerator.state.fsdp_plugin.fsdp_version == 1:
         raise ConfigError("fsdp_version=1: it flattens float32 tables with the weights; set fsdp_version: 2")
+
+
+def check_stages(accelerator: Accelerator, recipe: Recipe) -> None:
+    """ConfigError where a stage trains attention by itself and weights are sharded: they come together when a model's
+    output asks for gradients, and in such a stage it has none."""
+    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if sharded and any(stage.train == "attention" for stage in recipe.stages):
+        raise ConfigError(
+            f"train=attention: not with {accelerator.distributed_type.value}, which gathers weights when a model's "
+            "output asks for gradients; run that stage on one process or with DDP, or choose train=all"
+        )
 
 
 def shard_tables(accelerator: Accelerator, model: nn.Module) -> None:

@@ -48,13 +48,14 @@ class Stage(_Settings):
     """A part of the run in which the same parameters are trained.
 
     ``train``: ``tables`` (with tails and factors, and nothing else), ``lora`` (the tables, and low-rank updates of all
-    linear layers, merged at the end) or ``all``. ``tokens``: the budget, all processes together. ``rate`` is the peak
+    linear layers, merged at the end), ``attention`` (each attention by itself, so that it hands on what the source's
+    does; tables and weights) or ``all``. ``tokens``: the budget, all processes together. ``rate`` is the peak
     learning rate of the weights or their low-rank updates, ``table_rate`` that of the tables. ``lengths``: tokens of a
     sequence to its weight; each step draws one, so that far buckets get gradients too. ``warmup``: share of the steps
     in which the rates rise to their peak.
     """
 
-    train: Literal["tables", "lora", "all"] = "all"
+    train: Literal["tables", "lora", "attention", "all"] = "all"
     tokens: Tokens
     rate: Rate = 2e-4
     table_rate: Rate = 1e-2
@@ -118,6 +119,11 @@ class Recipe(_Settings):
                 raise ValueError(f"batch_tokens={self.batch_tokens} holds no sequence of {longest} tokens: raise it")
         if self.relations and self.objective != "distillation":
             raise ValueError(f"relations={self.relations} needs objective=distillation, not {self.objective}")
+        if any(stage.train == "attention" for stage in self.stages):
+            if self.objective != "distillation":
+                raise ValueError(f"train=attention needs objective=distillation, not {self.objective}")
+            if self.compile:
+                raise ValueError("train=attention and compile=True: attention is not handed out of a graph")
         if self.relations and self.compile:
             raise ValueError(f"relations={self.relations} and compile=True: attention is not handed out of a graph")
         return self

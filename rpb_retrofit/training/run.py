@@ -188,7 +188,7 @@ class _Stages:
             self.say(
                 f"stage {number + 1}: the source shares {spared / 1e6:.0f} MB of weights with the model in training"
             )
-        with comparing_attention(self.setup.objective, model) as objective:
+        with comparing_attention(self.setup.objective, model, stage) as objective:
             setup = replace(self.setup, objective=objective)
             run = StageRun(setup, number, student, self._checkpoints(number), self.say, self.checksum)
             if run.resume():

@@ -18,7 +18,10 @@ from tests.support.command import rpb_command
     [
         ("batch_token: 3", "unknown key 'batch_token': did you mean 'batch_tokens'?"),
         ("stages: [{tokens: 8, rates: 1}]", "unknown key 'stages.0.rates': did you mean 'rate'?"),
-        ("stages: [{train: heads, tokens: 8}]", "stages.0.train='heads': input should be 'tables', 'lora' or 'all'"),
+        (
+            "stages: [{train: heads, tokens: 8}]",
+            "stages.0.train='heads': input should be 'tables', 'lora', 'attention' or 'all'",
+        ),
         ("stages: []", "stages=[]: list should have at least 1 item"),
         ("stages: [{tokens: -1}]", "stages.0.tokens=-1: input should be greater than 0"),
         ("stages: [{tokens: 9, rate: .inf}]", "stages.0.rate=inf: input should be a finite number"),
@@ -30,6 +33,11 @@ from tests.support.command import rpb_command
         ("data: [{name: a, weight: 0}]", "data.0.weight=0: input should be greater than 0"),
         ("{relations: 1, objective: next-token}", "relations=1.0 needs objective=distillation, not next-token"),
         ("{relations: 1, compile: true}", "relations=1.0 and compile=True: attention is not handed out of a graph"),
+        (
+            "{stages: [{train: attention, tokens: 512}], objective: next-token}",
+            "train=attention needs objective=distillation, not next-token",
+        ),
+        ("{stages: [{train: attention, tokens: 512}], compile: true}", "train=attention and compile=True"),
         ("seed: one", "seed='one': input should be a valid integer"),
         ("[1, 2]", "holds a list, not keys with values"),
         ("a: [", "is not YAML"),
