@@ -28,14 +28,16 @@ def write_report(demo: Demo, bias_pictures: Mapping[str, str], file: Path) -> No
     untrained = "untrained: fitted to what the source's heads attend to and hand on"
     windows = f", on {calibration.windows} windows of up to {calibration.length} tokens" if calibration else ""
     (whole, kept), longest = demo.costs.values(), demo.arms[0].results[-1].length
+    (whole_found, kept_found), farthest = demo.kept.values(), max(demo.arms[0].gains)
     write(
         file,
         SHARED,
         "exhibits.html",
         title=f"{demo.source}: RoPE out, T5 bias in",
         contents={exhibit.name: exhibit.title for exhibit in shown},
-        headline=f"Untrained, at {longest:,} tokens, the T5 bias costs {whole[-1]:+.2f} nats a token; beside RoPE's "
-        f"high frequencies {kept[-1]:+.2f}",
+        headline=f"Untrained, the T5 bias costs {whole[-1]:+.2f} nats a token at {longest:,} tokens, and keeps "
+        f"{whole_found[farthest]:.0%} of what a span that comes again gains {farthest:,} tokens below; beside RoPE's "
+        f"high frequencies {kept[-1]:+.2f} and {kept_found[farthest]:.0%}",
         answer=[
             "The first is the bias in the place of all of RoPE: tables, and a factor on the content of each query head "
             "and frequency. In the second, RoPE's frequencies whose wavelength fits the trained context go on "
@@ -53,20 +55,27 @@ def _styles(demo: Demo) -> LineStyles:
 def _lengths(demo: Demo) -> Exhibit:
     source = demo.arms[0]
     rows = [
-        [f"{length.length:,}", f"{length.nll:.3f}", *(f"{costs[number]:+.3f}" for costs in demo.costs.values())]
+        [f"loss, windows of {length.length:,}", f"{length.nll:.3f}"]
+        + [f"{costs[number]:+.3f}" for costs in demo.costs.values()]
         for number, length in enumerate(source.results)
+    ]
+    rows += [
+        [f"gain of a span {distance:,} below", f"{fmean(gains):.1f}"]
+        + [f"{kept[distance]:.0%} kept" for kept in demo.kept.values()]
+        for distance, gains in source.gains.items()
     ]
     return Exhibit(
         "lengths",
-        "Loss by context length",
+        "What it costs, and what it keeps",
         f"Nats a token, the same text at every length: {demo.text}. Its first half is scored, the second was for "
         f"calibration, so source and tables meet one kind of text. Windows do not overlap; {demo.policy}. A few "
-        "thousand tokens of one text: read differences of tenths, not of hundredths.",
+        "thousand tokens of one text: read differences of tenths, not of hundredths. The loss hardly depends on what "
+        "stands far above; what a span of random tokens gains by having stood there depends on nothing else.",
         [],
         shown=[
             Table(
-                "Loss, and what each retrofit loses more",
-                ("window (tokens)", f"{source.name}: loss", *(f"{name}: cost" for name in demo.costs)),
+                "Nats a token: the source's, and what each retrofit loses or keeps of it",
+                ("at (tokens)", source.name, *demo.costs),
                 rows,
             )
         ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 from rpb_retrofit.evaluation.losses import Losses, difference
@@ -50,6 +51,15 @@ class Demo:
         source, *retrofits = self.arms
         return {
             arm.name: [b.nll - a.nll for a, b in zip(source.results, arm.results, strict=True)] for arm in retrofits
+        }
+
+    @property
+    def kept(self) -> dict[str, dict[int, float]]:
+        """What a repeated span gains each retrofit, as a share of what it gains the source, by distance."""
+        source, *retrofits = self.arms
+        return {
+            arm.name: {at: fmean(arm.gains[at]) / fmean(gains) for at, gains in source.gains.items()}
+            for arm in retrofits
         }
 
 

@@ -41,7 +41,7 @@ KINDS: dict[str, dict[str, Any]] = {
 """The retrofits that are shown, and their settings."""
 
 
-SPANS = {128: 3, 512: 2, 1024: 1, 1900: 1}
+SPANS = {128: 3, 512: 3, 1024: 2, 1900: 2}
 """Repeated spans by the distance in tokens between the two: few, so that all models are through in half a minute."""
 
 SPAN = 16
@@ -94,7 +94,7 @@ def run_demo(out: Path, config: RetrofitConfig, say: Callable[[str], None]) -> D
         about = ("SmolLM2-135M-Instruct (4-bit weights, dequantised)", whole.name, policy)
         demo = Demo(*about, arms, seconds, differences(losses), BEGINNINGS, NEW_TOKENS)
         write_report(demo, bias_pictures, folder / "report.html")
-        (folder / "report.json").write_text(json_text({**asdict(demo), "costs": demo.costs}))
+        (folder / "report.json").write_text(json_text({**asdict(demo), "costs": demo.costs, "kept": demo.kept}))
     return demo
 
 

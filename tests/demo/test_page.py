@@ -75,6 +75,10 @@ def test_the_page_is_whole_and_needs_nothing_else(demo: Demo, tmp_path: Path) ->
     assert {"lengths", "positions", "spans", "tables-T5-bias", "continuations", "next"} <= set(page.values("id"))
     assert "T5 bias 64-127 128" in page.text and "on <and> on" in page.text
     assert f"{demo.costs['T5 bias'][-1]:+.2f} nats a token" in page.text
+    # Gains at 1,900 are (8 - number - 1.9) and (that + 0.2): the first retrofit's mean is 5.2 of the source's 6.2.
+    assert demo.kept["T5 bias"][1900] == pytest.approx(5.2 / 6.2)
+    assert "keeps 84% of what a span that comes again gains 1,900 tokens below" in page.text
+    assert "gain of a span 1,900 below 6.2 84% kept 68% kept" in page.text
 
 
 def test_differences_are_those_of_the_shortest_windows_with_intervals(demo: Demo) -> None:
