@@ -42,7 +42,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 SPANS = {128: 3, 512: 3, 1024: 2, 1900: 2}
-"""Repeated spans by the distance in tokens between the two: few, so that all models are through in half a minute."""
+"""Repeated spans by the distance in tokens between the two: few, so that the demo stays short."""
 
 SPAN = 16
 """Tokens of a span that is repeated."""
