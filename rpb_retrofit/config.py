@@ -10,10 +10,9 @@ from decimal import Decimal, InvalidOperation
 from typing import Any, Literal
 
 from rpb_retrofit.errors import ConfigError
+from rpb_retrofit.frequencies import KeepFrequencies
 from rpb_retrofit.runtime.families import UNSCALED
 from rpb_retrofit.tables import CALIBRATED, CONTENT, FROM, INITIALISATIONS
-
-_MAY_BE_AUTO = ("relative_attention_num_buckets", "keep_frequencies")
 
 _OPTIONS = {"relative_attention_num_buckets": "buckets", "relative_attention_max_distance": "max-distance"}
 """The command line's names of settings where they are not the settings' own."""
@@ -43,8 +42,9 @@ class RetrofitConfig:
     ``scale``: of the products of queries and keys, beside which the bias stands: ``source``, as the model has it, or
     ``unscaled``, as T5 has none: it is folded into the weights that make the queries, exactly but for rounding. Tables
     are the same for both, as the bias is added to what the softmax sees.
-    ``keep_frequencies``: how many of RoPE's highest frequencies go on rotating, beside the bias; ``auto``: those whose
-    wavelength fits in the trained context.
+    ``keep_frequencies``: how many of RoPE's highest frequencies go on rotating, beside the bias; ``auto``: those that
+    turn within the trained context, or nearly; ``all``. Layers may differ: ``"20,17-18:28,sliding_attention:all"``
+    (see `rpb_retrofit.frequencies`).
     ``shared``: one table for all layers (of one direction) instead of one per layer.
     ``seed``: of whatever is drawn: ``normal``'s numbers, the queries that calibration compares.
     """
@@ -53,7 +53,7 @@ class RetrofitConfig:
     relative_attention_max_distance: int = 128
     init: str = CALIBRATED
     calibrate: str = "tables"
-    keep_frequencies: int | Literal["auto"] = 0
+    keep_frequencies: int | str = 0
     polish: int = 0
     tail: str = "flat"
     scale: str = "source"
@@ -63,10 +63,9 @@ class RetrofitConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             kind, value = type(field.default), getattr(self, field.name)
-            if type(value) is not kind and not (value == "auto" and field.name in _MAY_BE_AUTO):
+            if type(value) is not kind and not _may_be_text(field.name, value):
                 raise ConfigError(f"{field.name}={value!r}: expected {kind.__name__}, got {type(value).__name__}")
-        if self.keep_frequencies != "auto" and self.keep_frequencies < 0:
-            raise ConfigError(f"keep_frequencies={self.keep_frequencies}: a number from 0 on, or 'auto'")
+        KeepFrequencies.of(self.keep_frequencies)  # says what it does not understand
         if self.polish < 0:
             raise ConfigError(f"polish={self.polish}: a number of steps, 0 for none")
         for name, either in (
@@ -107,6 +106,13 @@ class RetrofitConfig:
                 hint = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(known)}"
                 raise ConfigError(f"unknown config key '{key}': {hint}")
         return cls(**settings)
+
+
+def _may_be_text(name: str, value: Any) -> bool:
+    """Whether a setting that is a number may be this text, too."""
+    if name == "keep_frequencies":
+        return isinstance(value, str)
+    return name == "relative_attention_num_buckets" and value == "auto"
 
 
 def command_of(settings: Mapping[str, Any], source: str = "SOURCE") -> str:

@@ -40,10 +40,17 @@ ARMS: dict[str, dict[str, Any]] = {
     "tables+content, polished": {**CONTENT, "polish": 100},
     "16 kept, tables": {"keep_frequencies": 16, **FAR},
     "16 kept, tables+content": {"keep_frequencies": 16, **FAR, **CONTENT},
+    "20 kept, tables": {"keep_frequencies": 20, **FAR},
+    "20 kept, tables+content": {"keep_frequencies": 20, **FAR, **CONTENT},
     "auto kept, tables": {"keep_frequencies": "auto", **FAR},
     "auto kept, tables+content": {"keep_frequencies": "auto", **FAR, **CONTENT},
-    "auto kept, tables+content, log tail to 8192": {
-        "keep_frequencies": "auto",
+    "auto kept, all in 4 layers, tables+content": {
+        "keep_frequencies": "auto,7:all,17-18:all,23:all",  # those that what comes again far below needs most
+        **FAR,
+        **CONTENT,
+    },
+    "20 kept, tables+content, log tail to 8192": {
+        "keep_frequencies": 20,
         "relative_attention_num_buckets": 64,
         "relative_attention_max_distance": 8192,
         "tail": "log",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,7 +16,6 @@ from rpb_retrofit.cli.options import (
     Seed,
     count,
     unused,
-    whole_or_auto,
 )
 from rpb_retrofit.cli.outputs import check_outputs, check_scratch, say, show
 from rpb_retrofit.config import RetrofitConfig
@@ -43,11 +42,11 @@ Scale = Annotated[
     str, typer.Option(help="Of the scores: source, or unscaled: as in T5, folded into what makes the queries.")
 ]
 KeepFrequencies = Annotated[
-    Any,
+    str,
     typer.Option(
-        parser=whole_or_auto,
-        metavar="K|auto",
-        help="RoPE's highest frequencies that go on rotating; auto: those whose wavelength the context holds.",
+        metavar="K|auto|all[,LAYERS:K...]",
+        help="RoPE's highest frequencies that go on rotating; auto: those that turn within the context. By layer: "
+        "20,17-18:28,sliding_attention:all.",
     ),
 ]
 Polish = Annotated[
@@ -88,7 +87,7 @@ def command(
     calibrate: Calibrate = "tables",
     tail: Tail = "flat",
     scale: Scale = "source",
-    keep_frequencies: KeepFrequencies = 0,
+    keep_frequencies: KeepFrequencies = "0",
     polish: Polish = 0,
     calibration: Calibration = None,
     calibration_tokens: CalibrationTokens = "8192",
@@ -113,7 +112,7 @@ def command(
         calibrate=calibrate,
         tail=tail,
         scale=scale,
-        keep_frequencies=keep_frequencies,
+        keep_frequencies=int(keep_frequencies) if keep_frequencies.isdecimal() else keep_frequencies,
         polish=polish,
         shared=shared,
         seed=seed,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,12 +16,14 @@ from transformers import PreTrainedModel
 
 from rpb_retrofit.diagnosis.arms import Arms
 from rpb_retrofit.diagnosis.position_probe import weights_of
+from rpb_retrofit.instruments.attributes import set_attribute
 from rpb_retrofit.instruments.interception import Attend, intercepted
 from rpb_retrofit.runtime.anatomy import Anatomy
 from rpb_retrofit.runtime.bias import RelativePositionBias
 from rpb_retrofit.runtime.buckets import Bucketing
 from rpb_retrofit.runtime.families import TABLE
 from rpb_retrofit.runtime.mechanisms import hand_over
+from rpb_retrofit.runtime.rotation import FEWER, Fewer, scaling_of
 
 HIDDEN = -1e4
 """What a bias is where a key is hidden: no score makes good for it, and unlike minus infinity it cannot give NaN."""
@@ -93,11 +95,20 @@ def _rotated_by(anatomy: Anatomy, settings: Mapping[str, Any]) -> Iterator[None]
             config.rope_parameters = {**config.rope_parameters, **settings}
             other = type(holder)(config=config).to(model.device)
             hand_over(holder, other)
+            _follow_scaling(undo, anatomy, other)
             parent, _, child = name.rpartition(".")
             owner = model.get_submodule(parent)
             undo.callback(setattr, owner, child, holder)
             setattr(owner, child, other)
         yield
+
+
+def _follow_scaling(undo: ExitStack, anatomy: Anatomy, rotary: Any) -> None:
+    """Let attentions that keep fewer frequencies take the scaling of another rotary module, until undone."""
+    for name, module in anatomy.attentions.items():
+        fewer: Fewer | None = getattr(module, FEWER, None)
+        if fewer is not None and hasattr(rotary, buffer := anatomy.rotary_buffers[name]):
+            set_attribute(undo, module, FEWER, replace(fewer, scaling=scaling_of(rotary, buffer)))
 
 
 @contextmanager

@@ -139,6 +139,20 @@ class Anatomy:
         }
 
     @property
+    def layer_types(self) -> dict[str, str | None]:
+        """The type that the config gives each layer, by the name of its attention; None where it gives none."""
+        types = getattr(self.model.config.get_text_config(), "layer_types", None) or [None] * len(self.attentions)
+        return dict(zip(self.attentions, types, strict=False))
+
+    @property
+    def rotary_buffers(self) -> dict[str, str]:
+        """The rotary buffer that each attention's rotation comes from, by the attention's name; of a model with rotary
+        positions."""
+        counts = self.rotary_counts
+        typed = {name: f"{layer_type}_inv_freq" for name, layer_type in self.layer_types.items()}
+        return {name: buffer if buffer in counts else "inv_freq" for name, buffer in typed.items()}
+
+    @property
     def inverse_frequencies(self) -> dict[str, Tensor]:
         """The rotary frequencies, in radians a token and descending, by the name of the buffer that holds them.
 

@@ -32,10 +32,11 @@ def attach_bias(anatomy: Anatomy) -> None:
     model, family, settings = anatomy.model, anatomy.family, anatomy.model.config.rpb_retrofit
     check_release(transformers.__version__, family.since or OLDEST)
     facts = {name: anatomy.facts(name) for name in anatomy.attentions}
-    check_against(settings, family, anatomy.rotary_counts, str(model.config.name_or_path))
+    check_against(settings, anatomy, str(model.config.name_or_path))
     tables = _new_tables(facts, settings)
     _check_directions(settings, {table.bucketing.bidirectional for table in tables.values()})
-    neutralise(anatomy, settings.get("kept_frequencies", {}), settings.get("text_lengths", []))
+    kept, in_layers = settings.get("kept_frequencies", {}), settings.get("kept_in_layers", [])
+    neutralise(anatomy, kept, settings.get("text_lengths", []), in_layers)
     for module in anatomy.every_attention:
         setattr(module, RUN, plain_attention)
     for name, module in anatomy.attentions.items():

@@ -7,7 +7,8 @@ they are, so a retrofit shares them with its source and can be reverted exactly.
 =============  =====================================================================================================
 rope           every token gets index 0: each rotation, of any type, partial, interleaved, complex or rescaled by
                length, becomes the identity times the type's own attention scaling. The highest frequencies may be
-               left rotating: they tell neighbours apart and never leave the angles that training showed
+               left rotating (see rotation.py): they tell neighbours apart and never leave the angles that training
+               showed
 learned,       every token gets the mean of the position vectors, each as often as its position occurs, so that
 sinusoidal     activations keep their statistics, and a text may be longer than the table was
 alibi          the argument that carries the slopes arrives as zeros (or is replaced by the bias, see attach.py)
@@ -17,6 +18,7 @@ t5             the module of its own table makes way for the new one
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, cast
 
@@ -26,18 +28,19 @@ from torch import Tensor, nn
 from .anatomy import Anatomy, unused_rows
 from .errors import PartialMatchError
 from .positions import parameters
+from .rotation import FEWER, KEPT, Fewer, position_zero, rotate_highest, scaling_of, take_fewer
 
 MEAN = "rpb_mean"
 """Attribute of position embeddings: lengths of texts, and the share of all tokens that lie in texts of each."""
 
-KEPT = "rpb_kept"
-"""Attribute of rotary modules: how many of their highest frequencies go on rotating, by the name of their buffer."""
 
-
-def neutralise(anatomy: Anatomy, kept: dict[str, int], lengths: list[tuple[int, float]]) -> None:
-    """Switch the source's mechanism off in place, but for the rotary frequencies that are ``kept``.
+def neutralise(
+    anatomy: Anatomy, kept: dict[str, int], lengths: list[tuple[int, float]], in_layers: Sequence[int] = ()
+) -> None:
+    """Switch the source's mechanism off in place, but for the rotary frequencies that are ``kept``, by buffer.
 
     ``lengths`` of texts, and the share of all tokens in each, say which positions occur; empty: all alike.
+    ``in_layers``: how many each attention keeps, in their order, where not all keep as many as their buffer.
 
     Raises PartialMatchError where its modules are not found.
     """
@@ -60,6 +63,19 @@ def neutralise(anatomy: Anatomy, kept: dict[str, int], lengths: list[tuple[int, 
             parent = model.get_submodule(name.rpartition(".")[0])
             if hasattr(parent, "position_ids"):  # a buffer as long as the table, which would bound the length
                 parent.register_forward_pre_hook(unbounded_positions, with_kwargs=True)
+    for name, count in zip(anatomy.attentions, in_layers, strict=False):
+        _keep_fewer(anatomy, name, count, kept)
+
+
+def _keep_fewer(anatomy: Anatomy, name: str, count: int, kept: dict[str, int]) -> None:
+    """Let an attention keep ``count`` frequencies, where its rotary module keeps more."""
+    buffer = anatomy.rotary_buffers[name]
+    if count == kept[buffer]:
+        return
+    rotary = next(module for module in anatomy.position_modules.values() if hasattr(module, buffer))
+    module = anatomy.attentions[name]
+    setattr(module, FEWER, Fewer(count, anatomy.rotary_counts[buffer], scaling_of(rotary, buffer)))
+    module.register_forward_pre_hook(take_fewer, with_kwargs=True)
 
 
 def hand_over(module: Any, other: Any) -> None:
@@ -76,9 +92,9 @@ def hand_over(module: Any, other: Any) -> None:
 def restore(model: nn.Module) -> None:
     """Undo `neutralise`."""
     for module in model.modules():
-        remove_hooks(module, position_zero, unbounded_positions, rotate_highest)
-        vars(module).pop(KEPT, None)
-        vars(module).pop(MEAN, None)
+        remove_hooks(module, position_zero, unbounded_positions, rotate_highest, take_fewer)
+        for name in (KEPT, FEWER, MEAN):
+            vars(module).pop(name, None)
         if isinstance(module, ConstantPositions):
             module.__class__ = cast(Any, type(module).source_class)
 
@@ -92,34 +108,6 @@ def remove_hooks(module: nn.Module, *functions: Any) -> None:
         for key in [key for key, hook in hooks.items() if hook in functions]:
             del hooks[key]
             with_kwargs.pop(key, None)
-
-
-def position_zero(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Forward pre-hook of a rotary module, called as ``(x, position_ids, ...)``: all positions become 0."""
-    if "position_ids" in kwargs:
-        return args, {**kwargs, "position_ids": torch.zeros_like(kwargs["position_ids"])}
-    x, position_ids, *rest = args
-    return (x, torch.zeros_like(position_ids), *rest), kwargs
-
-
-def rotate_highest(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """Forward hook of a rotary module: all but the highest frequencies stand as at position 0.
-
-    Its output, a tensor (complex) or several (cosines, sines), has one column for each frequency, or twice over.
-    """
-    still_args, still_kwargs = position_zero(module, args, kwargs)
-    still = module.forward(*still_args, **still_kwargs)
-    layer_type = kwargs.get("layer_type", args[2] if len(args) > 2 else None)
-    buffer = "inv_freq" if layer_type is None else f"{layer_type}_inv_freq"
-    frequencies, kept = len(getattr(module, buffer)), getattr(module, KEPT)[buffer]
-
-    def choose(real: Tensor, zero: Tensor) -> Tensor:
-        column = torch.arange(real.shape[-1], device=real.device)
-        return torch.where(column % frequencies < kept, real, zero)
-
-    if isinstance(output, Tensor):
-        return choose(output, still)
-    return tuple(choose(real, zero) for real, zero in zip(output, still, strict=True))
 
 
 def unbounded_positions(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:

@@ -57,6 +57,7 @@ if TYPE_CHECKING:  # Transformers before 5.10 copies those files of a folder onl
     from .mechanisms import neutralise  # noqa: F401
     from .operators import attend_fused  # noqa: F401
     from .positions import Positions  # noqa: F401
+    from .rotation import position_zero  # noqa: F401
     from .row import attend_row  # noqa: F401
     from .tilings import Tiling  # noqa: F401
     from .tracing import traced  # noqa: F401
@@ -95,6 +96,7 @@ RUNTIME_FILES = (
     "positions.py",
     "settings.py",
     "loading.py",
+    "rotation.py",
     "mechanisms.py",
     "interface.py",
     "attach.py",

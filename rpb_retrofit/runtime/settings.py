@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 from packaging.version import InvalidVersion, Version
 
+from .anatomy import Anatomy
 from .buckets import Bucketing
 from .errors import ConfigError
-from .families import FACTOR, UNSCALED, Family
+from .families import FACTOR, UNSCALED
 from .version import __version__
 
 
@@ -74,10 +75,15 @@ OPTIONAL: dict[str, Kind] = {
     "seed": _NUMBER,
     "tail": _one_of("flat", "log"),
     "scale": _one_of("source", UNSCALED),
-    "keep_frequencies": Kind("a whole number from 0 on, or 'auto'", lambda value: value == "auto" or _is_whole(value)),
+    "keep_frequencies": Kind(
+        "a whole number from 0 on, or a text", lambda value: isinstance(value, str) or _is_whole(value)
+    ),
     "kept_frequencies": Kind(
         "whole numbers by the names of rotary buffers",
         lambda value: isinstance(value, dict) and all(isinstance(k, str) and _is_whole(v) for k, v in value.items()),
+    ),
+    "kept_in_layers": Kind(
+        "a list of whole numbers", lambda value: isinstance(value, list) and bool(value) and all(map(_is_whole, value))
     ),
     "text_lengths": Kind("pairs of a length and its share", _is_lengths),
     "bidirectional": Kind(
@@ -127,16 +133,17 @@ def check_settings(settings: Any, name: str) -> Mapping[str, Any]:
     return settings
 
 
-def check_against(settings: Mapping[str, Any], family: Family, frequencies: Mapping[str, int], name: str) -> None:
-    """Whether settings have a meaning for a model of this family with so many ``frequencies`` in its rotary buffers.
+def check_against(settings: Mapping[str, Any], anatomy: Anatomy, name: str) -> None:
+    """Whether settings have a meaning for a model of this anatomy.
 
     Raises ConfigError for another mechanism than the family's, and for kept frequencies that the model has not.
     """
+    family = anatomy.family
     if (mechanism := settings.get("mechanism", family.mechanism)) != family.mechanism:
         raise ConfigError(
             f"'{name}': mechanism={mechanism!r} in its config.json, but the model's is {family.mechanism}"
         )
-    kept = settings.get("kept_frequencies") or {}
+    kept, frequencies = settings.get("kept_frequencies") or {}, anatomy.rotary_counts
     for buffer, count in kept.items():
         if count > frequencies.get(buffer, -1):
             has = f"{frequencies[buffer]} frequencies" if buffer in frequencies else "no rotary buffer of that name"
@@ -145,3 +152,15 @@ def check_against(settings: Mapping[str, Any], family: Family, frequencies: Mapp
             )
     if kept and (without := sorted(frequencies.keys() - kept.keys())):
         raise ConfigError(f"'{name}': kept_frequencies in its config.json say nothing of the buffer {without[0]}")
+    if (in_layers := settings.get("kept_in_layers")) is not None:
+        _check_layers(in_layers, kept, anatomy, f"'{name}': kept_in_layers in its config.json")
+
+
+def _check_layers(in_layers: list[int], kept: Mapping[str, int], anatomy: Anatomy, what: str) -> None:
+    """Whether no layer keeps more than the rotary buffer that it reads."""
+    if len(in_layers) != len(anatomy.attentions):
+        raise ConfigError(f"{what} has {len(in_layers)} numbers, but the model has {len(anatomy.attentions)} layers")
+    for number, (count, attention) in enumerate(zip(in_layers, anatomy.attentions, strict=True)):
+        most = kept.get(anatomy.rotary_buffers[attention], 0) if anatomy.family.mechanism == "rope" else 0
+        if count > most:
+            raise ConfigError(f"{what} keeps {count} frequencies in layer {number}, but kept_frequencies keep {most}")

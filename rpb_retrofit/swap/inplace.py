@@ -17,6 +17,7 @@ from rpb_retrofit.runtime.attach import own_names
 from rpb_retrofit.runtime.families import FACTOR, UNSCALED
 from rpb_retrofit.runtime.modeling import UNSAVED, attach, detach
 from rpb_retrofit.swap.filling import fill
+from rpb_retrofit.swap.kept_frequencies import kept_by_attention
 from rpb_retrofit.swap.model_checks import check_model, check_text, sharded
 from rpb_retrofit.swap.report import RetrofitReport, report
 from rpb_retrofit.swap.snapshot import SNAPSHOT, Snapshot, fingerprints
@@ -102,8 +103,7 @@ def _record(
     """What the source's attention does on the text, if there is any."""
     if not windows:
         return None
-    kept = max(settings.get("kept_frequencies", {"": 0}).values())
-    calibration = Calibration(anatomy, windows, config.seed, spool, kept)
+    calibration = Calibration(anatomy, windows, config.seed, spool, kept_by_attention(anatomy, settings))
     calibration.record()
     return calibration
 

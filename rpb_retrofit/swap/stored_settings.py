@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,9 +11,10 @@ from torch import Tensor
 from transformers.models.auto import modeling_auto
 
 from rpb_retrofit.config import RetrofitConfig
-from rpb_retrofit.errors import ConfigError
+from rpb_retrofit.frequencies import KeepFrequencies
 from rpb_retrofit.runtime.anatomy import Anatomy
 from rpb_retrofit.runtime.families import FACTOR
+from rpb_retrofit.swap.kept_frequencies import keep
 from rpb_retrofit.tables import CONTENT
 from rpb_retrofit.version import __version__
 
@@ -26,13 +26,14 @@ def describe(anatomy: Anatomy, config: RetrofitConfig, windows: Sequence[Tensor]
     """
     model, family = anatomy.model, anatomy.family
     absolute = family.mechanism in ("learned", "sinusoidal") and windows
-    kept = kept_frequencies(anatomy, config.keep_frequencies)
+    kept = keep(anatomy, KeepFrequencies.of(config.keep_frequencies))
     return {
         "version": __version__,
         "source": str(model.name_or_path or type(model).__name__),
         "mechanism": family.mechanism,
         **asdict(config),
-        **({"kept_frequencies": kept} if kept else {}),
+        **({"kept_frequencies": kept.by_buffer} if kept.by_buffer else {}),
+        **({"kept_in_layers": kept.in_layers} if kept.in_layers else {}),
         **({"text_lengths": text_lengths(windows)} if absolute else {}),
         **({FACTOR: anatomy.rotary_pairs._asdict()} if config.calibrate == CONTENT else {}),
     }
@@ -44,26 +45,6 @@ def text_lengths(windows: Sequence[Tensor]) -> list[tuple[int, float]]:
     for window in windows:
         tokens[len(window)] += len(window)
     return [(length, tokens[length] / tokens.total()) for length in sorted(tokens)]
-
-
-def kept_frequencies(anatomy: Anatomy, keep: int | str) -> dict[str, int]:
-    """How many of the highest frequencies of each rotary buffer stay; empty where none do."""
-    if keep == 0:
-        return {}
-    source, mechanism = anatomy.model.name_or_path or type(anatomy.model).__name__, anatomy.family.mechanism
-    if mechanism != "rope":
-        raise ConfigError(
-            f"keep_frequencies={keep!r}: '{source}' has {mechanism} positions and no frequencies: leave it out"
-        )
-    by_buffer = anatomy.inverse_frequencies
-    if keep == "auto":
-        context = anatomy.context or 0
-        kept = {name: int((2 * math.pi / frequencies <= context).sum()) for name, frequencies in by_buffer.items()}
-        return kept if any(kept.values()) else {}
-    for name, frequencies in by_buffer.items():
-        if int(keep) > len(frequencies):
-            raise ConfigError(f"keep_frequencies={keep}: '{source}' has {len(frequencies)} in {name}; keep fewer")
-    return dict.fromkeys(by_buffer, int(keep))
 
 
 def auto_map(config: Any) -> dict[str, str]:

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -123,10 +124,18 @@ class CalibrationReport:
 class Calibration:
     """A calibration in two acts: `record` on the plain model, `apply` on the same model with tables attached.
 
-    The ``kept`` highest rotary frequencies go on rotating, and get no factor.
+    Of the rotary frequencies the highest go on rotating, so many as ``kept`` says by the name of an attention (none of
+    those it does not name), and get no factor.
     """
 
-    def __init__(self, anatomy: Anatomy, windows: Sequence[Tensor], seed: int, spool: Spool, kept: int = 0) -> None:
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        windows: Sequence[Tensor],
+        seed: int,
+        spool: Spool,
+        kept: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
         self.anatomy, self.windows, self.spool, self.kept = anatomy, windows, spool, kept
         generator = torch.Generator().manual_seed(seed)
         every = max(1, max(map(len, windows)) // QUERIES)
@@ -151,7 +160,7 @@ class Calibration:
         directions = {getattr(module, TABLE).bucketing.bidirectional for module in attentions.values()}
         trial = Trial(self.order, max(map(len, self.windows)), sorted(directions))
         for name, pairs in self._layers("choosing buckets"):
-            layout = replace(self._layout(attentions[name]), pairs=None)
+            layout = replace(self._layout(name), pairs=None)
             trial(name, partial(_RowPairs, self.spool, name), len(self.windows), layout)
             _fill(attentions[name], layout, fit(pairs, layout).numbers)
         return trial.choice()
@@ -165,7 +174,7 @@ class Calibration:
         starts = {id(model.get_submodule(name.removesuffix(".weight"))): c for name, c in (candidates or {}).items()}
         layers, shared = [], defaultdict[int, list[Tensor]](list)
         for name, pairs in self._layers("calibrating"):
-            layout, bias, heads = self._layout(attentions[name]), getattr(attentions[name], TABLE), None
+            layout, bias, heads = self._layout(name), getattr(attentions[name], TABLE), None
             if candidates is None:
                 fitted = fit_outputs(pairs, layout, self.metrics.get(name))
             else:
@@ -191,10 +200,14 @@ class Calibration:
                 for number in windows:
                     del self.spool["student", name, number]
 
-    def _layout(self, attention: Any) -> ParameterLayout:
+    def _layout(self, name: str) -> ParameterLayout:
+        attention = self.anatomy.attentions[name]
         bias, factor = getattr(attention, TABLE), attention._modules.get(FACTOR)
         return ParameterLayout(
-            bias.bucketing, bias.tail is not None, None if factor is None else factor.pairs, self.kept
+            bias.bucketing,
+            bias.tail is not None,
+            None if factor is None else factor.pairs,
+            self.kept.get(name, 0),
         )
 
     def _keep(self, wanted: str, number: int) -> Callable[[str, AttentionRows], None]:

@@ -29,22 +29,22 @@ ALIKE = 1 - 1e-4
 """Cosine over the tokens from which on an output counts as a query's dimension: half precision rounds."""
 
 
-def fold(anatomy: Anatomy, window: Tensor, kept: int, before: dict[str, Tensor]) -> None:
+def fold(anatomy: Anatomy, window: Tensor, kept: Mapping[str, int], before: dict[str, Tensor]) -> None:
     """Fold the factors of all attentions into the weights that make their queries, and take their modules off.
 
     ``before`` receives the weights as they were, by name. Nothing happens where one of the queries has no such weights.
-    The ``kept`` highest frequencies have no factor.
+    The highest frequencies have no factor, so many as ``kept`` says by the name of an attention.
     """
     makers, attentions = {}, anatomy.attentions
     for name, (query, outputs) in _observe(anatomy, window).items():
-        if (maker := _maker(query, outputs, getattr(attentions[name], FACTOR).pairs, kept)) is None:
+        if (maker := _maker(query, outputs, getattr(attentions[name], FACTOR).pairs, kept.get(name, 0))) is None:
             return
         makers[name] = maker
     for name, (layer, rows) in makers.items():
         linear, factor = anatomy.model.get_submodule(f"{name}.{layer}"), getattr(attentions[name], FACTOR)
         for kind, parameter in linear.named_parameters(recurse=False):
             before[f"{name}.{layer}.{kind}"] = parameter.detach().clone()
-            _turn_rows(parameter, rows, factor, kept)
+            _turn_rows(parameter, rows, factor, kept.get(name, 0))
     detach_factors(anatomy.model)
 
 

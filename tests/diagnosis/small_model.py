@@ -93,7 +93,7 @@ def trained(family: str = "llama", seed: int = 0, first: int = 450, then: int = 
 
 
 def retrofitted(
-    source: Any, buckets: int = 32, max_distance: int = 256, keep: int = 0, seed: int = 777, **settings: Any
+    source: Any, buckets: int = 32, max_distance: int = 256, keep: int | str = 0, seed: int = 777, **settings: Any
 ) -> PreTrainedModel:
     """A calibrated retrofit of a trained model."""
     model = copy.deepcopy(source)

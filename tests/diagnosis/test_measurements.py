@@ -52,6 +52,7 @@ def test_a_row_is_spoiled_where_what_it_hands_on_is_farther_too(source: PreTrain
 
 SORTS: dict[str, dict[str, Any]] = {
     "kept": {"keep_frequencies": 2},
+    "kept by layers": {"keep_frequencies": "1,1:all"},
     "all kept by auto": {"keep_frequencies": "auto"},
     "log tail": {"tail": "log"},
     "unscaled": {"scale": "unscaled"},

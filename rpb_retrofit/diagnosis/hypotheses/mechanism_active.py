@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from rpb_retrofit.diagnosis.layer_names import name_layers
 from rpb_retrofit.diagnosis.measurements import Measurements
 from rpb_retrofit.errors import UnsupportedModelError
 from rpb_retrofit.runtime.anatomy import Anatomy
+from rpb_retrofit.swap.kept_frequencies import kept_by_attention
 
 CAUSE = "the source's mechanism is still active"
 PREDICTS = (
@@ -41,8 +44,8 @@ def examine(measurements: Measurements) -> Finding:
     turning = {n: p.turning for n, p in probe.probes.items() if p.turning is not None}
     if not turning:
         return unknown("this family keeps its queries to itself; its embeddings do not differ by position")
-    still = ~_meant_to_rotate(measurements, len(next(iter(turning.values()))))
-    moved = {name: _largest(turned, still) for name, turned in turning.items()}
+    still = {name: ~mask for name, mask in _meant_to_rotate(measurements, turning).items()}
+    moved = {name: _largest(turned, still[name]) for name, turned in turning.items()}
     moving = {name: size for name, size in moved.items() if size > MOVED}
     if moving:
         return confirmed(
@@ -51,7 +54,7 @@ def examine(measurements: Measurements) -> Finding:
             REMEDY,
             figures={"layers": list(moving)},
         )
-    kept = int((~still).sum())
+    kept = max(int((~mask).sum()) for mask in still.values())
     aside = f", the {kept} dimensions aside that are meant to rotate" if kept else ""
     return excluded(
         f"queries, keys and embeddings of one token are the same at every position in all {len(moved)} layers{aside} "
@@ -64,14 +67,16 @@ def _largest(turned: Tensor, still: Tensor) -> float:
     return float(chosen.max()) if len(chosen) else 0.0
 
 
-def _meant_to_rotate(measurements: Measurements, width: int) -> Tensor:
-    """The dimensions of a head that go on rotating by the retrofit's settings, as a mask (width,)."""
-    mask = torch.zeros(width, dtype=torch.bool)
-    kept = max(measurements.arms.settings.get("kept_frequencies", {}).values(), default=0)
-    if kept:
+def _meant_to_rotate(measurements: Measurements, turning: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The dimensions of a head that go on rotating by the retrofit's settings, by attention, as masks (width,)."""
+    anatomy = Anatomy.of(measurements.arms.plain)
+    masks = {name: torch.zeros(len(turned), dtype=torch.bool) for name, turned in turning.items()}
+    for name, kept in kept_by_attention(anatomy, measurements.arms.settings).items():
+        if name not in masks or not kept:
+            continue
         try:
-            for dimensions in Anatomy.of(measurements.arms.plain).rotary_pairs.dimensions():
-                mask[dimensions[:kept]] = True
+            for dimensions in anatomy.rotary_pairs.dimensions():
+                masks[name][dimensions[:kept]] = True
         except UnsupportedModelError:
-            mask[:] = True
-    return mask
+            masks[name][:] = True
+    return masks

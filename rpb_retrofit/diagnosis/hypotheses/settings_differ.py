@@ -7,9 +7,11 @@ from typing import Any
 from rpb_retrofit.diagnosis.finding import CauseKind, Finding, confirmed, excluded
 from rpb_retrofit.diagnosis.measurements import Measurements
 from rpb_retrofit.diagnosis.settings import other_settings
+from rpb_retrofit.errors import ConfigError
+from rpb_retrofit.frequencies import KeepFrequencies
 from rpb_retrofit.runtime.anatomy import Anatomy
 from rpb_retrofit.runtime.families import UNSCALED
-from rpb_retrofit.swap.stored_settings import kept_frequencies
+from rpb_retrofit.swap.kept_frequencies import TURN, Kept, keep
 
 CAUSE = "settings are not the source's"
 PREDICTS = "config.json has settings that the source's has not; or a module has others than its config gives it"
@@ -23,23 +25,34 @@ def examine(measurements: Measurements) -> Finding:
     if other:
         evidence = ", ".join(f"{key}={mine!r} (source: {its!r})" for key, (mine, its) in list(other.items())[:4])
         return confirmed(f"{len(other)} settings are not the source's: {evidence}", REMEDY)
-    settings, arms = measurements.arms.settings, measurements.arms
-    kept, meant = (
-        settings.get("kept_frequencies", {}),
-        kept_frequencies(Anatomy.of(arms.plain), settings.get("keep_frequencies", 0)),
-    )
-    if kept != meant:
-        return confirmed(
-            f"kept_frequencies is {kept or 'empty'} in the config, keep_frequencies={settings['keep_frequencies']!r} "
-            f"means {meant or 'none'}",
-            REMEDY,
-        )
+    if (other_kept := _other_kept(measurements)) is not None:
+        return confirmed(other_kept, REMEDY)
     odd = _odd_modules(measurements)
     if odd:
         evidence = ", ".join(f"{name}={mine!r} (by its config: {its!r})" for name, (mine, its) in list(odd.items())[:4])
         return confirmed(f"{len(odd)} modules do not have the settings that the config gives them: {evidence}", REMEDY)
     compared = "the config is the source's" if measurements.arms.source is not None else "not compared with a source"
     return excluded(f"{compared}, and every module has its config's settings")
+
+
+def _other_kept(measurements: Measurements) -> str | None:
+    """How the frequencies that the config keeps differ from what it was asked to keep; None where they do not."""
+    settings, anatomy = measurements.arms.settings, Anatomy.of(measurements.arms.plain)
+    asked = settings.get("keep_frequencies", 0)
+    kept = Kept(settings.get("kept_frequencies") or {}, settings.get("kept_in_layers") or [])
+    try:
+        meanings = [keep(anatomy, KeepFrequencies.of(asked), turn) for turn in (TURN, WHOLE)]
+    except ConfigError as error:  # loading reads what is kept, not what was asked for
+        return f"the config asks for what has no meaning: {error}"
+    if kept in meanings:
+        return None
+    (has, by_layer), (means, means_by_layer) = kept, meanings[0]
+    if has != means:
+        return f"kept_frequencies is {has or 'empty'} in the config, keep_frequencies={asked!r} means {means or 'none'}"
+    return (
+        f"kept_in_layers is {by_layer or 'empty'} in the config, keep_frequencies={asked!r} means "
+        f"{means_by_layer or 'as many in every layer'}"
+    )
 
 
 def _odd_modules(measurements: Measurements) -> dict[str, tuple[Any, Any]]:
@@ -57,6 +70,9 @@ def _odd_modules(measurements: Measurements) -> dict[str, tuple[Any, Any]]:
                 differing[f"{name}.{key}"] = (value, other)
     return differing
 
+
+WHOLE = 1.0
+"""Turns that ``auto`` asked for in retrofits of older versions."""
 
 _STATES = {
     "training",

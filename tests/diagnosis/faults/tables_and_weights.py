@@ -116,6 +116,13 @@ def kept_dropped(arms: Arms, kept: int) -> Arms:
     return replace(arms, retrofit=reloaded(retrofit, rpb_retrofit=settings))
 
 
+@fault("frequencies kept by layers were dropped", "settings_differ")
+def kept_in_layers_dropped(arms: Arms) -> Arms:
+    retrofit = retrofitted(arms.source, keep="2,1:4")
+    settings = {name: value for name, value in retrofit.config.rpb_retrofit.items() if name != "kept_in_layers"}
+    return replace(arms, retrofit=reloaded(retrofit, rpb_retrofit=settings))
+
+
 @fault("an epsilon of the config is not the source's", "settings_differ")
 def other_epsilon(arms: Arms) -> None:
     arms.retrofit.config.rms_norm_eps = 1e-2

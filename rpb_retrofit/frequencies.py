@@ -1,0 +1,92 @@
+"""How ``keep_frequencies`` is written: how many of RoPE's highest frequencies go on rotating, everywhere and by layer.
+
+``20``, ``auto`` or ``all`` for every layer; after it, rules for some: ``20,17-18:28,sliding_attention:all``. A rule
+names layers by their number from 0 on, by a range, or by the type that the model's config gives them; of two rules for
+one layer the later holds. A first entry that is itself a rule leaves nothing rotating elsewhere.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rpb_retrofit.errors import ConfigError
+
+AUTO, ALL = "auto", "all"
+
+Amount = int | str
+"""A number of frequencies, `AUTO` or `ALL`."""
+
+_LAYERS = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What the layers keep that ``layers`` names: a number, a range of numbers, or a layer type."""
+
+    layers: str
+    amount: Amount
+
+    def names(self, number: int, layer_type: str | None) -> bool:
+        """Whether the rule is for the layer of this number and type."""
+        if (match := _LAYERS.fullmatch(self.layers)) is None:
+            return self.layers == layer_type
+        first, last = int(match[1]), int(match[2] or match[1])
+        return first <= number <= last
+
+
+@dataclass(frozen=True)
+class KeepFrequencies:
+    """What ``keep_frequencies`` says: an amount for ``every`` layer, and ``rules`` for some."""
+
+    every: Amount
+    rules: tuple[Rule, ...] = ()
+
+    @classmethod
+    def of(cls, value: int | str) -> KeepFrequencies:
+        """Read a setting. ConfigError names the entry that has no meaning."""
+        first, *rest = str(value).split(",")
+        if ":" in first:
+            return cls(0, tuple(_rule(entry, value) for entry in (first, *rest)))
+        return cls(_amount(first, value), tuple(_rule(entry, value) for entry in rest))
+
+    @property
+    def nothing(self) -> bool:
+        """Whether no layer keeps any."""
+        return self.every == 0 and all(rule.amount == 0 for rule in self.rules)
+
+    def of_layer(self, number: int, layer_type: str | None) -> Amount:
+        """What the layer of this number and type keeps."""
+        amounts = [rule.amount for rule in self.rules if rule.names(number, layer_type)]
+        return amounts[-1] if amounts else self.every
+
+    def unused(self, layer_types: Sequence[str | None]) -> Rule | None:
+        """The first rule that is for no layer of a model with layers of these types, or reaches beyond its last."""
+        for rule in self.rules:
+            match, layers = _LAYERS.fullmatch(rule.layers), list(enumerate(layer_types))
+            beyond = match is not None and int(match[2] or match[1]) >= len(layers)
+            if beyond or not any(rule.names(*layer) for layer in layers):
+                return rule
+        return None
+
+
+def _rule(entry: str, value: int | str) -> Rule:
+    layers, colon, amount = entry.strip().rpartition(":")
+    if not colon or not layers:
+        raise ConfigError(f"keep_frequencies={value}: '{entry}' is no rule: write LAYERS:K, such as 17-18:28")
+    match = _LAYERS.fullmatch(layers)
+    if match is None and not layers.isidentifier():
+        raise ConfigError(f"keep_frequencies={value}: '{layers}' names no layers: write 7, 17-18, or a layer type")
+    if match is not None and match[2] is not None and int(match[2]) < int(match[1]):
+        raise ConfigError(f"keep_frequencies={value}: '{layers}' is no range: write the lower layer first")
+    return Rule(layers, _amount(amount, value))
+
+
+def _amount(text: str, value: int | str) -> Amount:
+    text = text.strip()
+    if text in (AUTO, ALL):
+        return text
+    if not re.fullmatch(r"\d{1,6}", text):
+        raise ConfigError(f"keep_frequencies={value}: '{text}' is neither a number from 0 on, 'auto' nor 'all'")
+    return int(text)
