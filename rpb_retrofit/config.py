@@ -44,7 +44,7 @@ class RetrofitConfig:
     are the same for both, as the bias is added to what the softmax sees.
     ``keep_frequencies``: how many of RoPE's highest frequencies go on rotating, beside the bias; ``auto``: those that
     turn within the trained context, or nearly; ``all``. Layers may differ: ``"20,17-18:28,sliding_attention:all"``
-    (see `rpb_retrofit.frequencies`).
+    (see `rpb_retrofit.frequencies`); ``"auto+4"`` keeps all in the four layers that far copies need most, by text.
     ``shared``: one table for all layers (of one direction) instead of one per layer.
     ``seed``: of whatever is drawn: ``normal``'s numbers, the queries that calibration compares.
     """
@@ -65,7 +65,11 @@ class RetrofitConfig:
             kind, value = type(field.default), getattr(self, field.name)
             if type(value) is not kind and not _may_be_text(field.name, value):
                 raise ConfigError(f"{field.name}={value!r}: expected {kind.__name__}, got {type(value).__name__}")
-        KeepFrequencies.of(self.keep_frequencies)  # says what it does not understand
+        if KeepFrequencies.of(self.keep_frequencies).more and self.init != CALIBRATED:
+            raise ConfigError(
+                f"keep_frequencies='{self.keep_frequencies}' needs init='calibrated', which has text to choose layers "
+                f"by, not init='{self.init}'"
+            )
         if self.polish < 0:
             raise ConfigError(f"polish={self.polish}: a number of steps, 0 for none")
         for name, either in (

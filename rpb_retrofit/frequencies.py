@@ -2,13 +2,14 @@
 
 ``20``, ``auto`` or ``all`` for every layer; after it, rules for some: ``20,17-18:28,sliding_attention:all``. A rule
 names layers by their number from 0 on, by a range, or by the type that the model's config gives them; of two rules for
-one layer the later holds. A first entry that is itself a rule leaves nothing rotating elsewhere.
+one layer the later holds. A first entry that is itself a rule leaves nothing rotating elsewhere. ``auto+4`` keeps all
+in four layers more, those that text shows to need it most.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from rpb_retrofit.errors import ConfigError
@@ -17,6 +18,8 @@ AUTO, ALL = "auto", "all"
 
 Amount = int | str
 """A number of frequencies, `AUTO` or `ALL`."""
+
+_MORE = re.compile(r"(.*)\+(\d{1,6})")
 
 _LAYERS = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?")
 
@@ -38,10 +41,12 @@ class Rule:
 
 @dataclass(frozen=True)
 class KeepFrequencies:
-    """What ``keep_frequencies`` says: an amount for ``every`` layer, and ``rules`` for some."""
+    """What ``keep_frequencies`` says: an amount for ``every`` layer, ``rules`` for some; and how many ``more`` layers,
+    yet to be chosen, keep all."""
 
     every: Amount
     rules: tuple[Rule, ...] = ()
+    more: int = 0
 
     @classmethod
     def of(cls, value: int | str) -> KeepFrequencies:
@@ -49,12 +54,18 @@ class KeepFrequencies:
         first, *rest = str(value).split(",")
         if ":" in first:
             return cls(0, tuple(_rule(entry, value) for entry in (first, *rest)))
-        return cls(_amount(first, value), tuple(_rule(entry, value) for entry in rest))
+        match = _MORE.fullmatch(first.strip())
+        every, more = (first, 0) if match is None else (match[1], int(match[2]))
+        return cls(_amount(every, value), tuple(_rule(entry, value) for entry in rest), more)
 
     @property
     def nothing(self) -> bool:
         """Whether no layer keeps any."""
-        return self.every == 0 and all(rule.amount == 0 for rule in self.rules)
+        return self.every == 0 and not self.more and all(rule.amount == 0 for rule in self.rules)
+
+    def chosen(self, layers: Iterable[int]) -> KeepFrequencies:
+        """The same where these layers, by number, were chosen as those that keep all."""
+        return KeepFrequencies(self.every, self.rules + tuple(Rule(str(number), ALL) for number in layers))
 
     def of_layer(self, number: int, layer_type: str | None) -> Amount:
         """What the layer of this number and type keeps."""

@@ -45,7 +45,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "auto kept, tables": {"keep_frequencies": "auto", **FAR},
     "auto kept, tables+content": {"keep_frequencies": "auto", **FAR, **CONTENT},
     "auto kept, all in 4 layers, tables+content": {
-        "keep_frequencies": "auto,7:all,17-18:all,23:all",  # those that what comes again far below needs most
+        "keep_frequencies": "auto+4",
         **FAR,
         **CONTENT,
     },

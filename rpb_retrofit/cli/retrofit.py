@@ -44,9 +44,9 @@ Scale = Annotated[
 KeepFrequencies = Annotated[
     str,
     typer.Option(
-        metavar="K|auto|all[,LAYERS:K...]",
+        metavar="K|auto|all[+N][,LAYERS:K...]",
         help="RoPE's highest frequencies that go on rotating; auto: those that turn within the context. By layer: "
-        "20,17-18:28,sliding_attention:all.",
+        "20,17-18:28,sliding_attention:all; +N: all in the N layers that far copies need most.",
     ),
 ]
 Polish = Annotated[

@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rpb_retrofit.config import RetrofitConfig
-from rpb_retrofit.errors import NotRetrofittedError, RevertError
+from rpb_retrofit.errors import ConfigError, NotRetrofittedError, RevertError
 from rpb_retrofit.files.spool import Spool, temporary_spool
+from rpb_retrofit.frequencies import KeepFrequencies
 from rpb_retrofit.runtime.anatomy import Anatomy
 from rpb_retrofit.runtime.attach import own_names
 from rpb_retrofit.runtime.families import FACTOR, UNSCALED
@@ -28,6 +29,7 @@ from rpb_retrofit.tables.bucket_search import TRIED_FIRST, Candidate
 from rpb_retrofit.tables.calibrate import Calibration, check_windows
 from rpb_retrofit.tables.checksums import record
 from rpb_retrofit.tables.folding import fold
+from rpb_retrofit.tables.layer_needs import layer_needs
 from rpb_retrofit.tables.polish import Polish
 from rpb_retrofit.tables.unscaling import unscale
 
@@ -71,6 +73,8 @@ def retrofit(
             setattr(model, SNAPSHOT, snapshot)
             if config.relative_attention_num_buckets == "auto":
                 config = _choose_buckets(anatomy, config, calibrating, notes)
+            if more := KeepFrequencies.of(config.keep_frequencies).more:
+                _choose_layers(anatomy, config, more, calibrating, notes)
             calibrated, conversions = fill(anatomy, config, calibrating)
             polished = None if polish is None else polish.apply(model, own_names(model))
             notes += conversions
@@ -137,6 +141,32 @@ def _choose_buckets(
     detach(anatomy)
     _attach(anatomy, describe(anatomy, config, calibration.windows))
     return config
+
+
+def _choose_layers(
+    anatomy: Anatomy, config: RetrofitConfig, more: int, calibration: Calibration | None, notes: list[str]
+) -> None:
+    """Attach the model anew, with all frequencies in the layers that far copies need most."""
+    assert calibration is not None, "a config without calibration chooses no layers"
+    calibration.fill_roughly()
+    needs = layer_needs(anatomy, calibration.windows, config.seed)
+    kept, numbers = kept_by_attention(anatomy, anatomy.model.config.rpb_retrofit), list(anatomy.attentions)
+    lacking = [name for name in needs if kept.get(name, 0) < anatomy.rotary_counts[anatomy.rotary_buffers[name]]]
+    if len(lacking) < more:
+        raise ConfigError(
+            f"keep_frequencies={config.keep_frequencies}: {len(lacking)} layers do not keep all already; choose fewer"
+        )
+    chosen = sorted(numbers.index(name) for name in sorted(lacking, key=lambda name: -needs[name])[:more])
+    rest = sorted((needs[name] for name in lacking), reverse=True)[more:]
+    gains = ", ".join(f"{number} ({needs[numbers[number]]:.2f})" for number in chosen)
+    notes.append(
+        f"all frequencies kept in the layers {gains}: nats a token by which the loss of far copies would fall with a "
+        "layer's rotation back, by its derivative" + (f"; the most of another layer is {rest[0]:.2f}" if rest else "")
+    )
+    detach(anatomy)
+    settings = describe(anatomy, config, calibration.windows, chosen)
+    _attach(anatomy, settings)
+    calibration.kept = kept_by_attention(anatomy, settings)
 
 
 def _fold_factors(anatomy: Anatomy, calibration: Calibration | None, snapshot: Snapshot) -> str:

@@ -19,14 +19,17 @@ from rpb_retrofit.tables import CONTENT
 from rpb_retrofit.version import __version__
 
 
-def describe(anatomy: Anatomy, config: RetrofitConfig, windows: Sequence[Tensor] = ()) -> dict[str, Any]:
+def describe(
+    anatomy: Anatomy, config: RetrofitConfig, windows: Sequence[Tensor] = (), whole: Sequence[int] = ()
+) -> dict[str, Any]:
     """What the model's config says about its retrofit: the key ``rpb_retrofit`` of config.json.
 
-    ``windows`` are those of calibration: their lengths say which of an absolute source's positions occur.
+    ``windows`` are those of calibration: their lengths say which of an absolute source's positions occur. ``whole``:
+    layers, by number, that were chosen to keep all frequencies.
     """
     model, family = anatomy.model, anatomy.family
     absolute = family.mechanism in ("learned", "sinusoidal") and windows
-    kept = keep(anatomy, KeepFrequencies.of(config.keep_frequencies))
+    kept = keep(anatomy, KeepFrequencies.of(config.keep_frequencies).chosen(whole))
     return {
         "version": __version__,
         "source": str(model.name_or_path or type(model).__name__),

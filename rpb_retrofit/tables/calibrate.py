@@ -165,6 +165,12 @@ class Calibration:
             _fill(attentions[name], layout, fit(pairs, layout).numbers)
         return trial.choice()
 
+    def fill_roughly(self) -> None:
+        """Fill an attached model's tables so that its attention is near the source's: a first fit, to choose by."""
+        for name, pairs in self._layers("choosing layers"):
+            layout = replace(self._layout(name), pairs=None)
+            _fill(self.anatomy.attentions[name], layout, fit(pairs, layout).numbers)
+
     def apply(self, candidates: Mapping[str, Start] | None = None) -> CalibrationReport:
         """Fill the tables of an attached model. Tables that layers share get the mean of the layers' fits.
 

@@ -41,7 +41,10 @@ def _other_kept(measurements: Measurements) -> str | None:
     asked = settings.get("keep_frequencies", 0)
     kept = Kept(settings.get("kept_frequencies") or {}, settings.get("kept_in_layers") or [])
     try:
-        meanings = [keep(anatomy, KeepFrequencies.of(asked), turn) for turn in (TURN, WHOLE)]
+        wanted = KeepFrequencies.of(asked)
+        if wanted.more:
+            wanted = wanted.chosen(_chosen(keep(anatomy, wanted), kept, wanted.more))
+        meanings = [keep(anatomy, wanted, turn) for turn in (TURN, WHOLE)]
     except ConfigError as error:  # loading reads what is kept, not what was asked for
         return f"the config asks for what has no meaning: {error}"
     if kept in meanings:
@@ -53,6 +56,14 @@ def _other_kept(measurements: Measurements) -> str | None:
         f"kept_in_layers is {by_layer or 'empty'} in the config, keep_frequencies={asked!r} means "
         f"{means_by_layer or 'as many in every layer'}"
     )
+
+
+def _chosen(without: Kept, kept: Kept, more: int) -> list[int]:
+    """The layers that keep more than they would if none had been chosen, but no more of them than were asked for."""
+    base = without.in_layers or [max(without.by_buffer.values(), default=0)] * len(kept.in_layers)
+    return [number for number, (most, count) in enumerate(zip(kept.in_layers, base, strict=False)) if most > count][
+        :more
+    ]
 
 
 def _odd_modules(measurements: Measurements) -> dict[str, tuple[Any, Any]]:
