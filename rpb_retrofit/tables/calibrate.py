@@ -166,9 +166,10 @@ class Calibration:
         return trial.choice()
 
     def fill_roughly(self) -> None:
-        """Fill an attached model's tables so that its attention is near the source's: a first fit, to choose by."""
+        """Fill tables and factors of an attached model so that its attention is near the source's: a first fit, to
+        choose by."""
         for name, pairs in self._layers("choosing layers"):
-            layout = replace(self._layout(name), pairs=None)
+            layout = self._layout(name)
             _fill(self.anatomy.attentions[name], layout, fit(pairs, layout).numbers)
 
     def apply(self, candidates: Mapping[str, Start] | None = None) -> CalibrationReport:

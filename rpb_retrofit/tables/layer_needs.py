@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from rpb_retrofit.errors import ConfigError
 from rpb_retrofit.instruments.modes import evaluating
 from rpb_retrofit.runtime.anatomy import Anatomy
-from rpb_retrofit.runtime.families import TABLE
+from rpb_retrofit.runtime.families import FACTOR, TABLE
 from rpb_retrofit.runtime.rotation import ROTATION
 
 ITEMS = 4
@@ -48,12 +48,12 @@ def layer_needs(anatomy: Anatomy, windows: Sequence[Tensor], seed: int = 0) -> d
         raise ConfigError(f"keep_frequencies: {kind} keeps its attention to itself, so name the layers, as in 20,3:all")
     if model.get_output_embeddings() is None or not all(anatomy.facts(name).causal for name in anatomy.attentions):
         raise ConfigError(f"keep_frequencies: {kind} predicts no next token, so name the layers, as in 20,3:all")
-    longest = sorted(windows, key=len, reverse=True)[:ITEMS]
+    longest, known = sorted(windows, key=len, reverse=True)[:ITEMS], torch.cat(list(windows)).unique().tolist()
     shares = {name: torch.zeros((), device=model.device, requires_grad=True) for name in anatomy.attentions}
     needs = dict.fromkeys(shares, 0.0)
-    with evaluating(model), _with_shares(anatomy, shares), torch.enable_grad():
+    with evaluating(model), _frozen(model), _with_shares(anatomy, shares), torch.enable_grad():
         for item in range(ITEMS):
-            ids, at = _item(longest[item % len(longest)], item, seed)
+            ids, at = _item(longest[item % len(longest)], known, item, seed)
             loss = _loss(model, ids.to(model.device), at.to(model.device))
             slopes = torch.autograd.grad(loss, list(shares.values()))
             for name, slope in zip(shares, slopes, strict=True):
@@ -61,13 +61,13 @@ def layer_needs(anatomy: Anatomy, windows: Sequence[Tensor], seed: int = 0) -> d
     return needs
 
 
-def _item(window: Tensor, item: int, seed: int) -> tuple[Tensor, Tensor]:
-    """A window with a span of its tokens, shuffled, at two places, and the positions whose next tokens are scored."""
-    span = min(SPAN, len(window) // 4)
-    random, known = Random(f"{seed} layer needs {item}"), window.unique().tolist()
+def _item(window: Tensor, known: list[int], item: int, seed: int) -> tuple[Tensor, Tensor]:
+    """A window with a span of known tokens at two places, no token twice in it, and the positions whose next tokens are
+    scored."""
+    span = min(SPAN, len(window) // 4, len(known))
     again, text = len(window) - span, window.clone()
     first = again - min(again, max(span, (item + 1) * len(window) // ITEMS))
-    text[first : first + span] = text[again:] = torch.tensor(random.choices(known, k=span))
+    text[first : first + span] = text[again:] = torch.tensor(Random(f"{seed} layer needs {item}").sample(known, span))
     return text, torch.arange(again, len(window) - 1)  # nothing announces its first token
 
 
@@ -79,6 +79,19 @@ def _loss(model: Any, ids: Tensor, at: Tensor) -> Tensor:
     finally:
         hook.remove()
     return F.cross_entropy(logits.float(), ids[at + 1])
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Inside, no parameter asks for a gradient: half of what a backward pass keeps is kept for theirs."""
+    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in asking:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)
 
 
 @contextmanager
@@ -103,12 +116,15 @@ def _rotate_whole(whole: dict[str, Any], rotary: Any, args: Any, kwargs: Any) ->
 
 @torch.no_grad()
 def _as_source(whole: Mapping[str, Any], buffer: str, module: Any, args: Any, kwargs: Any) -> Tensor:
-    """What a module makes of the same inputs with its whole rotation, and without the bias."""
-    bias = getattr(module, TABLE)
-    with ExitStack() as undo:
-        undo.callback(module._modules.__setitem__, TABLE, bias)
-        module._modules[TABLE] = partial(_no_bias, len(bias.weight))
+    """What a module makes of the same inputs with its whole rotation, and without bias and factors."""
+    bias, factor = getattr(module, TABLE), module._modules.pop(FACTOR, None)
+    module._modules[TABLE] = partial(_no_bias, len(bias.weight))
+    try:
         output: Tensor = module.forward(*args, **{**kwargs, ROTATION: whole[buffer]})[0]
+    finally:
+        module._modules[TABLE] = bias
+        if factor is not None:
+            module._modules[FACTOR] = factor
     return output
 
 

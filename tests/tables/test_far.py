@@ -4,6 +4,7 @@ that they need."""
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 from statistics import fmean
 from typing import Any
@@ -71,7 +72,7 @@ def test_the_derivative_is_that_of_mixing(source: PreTrainedModel, monkeypatch: 
     anatomy = Anatomy.of(model)
     monkeypatch.setattr(module, "ITEMS", 1)
     needs = layer_needs(anatomy, windows(1))
-    ids, at = module._item(windows(1)[0], 0, 0)
+    ids, at = module._item(windows(1)[0], windows(1)[0].unique().tolist(), 0, 0)
     with torch.no_grad():
         base = float(module._loss(model, ids, at))
         for name in anatomy.attentions:
@@ -82,11 +83,16 @@ def test_the_derivative_is_that_of_mixing(source: PreTrainedModel, monkeypatch: 
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("factors", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "llama4_text", "qwen3", "deepseek_v3", "gpt_neox"])
-def test_the_whole_share_is_the_source(family: str) -> None:
+def test_the_whole_share_is_the_source(family: str, factors: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A retrofit whose attentions are all the source's computes what the source does: layers without positions too."""
     model, plain = build(BY_NAME[family]), build(BY_NAME[family])
-    rpb.retrofit(model, replace(CONFIG, init="normal", keep_frequencies=0))
+    if factors:
+        monkeypatch.setattr("rpb_retrofit.swap.inplace.fold", lambda *args: None)
+        rpb.retrofit(model, replace(CALIBRATED, calibrate="tables+content"), calibration_windows())
+    else:
+        rpb.retrofit(model, replace(CONFIG, init="normal"))
     anatomy = Anatomy.of(model)
     ids = calibration_windows()[0].flatten()[None, :24]
     with module._with_shares(anatomy, dict.fromkeys(anatomy.attentions, torch.tensor(1.0))):
@@ -98,14 +104,13 @@ def test_the_whole_share_is_the_source(family: str) -> None:
 def test_layers_are_chosen_by_it(source: PreTrainedModel) -> None:
     """The layer that needs it most keeps all; the report says which, the config keeps it, and revert is exact."""
     model, ids = copy.deepcopy(source), windows(1)[0][None]
-    rough = kept(source, 2)
-    needs = layer_needs(Anatomy.of(rough), windows())
-    most = list(needs).index(max(needs, key=lambda name: needs[name]))
     report = rpb.retrofit(model, rpb.RetrofitConfig(keep_frequencies="2+1"), calibration=windows())
     has = Anatomy.of(model).rotary_counts["inv_freq"]
-    want = [has if number == most else 2 for number in range(len(needs))]
-    assert model.config.rpb_retrofit["kept_in_layers"] == want
-    assert any(note.startswith(f"all frequencies kept in the layers {most} (") for note in report.notes)
+    in_layers = model.config.rpb_retrofit["kept_in_layers"]
+    assert sorted(in_layers) == [2, has]
+    note = next(note for note in report.notes if note.startswith("all frequencies kept in the layers "))
+    chosen, most, other = re.findall(r"layers (\d) \((\d+\.\d\d)\).*another layer is (\d+\.\d\d)", note)[0]
+    assert in_layers[int(chosen)] == has and float(most) > float(other), note
     rpb.revert(model)
     with torch.no_grad():
         assert torch.equal(model(ids).logits, source(ids).logits)
