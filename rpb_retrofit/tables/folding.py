@@ -37,7 +37,10 @@ def fold(anatomy: Anatomy, window: Tensor, kept: Mapping[str, int], before: dict
     """
     makers, attentions = {}, anatomy.attentions
     for name, (query, outputs) in _observe(anatomy, window).items():
-        if (maker := _maker(query, outputs, getattr(attentions[name], FACTOR).pairs, kept.get(name, 0))) is None:
+        pairs, none = getattr(attentions[name], FACTOR).pairs, kept.get(name, 0)
+        if none == pairs.frequencies:
+            continue
+        if (maker := _maker(query, outputs, pairs, none)) is None:
             return
         makers[name] = maker
     for name, (layer, rows) in makers.items():

@@ -152,6 +152,16 @@ def test_factors_stand_where_nothing_rotates(monkeypatch: pytest.MonkeyPatch) ->
         assert one[:count].all() and not one[count:].any()
 
 
+def test_a_layer_that_keeps_all_has_its_weights_as_they_were() -> None:
+    model, plain = build(BY_NAME["llama"]), build(BY_NAME["llama"])
+    settings = {"keep_frequencies": "1,1:all", "calibrate": "tables+content"}
+    report = rpb.retrofit(model, replace(CALIBRATED, **settings), calibration_windows())
+    assert any("folded into 1 weights" in note for note in report.notes)
+    weights = plain.state_dict()
+    changed = [name for name, value in model.state_dict().items() if not torch.equal(value, weights.get(name, value))]
+    assert changed == ["model.layers.0.self_attn.q_proj.weight"]
+
+
 def test_more_than_there_are() -> None:
     with pytest.raises(ConfigError, match="keep_frequencies=9: 'LlamaForCausalLM' has 4 in inv_freq; keep fewer"):
         rpb.retrofit(build(BY_NAME["llama"]), replace(CONFIG, keep_frequencies="1,1:9"))
