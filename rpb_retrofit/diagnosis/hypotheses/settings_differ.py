@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rpb_retrofit.diagnosis.finding import CauseKind, Finding, confirmed, excluded
 from rpb_retrofit.diagnosis.measurements import Measurements
 from rpb_retrofit.diagnosis.settings import other_settings
 from rpb_retrofit.errors import ConfigError
 from rpb_retrofit.frequencies import KeepFrequencies
 from rpb_retrofit.runtime.anatomy import Anatomy
+from rpb_retrofit.runtime.families import UNSCALED
 from rpb_retrofit.swap.kept_frequencies import TURN, Kept, keep
 
 CAUSE = "settings are not the source's"
@@ -60,6 +63,22 @@ def _chosen(without: Kept, kept: Kept, more: int) -> list[int]:
     unchosen = without.in_layers or [max(without.by_buffer.values(), default=0)] * len(kept.in_layers)
     pairs = zip(kept.in_layers, unchosen, strict=False)
     return [number for number, (count, least) in enumerate(pairs) if count > least][:more]
+
+
+def _odd_modules(measurements: Measurements) -> dict[str, tuple[Any, Any]]:
+    """Plain attributes (numbers, words, truth values) of modules that are otherwise in a model made from the config."""
+    fresh = dict(measurements.arms.plain.named_modules())
+    differing = {}
+    states = _STATES | (
+        {"scaling"} if measurements.arms.settings.get("scale") == UNSCALED else set()
+    )  # wrong_scale's concern
+    for name, module in measurements.arms.retrofit.named_modules():
+        for key, value in vars(module).items():
+            other = vars(fresh[name]).get(key) if name in fresh else value
+            plain = isinstance(value, int | float | str) and isinstance(other, int | float | str)
+            if plain and key not in states and not key.startswith(("_", "rpb_")) and value != other:
+                differing[f"{name}.{key}"] = (value, other)
+    return differing
 
 
 WHOLE = 1.0
