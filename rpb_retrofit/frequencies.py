@@ -19,6 +19,9 @@ AUTO, ALL = "auto", "all"
 Amount = int | str
 """A number of frequencies, `AUTO` or `ALL`."""
 
+LONGEST = 400
+"""Characters of a setting that are read: more than any that means something, and few enough for an error's line."""
+
 _MORE = re.compile(r"(.*)\+(\d{1,6})")
 
 _LAYERS = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?")
@@ -51,7 +54,8 @@ class KeepFrequencies:
     @classmethod
     def of(cls, value: int | str) -> KeepFrequencies:
         """Read a setting. ConfigError names the entry that has no meaning."""
-        first, *rest = str(value).split(",")
+        value = str(value) if len(str(value)) <= LONGEST else f"{str(value)[:LONGEST]}..."
+        first, *rest = value.split(",")
         if ":" in first:
             return cls(0, tuple(_rule(entry, value) for entry in (first, *rest)))
         match = _MORE.fullmatch(first.strip())

@@ -23,7 +23,7 @@ BARS = {
     "tables+content, polished": ("smollm2-135m.md", "tables+content, then 100 steps of polish"),
     "tables+content, healed\non 51,100 tokens": ("smollm2-135m-healed.md", "healed, distillation (this run)"),
     "16 frequencies kept,\ntables+content": ("smollm2-135m.md", "16 of 32 frequencies kept, tables+content"),
-    "20 frequencies kept,\ntables+content": ("smollm2-135m.md", "20 of 32 kept (`auto`), tables+content"),
+    "20 frequencies kept,\ntables+content": ("smollm2-135m.md", "20 of 32 kept, tables+content"),
 }
 """A label, and the card and row that hold its figure."""
 

@@ -10,6 +10,7 @@ import typer
 
 from rpb_retrofit.config import parse_count
 from rpb_retrofit.errors import ConfigError
+from rpb_retrofit.frequencies import KeepFrequencies
 
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write what is printed, as JSON.")]
 NewFolder = Annotated[Path, typer.Argument(help="A folder that does not exist yet.", metavar="OUT")]
@@ -41,6 +42,15 @@ def whole_or_auto(text: str) -> int | Literal["auto"]:
         return int(text)
     except ValueError as error:
         raise typer.BadParameter(f"'{text}' is neither a whole number nor 'auto'") from error
+
+
+def frequencies(value: int | str) -> int | str:
+    """An option that says what ``keep_frequencies`` takes; its default comes as the number that it is."""
+    try:
+        KeepFrequencies.of(value)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from error
+    return int(value) if str(value).isdecimal() else value
 
 
 AutoBuckets = Annotated[

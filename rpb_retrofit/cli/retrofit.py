@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,7 @@ from rpb_retrofit.cli.options import (
     NewFolder,
     Seed,
     count,
+    frequencies,
     unused,
 )
 from rpb_retrofit.cli.outputs import check_outputs, check_scratch, say, show
@@ -42,8 +43,9 @@ Scale = Annotated[
     str, typer.Option(help="Of the scores: source, or unscaled: as in T5, folded into what makes the queries.")
 ]
 KeepFrequencies = Annotated[
-    str,
+    Any,
     typer.Option(
+        parser=frequencies,
         metavar="K|auto|all[+N][,LAYERS:K...]",
         help="RoPE's highest frequencies that go on rotating; auto: those that turn within the context. By layer: "
         "20,17-18:28,sliding_attention:all; +N: all in the N layers that far copies need most.",
@@ -87,7 +89,7 @@ def command(
     calibrate: Calibrate = "tables",
     tail: Tail = "flat",
     scale: Scale = "source",
-    keep_frequencies: KeepFrequencies = "0",
+    keep_frequencies: KeepFrequencies = 0,
     polish: Polish = 0,
     calibration: Calibration = None,
     calibration_tokens: CalibrationTokens = "8192",
@@ -112,7 +114,7 @@ def command(
         calibrate=calibrate,
         tail=tail,
         scale=scale,
-        keep_frequencies=int(keep_frequencies) if keep_frequencies.isdecimal() else keep_frequencies,
+        keep_frequencies=keep_frequencies,
         polish=polish,
         shared=shared,
         seed=seed,
