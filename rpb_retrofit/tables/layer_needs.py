@@ -6,8 +6,8 @@ derivative of the span's loss by that share, at zero, says what the layer's own 
 one backward give it for all layers.
 
 Neither the divergence of the attention nor the missed share of the outputs tells these layers from the others: what
-carries a copy over a long distance is a small part of both. On SmolLM2 the derivative ranks layers as running the
-source's attention in one layer at a time does.
+carries a copy over a long distance is a small part of both. It is only as good as the first fit that it looks at: a
+layer that a better fit would mend looks needy after a rough one.
 """
 
 from __future__ import annotations
