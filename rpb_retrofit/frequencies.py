@@ -34,12 +34,15 @@ class Rule:
     layers: str
     amount: Amount
 
+    @property
+    def numbers(self) -> range | None:
+        """The layers by number; None where the rule names a type."""
+        match = _LAYERS.fullmatch(self.layers)
+        return None if match is None else range(int(match[1]), int(match[2] or match[1]) + 1)
+
     def names(self, number: int, layer_type: str | None) -> bool:
         """Whether the rule is for the layer of this number and type."""
-        if (match := _LAYERS.fullmatch(self.layers)) is None:
-            return self.layers == layer_type
-        first, last = int(match[1]), int(match[2] or match[1])
-        return first <= number <= last
+        return self.layers == layer_type if self.numbers is None else number in self.numbers
 
 
 @dataclass(frozen=True)
@@ -79,9 +82,8 @@ class KeepFrequencies:
     def unused(self, layer_types: Sequence[str | None]) -> Rule | None:
         """The first rule that is for no layer of a model with layers of these types, or reaches beyond its last."""
         for rule in self.rules:
-            match, layers = _LAYERS.fullmatch(rule.layers), list(enumerate(layer_types))
-            beyond = match is not None and int(match[2] or match[1]) >= len(layers)
-            if beyond or not any(rule.names(*layer) for layer in layers):
+            named = {rule.layers} if rule.numbers is None else set(rule.numbers)
+            if not named <= {*layer_types, *range(len(layer_types))}:
                 return rule
         return None
 
@@ -90,12 +92,12 @@ def _rule(entry: str, value: int | str) -> Rule:
     layers, colon, amount = entry.strip().rpartition(":")
     if not colon or not layers:
         raise ConfigError(f"keep_frequencies={value}: '{entry}' is no rule: write LAYERS:K, such as 17-18:28")
-    match = _LAYERS.fullmatch(layers)
-    if match is None and not layers.isidentifier():
+    rule = Rule(layers, _amount(amount, value))
+    if rule.numbers is None and not layers.isidentifier():
         raise ConfigError(f"keep_frequencies={value}: '{layers}' names no layers: write 7, 17-18, or a layer type")
-    if match is not None and match[2] is not None and int(match[2]) < int(match[1]):
+    if rule.numbers is not None and not rule.numbers:
         raise ConfigError(f"keep_frequencies={value}: '{layers}' is no range: write the lower layer first")
-    return Rule(layers, _amount(amount, value))
+    return rule
 
 
 def _amount(text: str, value: int | str) -> Amount:

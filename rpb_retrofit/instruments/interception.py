@@ -48,10 +48,11 @@ def intercepted(
 def _add_zero_bias(undo: ExitStack, anatomy: Anatomy) -> None:
     for name, module in anatomy.attentions.items():
         facts = anatomy.facts(name)
-        set_attribute(undo, module, TABLE, partial(_zero_bias, facts.heads))
+        set_attribute(undo, module, TABLE, partial(zero_bias, facts.heads))
         set_attribute(undo, module, CAUSAL, facts.causal)
         set_attribute(undo, module, RUN, biased_attention)
 
 
-def _zero_bias(heads: int, offset: Any) -> Tensor:
+def zero_bias(heads: int, offset: Any) -> Tensor:
+    """The bias (heads, n) of offsets (n,) that says nothing, as a bias module would give it."""
     return torch.zeros(heads, len(offset), device=getattr(offset, "device", None))

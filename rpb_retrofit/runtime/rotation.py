@@ -45,16 +45,9 @@ def rotate_highest(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], o
 
     Its output, a tensor (complex) or several (cosines, sines), has one column for each frequency, or twice over.
     """
-    layer_type = kwargs.get("layer_type", args[2] if len(args) > 2 else None)
-    buffer = "inv_freq" if layer_type is None else f"{layer_type}_inv_freq"
+    buffer = called_buffer(args, kwargs)
     frequencies, kept = len(getattr(module, buffer)), getattr(module, KEPT)[buffer]
-    if kept == frequencies:
-        return output
-    still_args, still_kwargs = position_zero(module, args, kwargs)
-    still = module.forward(*still_args, **still_kwargs)
-    if isinstance(output, Tensor):
-        return _highest(output, still, kept, frequencies)
-    return tuple(_highest(real, zero, kept, frequencies) for real, zero in zip(output, still, strict=True))
+    return output if kept == frequencies else rotate_fewer(output, Fewer(kept, frequencies, scaling_of(module, buffer)))
 
 
 def take_fewer(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -77,6 +70,12 @@ def rotate_fewer(rotation: Any, fewer: Fewer) -> Any:
 def _highest(real: Tensor, still: Tensor, kept: int, frequencies: int) -> Tensor:
     column = torch.arange(real.shape[-1], device=real.device)
     return torch.where(column % frequencies < kept, real, still)
+
+
+def called_buffer(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """The buffer whose frequencies a call of a rotary module, ``(x, position_ids, layer_type)``, asks for."""
+    layer_type = kwargs.get("layer_type", args[2] if len(args) > 2 else None)
+    return "inv_freq" if layer_type is None else f"{layer_type}_inv_freq"
 
 
 def scaling_of(rotary: Any, buffer: str) -> float:

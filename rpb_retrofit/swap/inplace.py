@@ -71,10 +71,7 @@ def retrofit(
         with snapshot.or_restored():
             _attach(anatomy, settings)
             setattr(model, SNAPSHOT, snapshot)
-            if config.relative_attention_num_buckets == "auto":
-                config = _choose_buckets(anatomy, config, calibrating, notes)
-            if more := KeepFrequencies.of(config.keep_frequencies).more:
-                _choose_layers(anatomy, config, more, calibrating, notes)
+            config = _choose(anatomy, config, calibrating, notes)
             calibrated, conversions = fill(anatomy, config, calibrating)
             polished = None if polish is None else polish.apply(model, own_names(model))
             notes += conversions
@@ -128,6 +125,17 @@ def _attach(anatomy: Anatomy, settings: dict[str, Any]) -> None:
         submodel.config.rpb_retrofit = settings
         submodel.config.auto_map = auto_map(submodel.config)
     attach(anatomy)
+
+
+def _choose(
+    anatomy: Anatomy, config: RetrofitConfig, calibration: Calibration | None, notes: list[str]
+) -> RetrofitConfig:
+    """The settings with what was left to the text, and the model attached with it; ``notes`` say what was chosen."""
+    if config.relative_attention_num_buckets == "auto":
+        config = _choose_buckets(anatomy, config, calibration, notes)
+    if more := KeepFrequencies.of(config.keep_frequencies).more:
+        _choose_layers(anatomy, config, more, calibration, notes)
+    return config
 
 
 def _choose_buckets(

@@ -23,10 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rpb_retrofit.errors import ConfigError
+from rpb_retrofit.instruments.interception import zero_bias
 from rpb_retrofit.instruments.modes import evaluating
 from rpb_retrofit.runtime.anatomy import Anatomy
 from rpb_retrofit.runtime.families import FACTOR, TABLE
-from rpb_retrofit.runtime.rotation import ROTATION
+from rpb_retrofit.runtime.rotation import ROTATION, called_buffer
 
 ITEMS = 4
 """Texts with a span that comes again, at distances from a quarter of the window on to nearly all of it."""
@@ -110,15 +111,14 @@ def _with_shares(anatomy: Anatomy, shares: Mapping[str, Tensor]) -> Iterator[Non
 
 def _rotate_whole(whole: dict[str, Any], rotary: Any, args: Any, kwargs: Any) -> None:
     """Forward pre-hook of a rotary module, before any other: keep what it would give with all its frequencies."""
-    layer_type = kwargs.get("layer_type", args[2] if len(args) > 2 else None)
-    whole["inv_freq" if layer_type is None else f"{layer_type}_inv_freq"] = rotary.forward(*args, **kwargs)
+    whole[called_buffer(args, kwargs)] = rotary.forward(*args, **kwargs)
 
 
 @torch.no_grad()
 def _as_source(whole: Mapping[str, Any], buffer: str, module: Any, args: Any, kwargs: Any) -> Tensor:
     """What a module makes of the same inputs with its whole rotation, and without bias and factors."""
     bias, factor = getattr(module, TABLE), module._modules.pop(FACTOR, None)
-    module._modules[TABLE] = partial(_no_bias, len(bias.weight))
+    module._modules[TABLE] = partial(zero_bias, len(bias.weight))
     try:
         output: Tensor = module.forward(*args, **{**kwargs, ROTATION: whole[buffer]})[0]
     finally:
@@ -126,10 +126,6 @@ def _as_source(whole: Mapping[str, Any], buffer: str, module: Any, args: Any, kw
         if factor is not None:
             module._modules[FACTOR] = factor
     return output
-
-
-def _no_bias(heads: int, offset: Tensor) -> Tensor:
-    return torch.zeros(heads, len(offset), device=offset.device)
 
 
 def _mix(

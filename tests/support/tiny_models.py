@@ -102,3 +102,13 @@ def saved_config(folder: Path) -> dict[str, Any]:
     config = json.loads((folder / "config.json").read_text())
     config.get("attn_config", {}).pop("dtype", None)  # Transformers sets MPT's nested one at load, in any model
     return config
+
+
+def check_decoding(model: Any, ids: Tensor) -> None:
+    """What a model generates after ids (1, n) is the same without a cache, and padded on the left."""
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    alone = model.generate(ids, **options)
+    assert torch.equal(alone, model.generate(ids, use_cache=False, **options))
+    padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), ids], 1)
+    mask = (torch.arange(padded.shape[1]) >= 5).long()[None]
+    assert torch.equal(model.generate(padded, attention_mask=mask, **options)[:, 5:], alone)

@@ -21,7 +21,7 @@ from rpb_retrofit.runtime.factor import ContentFactor
 from rpb_retrofit.swap.kept_frequencies import keep, kept_by_attention
 from tests.families.cases import BY_NAME, Case
 from tests.support.calibration import CALIBRATED, ROTARY, calibration_windows
-from tests.support.tiny_models import CONFIG, build, inputs_of, tokens
+from tests.support.tiny_models import CONFIG, build, check_decoding, inputs_of, tokens
 
 MEANT: list[tuple[str | int, dict[str, int], list[int]]] = [
     (2, {"inv_freq": 2}, []),
@@ -128,12 +128,7 @@ def test_a_checkpoint_keeps_them_by_layer(tmp_path: Path) -> None:
     assert loaded.config.rpb_retrofit["kept_in_layers"] == [1, 3]
     want = model(ids).logits
     assert torch.equal(loaded(ids).logits, want) and torch.equal(copy.deepcopy(model)(ids).logits, want)
-    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    alone = loaded.generate(ids, **options)
-    assert torch.equal(alone, loaded.generate(ids, use_cache=False, **options))
-    padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), ids], 1)
-    mask = (torch.arange(17) >= 5).long()[None]
-    assert torch.equal(loaded.generate(padded, attention_mask=mask, **options)[:, 5:], alone)
+    check_decoding(loaded, ids)
     rpb.revert(model)
     assert torch.equal(model(ids).logits, plain(ids).logits)
 

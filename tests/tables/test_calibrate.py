@@ -23,7 +23,7 @@ from rpb_retrofit.tables.fit import fit
 from rpb_retrofit.tables.outputs import SHARE, fit_outputs
 from tests.families.cases import BY_NAME, Case
 from tests.support.calibration import CALIBRATED, FITTED, ROTARY, calibration_windows
-from tests.support.tiny_models import CONFIG, VOCAB, build, inputs_of, tokens
+from tests.support.tiny_models import CONFIG, VOCAB, build, check_decoding, inputs_of, tokens
 
 
 @pytest.mark.parametrize("case", FITTED, ids=str)
@@ -165,12 +165,7 @@ def test_a_checkpoint_keeps_its_frequencies(tmp_path: Path) -> None:
     ids = tokens(1, 12)
     want = model(ids).logits
     assert torch.equal(loaded(ids).logits, want)
-    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    alone = loaded.generate(ids, **options)
-    assert torch.equal(alone, loaded.generate(ids, use_cache=False, **options))
-    padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), ids], 1)
-    mask = (torch.arange(17) >= 5).long()[None]
-    assert torch.equal(loaded.generate(padded, attention_mask=mask, **options)[:, 5:], alone)
+    check_decoding(loaded, ids)
 
 
 def test_an_alibi_source_is_reproduced() -> None:
