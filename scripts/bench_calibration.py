@@ -42,6 +42,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "16 kept, tables+content": {"keep_frequencies": 16, **FAR, **CONTENT},
     "20 kept, tables": {"keep_frequencies": 20, **FAR},
     "20 kept, tables+content": {"keep_frequencies": 20, **FAR, **CONTENT},
+    "24 kept, tables": {"keep_frequencies": 24, **FAR},
+    "24 kept, tables+content": {"keep_frequencies": 24, **FAR, **CONTENT},
     "auto kept, tables": {"keep_frequencies": "auto", **FAR},
     "auto kept, tables+content": {"keep_frequencies": "auto", **FAR, **CONTENT},
     "auto kept, all in 4 layers, tables+content": {
